@@ -1,0 +1,80 @@
+# `make demo` and `make test` work in a fresh clone on a machine with Python 3.11 or 3.12, git and make.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# The first interpreter that the project supports.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
+
+PROTOS := $(wildcard proto/expertmesh/v1/*.proto)
+PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) \
+	--mypy_grpc_out=only_async:$(1) $(PROTOS)
+
+# The working folder must not come before the installed packages (its folder `kernels` is not Hugging Face's package).
+export PYTHONSAFEPATH = 1
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help demo test lint format gen gen-check unit bench bench-balancer clean
+
+help:
+	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
+	@echo "make test      everything the CI runs: lint, gen-check, all tests"
+	@echo "make unit      the fast tests only"
+	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
+	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
+	@echo "make bench     measure serving (benchmarks/results/)"
+	@echo "make bench-balancer  measure placements; EXPERTMESH_ROUTING_DATA names the folder of traces"
+
+demo: $(VENV)/.installed
+	$(BIN)/expertmesh up -- sh demo/demo.sh
+
+test: lint gen-check
+	$(PY) -m expertmesh.balancer.solver.warm_up  # compiles the solver's kernels once: half a minute that no test waits for
+	$(PY) -m pytest
+
+unit: $(VENV)/.installed-dev
+	$(PY) -m pytest tests/unit -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gen: $(VENV)/.installed-dev
+	$(call PROTOC,proto)
+	$(PY) docs/generate_configuration.py
+
+gen-check: $(VENV)/.installed-dev
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call PROTOC,"$$out") \
+	&& diff -r --exclude='*.proto' --exclude=__pycache__ proto/expertmesh "$$out/expertmesh" \
+	|| { echo "error: generated code is not what proto/ gives: run 'make gen'"; exit 1; }
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/expertmesh bench serve
+
+bench-balancer: $(VENV)/.installed-dev
+	$(PY) benchmarks/balancer.py
+
+clean:
+	rm -rf $(VENV) .expertmesh build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
+	$(PIP) install --quiet -c constraints-cpu.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints-cpu.txt
+	$(PIP) install --quiet -c constraints-cpu.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,236 @@
+"""The attention half of a rank: the tensors of a step, from the prepared chunks to the sampled tokens.
+
+Dimensions: T tokens of the step, S sequences, R rows of the sequence table, B blocks of a sequence, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from expertmesh.attention_server.dense import DenseModel, StepContext
+from expertmesh.attention_server.engine import Engine, no_samples
+from expertmesh.attention_server.kv_cache import BlockManager
+from expertmesh.attention_server.observe import RequestMetrics
+from expertmesh.attention_server.paged import PagedKvCache, build_step_index
+from expertmesh.attention_server.request import Sequence
+from expertmesh.attention_server.sampler import Sampled, Sampler
+from expertmesh.attention_server.scheduler import Chunk, Limits
+from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.halves import Routes
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The prepared batch as tensors. ``sampled_S`` indexes the tokens of T whose logits are needed, None = all."""
+
+    chunks: list[Chunk]
+    num_tokens: int
+    token_T: torch.Tensor
+    context: StepContext
+    sampled_S: torch.Tensor | None
+    sampled_rows_S: np.ndarray
+    sampled_position_S: np.ndarray
+    traceparent: str
+
+
+class ServingHalf:
+    """Implements ``mesh.halves.AttentionHalf``.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        telemetry: Telemetry,
+        *,
+        step_sample_interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Reads the dense weights and sets the KV cache up.
+
+        Raises:
+            UserError: a tensor is missing or has another shape, or the KV cache is too small for two blocks.
+        """
+        self._spec = spec
+        self._block_size = config.block_size
+        num_blocks = _num_kv_blocks(config, spec)
+        cache = PagedKvCache(
+            num_layers=spec.num_layers,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=spec.dtype,
+        )
+        self._model = DenseModel(spec, checkpoint, cache)
+        self._sampler = Sampler(spec.vocab_size, config.max_num_seqs)
+        blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
+        self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self.engine = Engine(
+            Limits(
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_waiting=config.max_waiting,
+            ),
+            BlockManager(num_blocks, enable_prefix_caching=config.enable_prefix_caching),
+            RequestMetrics(telemetry.metrics),
+            clock,
+            on_start=self._place,
+            on_stop=self._displace,
+        )
+        self._clock = clock
+        self._trace_interval_s = step_sample_interval_s
+        self._last_trace_s = float("-inf")
+        self._step: Step | None = None
+        self._x_TH = torch.empty(0)
+        log.info("KV cache: %d blocks of %d tokens", num_blocks, config.block_size)
+
+    def set_waker(self, wake: Callable[[], None]) -> None:
+        self.engine.set_waker(wake)
+
+    def set_serving(self, serving: bool, reason: str = "") -> None:
+        if not serving:
+            log.info("not serving: %s", reason or "no view")
+        self.engine.set_serving(serving)
+
+    @torch.inference_mode()
+    def prepare(self) -> int:
+        chunks, changed = self.engine.prepare()
+        if changed:
+            self._step = self._build_step(chunks) if chunks else None
+        return self._step.num_tokens if self._step is not None else 0
+
+    def traceparent(self) -> str:
+        return self._step.traceparent if self._step is not None else ""
+
+    @torch.inference_mode()
+    def begin(self) -> None:
+        if self._step is not None:
+            self._x_TH = self._model.embed(self._step.token_T)
+            self._advance(0)
+
+    @torch.inference_mode()
+    def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
+        if self._step is None:
+            return self._nothing()
+        return self._model.routed_input(layer, self._x_TH)
+
+    @torch.inference_mode()
+    def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
+        if self._step is not None:
+            self._x_TH += out_TH
+            self._advance(layer + 1)
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        step = self._step
+        if step is None:
+            return
+        if len(step.sampled_rows_S):
+            x_SH = self._x_TH if step.sampled_S is None else self._x_TH.index_select(0, step.sampled_S)
+            logits_SV = self._model.logits(x_SH)
+            sampled = self._sampler.sample(logits_SV, step.sampled_rows_S, step.sampled_position_S)
+        else:
+            sampled = no_samples()
+        self._finish(step, sampled)
+
+    def _finish(self, step: Step, sampled: Sampled) -> None:
+        self._step = None
+        if step.traceparent:
+            self._last_trace_s = self._clock()
+        self.engine.complete(step.chunks, sampled)
+
+    def _advance(self, layer: int) -> None:
+        """Attention and dense MLPs from a layer up to the next MoE layer's attention, inclusive, or the end."""
+        assert self._step is not None
+        context = self._step.context
+        while layer < self._spec.num_layers:
+            self._x_TH = self._model.attention(layer, self._x_TH, context)
+            if layer in self._spec.moe_layers:
+                return
+            self._x_TH = self._model.dense_mlp(layer, self._x_TH)
+            layer += 1
+
+    def _build_step(self, chunks: list[Chunk]) -> Step:
+        sequences = [chunk.sequence for chunk in chunks]
+        for sequence in sequences:
+            if sequence.num_tabled < len(sequence.blocks):
+                new = slice(sequence.num_tabled, len(sequence.blocks))
+                self._blocks_RB[sequence.row, new] = sequence.blocks[new]
+                sequence.num_tabled = len(sequence.blocks)
+        rows = np.array([sequence.row for sequence in sequences])
+        starts = np.array([sequence.num_computed for sequence in sequences])
+        counts = np.array([chunk.count for chunk in chunks])
+        tokens = np.concatenate(
+            [chunk.sequence.tokens[start : start + chunk.count] for chunk, start in zip(chunks, starts, strict=True)]
+        )
+        completes = np.array([chunk.completes for chunk in chunks])
+        positions = np.array([sequence.num_output for sequence in sequences])
+        last_tokens = (np.cumsum(counts) - 1)[completes]
+        index = build_step_index(
+            starts, counts, self._blocks_RB[rows], block_size=self._block_size, dtype=self._spec.dtype
+        )
+        return Step(
+            chunks=chunks,
+            num_tokens=len(tokens),
+            token_T=torch.from_numpy(tokens),
+            context=self._model.context(index),
+            sampled_S=None if len(last_tokens) == len(tokens) else torch.from_numpy(last_tokens),
+            sampled_rows_S=rows[completes],
+            sampled_position_S=positions[completes],
+            traceparent=self._due_trace(sequences),
+        )
+
+    def _due_trace(self, sequences: list[Sequence]) -> str:
+        traced = (sequence.trace.traceparent for sequence in sequences if sequence.trace is not None)
+        traceparent = next(traced, "")
+        if traceparent and self._clock() - self._last_trace_s >= self._trace_interval_s:
+            return traceparent
+        return ""
+
+    def _nothing(self) -> tuple[torch.Tensor, Routes]:
+        spec = self._spec
+        routes = Routes(torch.empty(0, spec.top_k, dtype=torch.int64), torch.empty(0, spec.top_k))
+        return torch.empty(0, spec.hidden_size, dtype=spec.dtype), routes
+
+    def _place(self, sequence: Sequence) -> None:
+        sequence.row = self._free_rows.pop()
+        sequence.num_tabled = 0
+        self._sampler.open(sequence.row, sequence)
+
+    def _displace(self, sequence: Sequence) -> None:
+        self._sampler.close(sequence.row)
+        self._free_rows.append(sequence.row)
+        sequence.row = -1
+
+
+def _num_kv_blocks(config: AttentionConfig, spec: ModelSpec) -> int:
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    block_bytes = 2 * spec.num_layers * config.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    num_blocks = config.kv_cache_bytes // block_bytes
+    if num_blocks < 2:
+        raise UserError(
+            "attention.kv_cache_bytes",
+            f"{config.kv_cache_bytes} bytes hold {num_blocks} KV blocks of {block_bytes} bytes",
+            f"set it to {2 * block_bytes} or more, or lower attention.block_size",
+        )
+    return num_blocks

@@ -1,0 +1,73 @@
+"""Metrics and span events of requests."""
+
+from __future__ import annotations
+
+from expertmesh.attention_server.request import Sequence
+from expertmesh.attention_server.scheduler import SchedulerCounts
+from expertmesh.mesh.telemetry import Metrics
+
+
+class RequestMetrics:
+    """What an engine reports. Durations are in seconds of the engine's clock and leave replayed tokens out."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._running = metrics.num_requests_running.labels()
+        self._waiting = metrics.num_requests_waiting.labels()
+        self._kv_usage = metrics.kv_cache_usage_perc.labels()
+        self._prompt_tokens = metrics.prompt_tokens.labels()
+        self._generation_tokens = metrics.generation_tokens.labels()
+        self._inter_token = metrics.inter_token_latency_seconds.labels()
+        self._reported = SchedulerCounts()
+
+    def load(self, running: int, waiting: int, kv_usage: float) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._kv_usage.set(kv_usage)
+
+    def scheduler(self, counts: SchedulerCounts) -> None:
+        """Report what was added to the totals since the last call."""
+        if counts == self._reported:
+            return
+        self._metrics.num_preemptions.add(counts.preemptions - self._reported.preemptions)
+        self._metrics.prefix_cache_queries.add(counts.prefix_queries - self._reported.prefix_queries)
+        self._metrics.prefix_cache_hits.add(counts.prefix_hits - self._reported.prefix_hits)
+        self._reported = SchedulerCounts(counts.preemptions, counts.prefix_queries, counts.prefix_hits)
+
+    def computed(self, prefilled: int, generated: int) -> None:
+        """What a step did, in tokens."""
+        self._prompt_tokens.add(prefilled)
+        self._generation_tokens.add(generated)
+
+    def started(self, sequence: Sequence, now: float) -> None:
+        """It runs, for the first time or again after a preemption."""
+        if sequence.admitted_s:
+            return
+        sequence.admitted_s = now
+        self._metrics.request_queue_time_seconds.observe(now - sequence.queued_s)
+        if sequence.trace is not None:
+            sequence.trace.event("prefill")
+
+    def token(self, sequence: Sequence, now: float) -> None:
+        if sequence.last_token_s:
+            self._inter_token.observe(now - sequence.last_token_s)
+        else:
+            sequence.first_token_s = now
+            self._metrics.request_prefill_time_seconds.observe(now - sequence.admitted_s)
+            self._metrics.time_to_first_token_seconds.observe(now - sequence.queued_s)
+            if sequence.trace is not None:
+                sequence.trace.event("first token")
+        sequence.last_token_s = now
+
+    def ended(self, sequence: Sequence, now: float, error: str) -> None:
+        """``error`` '' = it ended as asked."""
+        if sequence.first_token_s:
+            self._metrics.request_decode_time_seconds.observe(now - sequence.first_token_s)
+        self._metrics.e2e_request_latency_seconds.observe(now - sequence.queued_s)
+        if sequence.trace is not None:
+            sequence.trace.end(
+                input_tokens=sequence.num_prompt,
+                output_tokens=sequence.num_output,
+                cached_tokens=sequence.cached_tokens,
+                error=error,
+            )

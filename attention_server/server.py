@@ -1,0 +1,90 @@
+"""An attention server: the half that steps and the service that routers link to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import grpc
+
+from expertmesh.attention_server.engine import EndAll, Load, Output
+from expertmesh.attention_server.half import ServingHalf
+from expertmesh.attention_server.service import AttentionService
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.v1 import attention_pb2, attention_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5  # how late a deadline may be noticed, and a load be told, while the rank does not step
+
+
+class AttentionServer:
+    """``half`` belongs to the step thread, everything else to the event loop.
+
+    Raises:
+        UserError: the weights cannot be read or the KV cache is too small.
+    """
+
+    def __init__(self, config: MeshConfig, spec: ModelSpec, checkpoint: Checkpoint, telemetry: Telemetry) -> None:
+        self.half = ServingHalf(
+            config.attention,
+            spec,
+            checkpoint,
+            telemetry,
+            step_sample_interval_s=config.telemetry.step_sample_interval_s,
+        )
+        self._service = AttentionService(self.half.engine, spec, telemetry)
+        self._ticking: asyncio.Task[None] | None = None
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the service to a gRPC server; returns its full name."""
+        attention_pb2_grpc.add_AttentionServiceServicer_to_server(self._service, server)
+        return [attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name]
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def sink(outputs: list[Output], load: Load) -> None:
+            loop.call_soon_threadsafe(self._service.deliver, outputs, load)
+
+        self.half.engine.set_sink(sink)
+        self._ticking = asyncio.create_task(self._tick_for_ever(), name="attention-tick")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests with UNAVAILABLE and wait for those that run; after the time-out they end so too."""
+        self._service.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.half.engine.num_active:
+                    self._service.changed.clear()
+                    await self._service.changed.wait()
+        except TimeoutError:
+            log.warning("%d requests did not end within %.1f s", self.half.engine.num_active, timeout_s)
+            self._end_all("this attention server is stopping")
+
+    async def stop(self) -> None:
+        """End what still runs with UNAVAILABLE and close the links."""
+        self._service.draining = True
+        if self._ticking is None:
+            return
+        self._ticking.cancel()
+        await asyncio.gather(self._ticking, return_exceptions=True)
+        self._ticking = None
+        self._end_all("this attention server is stopping")
+        self.half.engine.set_sink(None)
+        # The outputs are in the loop's queue; they reach the links before this does.
+        asyncio.get_running_loop().call_soon(self._service.close)
+
+    def _end_all(self, message: str) -> None:
+        self.half.engine.post(EndAll(grpc.StatusCode.UNAVAILABLE, message))
+        self.half.engine.tick()
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            self.half.engine.tick()
+            self._service.announce(self.half.engine.load())
+            await asyncio.sleep(_TICK_S)

@@ -1,0 +1,214 @@
+"""AttentionService: the links from routers. Everything here runs on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from expertmesh.attention_server.engine import Abort, Engine, Load, Output, Unlink
+from expertmesh.attention_server.request import RefusedError, parse_submit
+from expertmesh.attention_server.tracing import trace_request
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.v1 import attention_pb2, attention_pb2_grpc, generate_pb2
+
+log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 10.0
+LinkContext = grpc.aio.ServicerContext[
+    AsyncIterator[attention_pb2.LinkRequest], AsyncIterator[attention_pb2.LinkResponse]
+]
+
+
+@dataclass(eq=False)
+class RouterLink:
+    """One router's stream. ``outputs`` and ``load`` wait for the writer; ``closed`` says why there will be no more."""
+
+    number: int
+    router_id: str
+    outputs: list[Output] = field(default_factory=list)
+    load: Load | None = None
+    sent_load: Load | None = None
+    closed: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
+    """Moves requests from links to the engine and outputs back."""
+
+    def __init__(
+        self, engine: Engine, spec: ModelSpec, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._telemetry = telemetry
+        self._clock = clock
+        self._links: dict[int, RouterLink] = {}
+        self._numbers = itertools.count(1)
+        self.draining = False
+        self.changed = asyncio.Event()
+        """Set whenever the engine published something."""
+
+    def deliver(self, outputs: list[Output], load: Load) -> None:
+        """Give a step's outputs to their links; a link that is gone has no reader, and its sequences are aborted."""
+        for output in outputs:
+            link = self._links.get(output.link)
+            if link is not None:
+                link.outputs.append(output)
+        for link in self._links.values():
+            told = link.load or link.sent_load
+            if link.outputs or told is None or told.serving != load.serving:
+                link.load = load
+                link.changed.set()
+        self.changed.set()
+
+    def announce(self, load: Load) -> None:
+        """Tell every link about a load that it does not know yet."""
+        for link in self._links.values():
+            if link.sent_load != load:
+                link.load = load
+                link.changed.set()
+
+    def close(self) -> None:
+        """End all links after what waits for them."""
+        for link in self._links.values():
+            link.closed = True
+            link.changed.set()
+
+    async def Link(
+        self, request_iterator: AsyncIterator[attention_pb2.LinkRequest], context: LinkContext
+    ) -> AsyncIterator[attention_pb2.LinkResponse]:
+        hello = await self._hello(request_iterator, context)
+        link = RouterLink(next(self._numbers), hello.router_id)
+        self._links[link.number] = link
+        log.info("router %s linked", link.router_id)
+        reader = asyncio.create_task(self._read(request_iterator, link), name=f"link {link.router_id}")
+
+        def ended(_: LinkContext) -> None:
+            # A call may die while the generator is suspended in a yield; gRPC then leaves it to the garbage collector.
+            reader.cancel()
+            self._unlink(link)
+
+        context.add_done_callback(ended)  # type: ignore[arg-type]  # the stubs declare a class where they mean a protocol
+        try:
+            link.load = self._engine.load()
+            link.changed.set()
+            while not (link.closed and not link.outputs):
+                await link.changed.wait()  # bounded by the life of the call
+                link.changed.clear()
+                response = _take_response(link)
+                if response is not None:
+                    yield response
+        finally:
+            self._unlink(link)
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+    async def _hello(
+        self, request_iterator: AsyncIterator[attention_pb2.LinkRequest], context: LinkContext
+    ) -> attention_pb2.LinkHello:
+        try:
+            first = await asyncio.wait_for(anext(request_iterator, None), _HELLO_TIMEOUT_S)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {_HELLO_TIMEOUT_S:g} s")
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message on a link must be hello")
+        if first.hello.fingerprint != self._spec.fingerprint:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this server serves {self._spec.name} with fingerprint {self._spec.fingerprint}, the router has "
+                f"{first.hello.fingerprint}: give all services the same model and model.dtype",
+            )
+        return first.hello
+
+    async def _read(self, request_iterator: AsyncIterator[attention_pb2.LinkRequest], link: RouterLink) -> None:
+        """Until the router ends its side of the stream, which ends the link."""
+        try:
+            async for message in request_iterator:
+                kind = message.WhichOneof("message")
+                if kind == "submit":
+                    self._submit(message.submit, link)
+                elif kind == "abort":
+                    self._engine.post(Abort(link.number, message.abort.handle))
+                else:
+                    log.warning("router %s sent %s on a link that is set up", link.router_id, kind or "nothing")
+        finally:
+            link.closed = True
+            link.changed.set()
+
+    def _submit(self, submit: attention_pb2.Submit, link: RouterLink) -> None:
+        try:
+            if self.draining:
+                raise RefusedError(grpc.StatusCode.UNAVAILABLE, "this attention server is draining")
+            sequence = parse_submit(
+                submit,
+                link=link.number,
+                now_s=self._clock(),
+                vocab_size=self._spec.vocab_size,
+                max_model_len=self._spec.max_model_len,
+            )
+        except RefusedError as refusal:
+            link.outputs.append(Output(link.number, submit.handle, code=refusal.code, message=str(refusal)))
+            link.changed.set()
+            return
+        sequence.trace = trace_request(self._telemetry, submit, model=self._spec.name)
+        self._engine.post(sequence)
+
+    def _unlink(self, link: RouterLink) -> None:
+        if self._links.pop(link.number, None) is not None:
+            log.info("router %s unlinked", link.router_id)
+            self._engine.post(Unlink(link.number))
+
+
+def _take_response(link: RouterLink) -> attention_pb2.LinkResponse | None:
+    """All that waits for a link as one message."""
+    if not link.outputs and link.load is None:
+        return None
+    response = attention_pb2.LinkResponse(deltas=[_delta(output) for output in link.outputs])
+    if link.load is not None:
+        response.load.CopyFrom(_load_message(link.load))
+        link.sent_load = link.load
+    link.outputs = []
+    link.load = None
+    return response
+
+
+def _delta(output: Output) -> attention_pb2.TokenDelta:
+    delta = attention_pb2.TokenDelta(
+        handle=output.handle,
+        finish_reason=output.finish,
+        matched_token_id=output.matched_id,
+        cached_tokens=output.cached_tokens,
+    )
+    if output.token is not None:
+        delta.token_ids.append(output.token)
+    if output.logprobs is not None and output.token is not None:
+        top = zip(output.logprobs.top_ids, output.logprobs.top_values, strict=True)
+        delta.logprobs.add(
+            token_id=output.token,
+            logprob=output.logprobs.chosen,
+            top_logprobs=[generate_pb2.TopLogprob(token_id=token, logprob=value) for token, value in top],
+        )
+    if output.code is not grpc.StatusCode.OK:
+        delta.status_code = output.code.value[0]
+        delta.error_message = output.message
+    return delta
+
+
+def _load_message(load: Load) -> attention_pb2.AttentionLoad:
+    return attention_pb2.AttentionLoad(
+        num_requests_running=load.num_running,
+        num_requests_waiting=load.num_waiting,
+        kv_cache_usage=load.kv_cache_usage,
+        num_kv_blocks=load.num_kv_blocks,
+        serving=load.serving,
+        outstanding_tokens=load.outstanding_tokens,
+    )

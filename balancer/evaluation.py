@@ -1,0 +1,139 @@
+"""Questions to the placement policy: values that go to the worker thread and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from expertmesh.balancer.policy import LayerStatistics, Layout, PlacementPolicy, Proposal
+
+log = logging.getLogger(__name__)
+
+EVALUATION_TIMEOUT_S = 300.0
+"""The first one of an installation compiles the solver, which takes minutes on a busy machine; then it is
+milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerQuestion:
+    """``version`` and ``slots`` (global slot → expert): of the placement in force."""
+
+    layer: int
+    version: int
+    slots: tuple[int, ...]
+    statistics: LayerStatistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Layers of one view to find better placements for; ``max_loads`` as for ``PlacementPolicy.propose``."""
+
+    number: int
+    view_number: int
+    layout: Layout
+    max_loads: int | None
+    layers: tuple[LayerQuestion, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """By layer: the proposals, and why there is none where the policy refused. ``seconds``: on the worker."""
+
+    job: Job
+    proposals: dict[int, Proposal]
+    refusals: dict[int, str]
+    seconds: float
+
+
+def answer(policy: PlacementPolicy, job: Job) -> Answer:
+    """Ask for every layer of the job."""
+    started_s = time.monotonic()
+    proposals: dict[int, Proposal] = {}
+    refusals: dict[int, str] = {}
+    for asked in job.layers:
+        try:
+            proposals[asked.layer] = policy.propose(asked.statistics, job.layout, asked.slots, job.max_loads)
+        except ValueError as error:
+            refusals[asked.layer] = str(error)
+    return Answer(job=job, proposals=proposals, refusals=refusals, seconds=time.monotonic() - started_s)
+
+
+class EvaluationWorker:
+    """One thread that the policy runs on: solves wait for one another, and nothing else waits for them.
+
+    Args:
+        make_policy: called on the thread at ``warm_up`` or the first job: it may take long.
+    """
+
+    def __init__(self, make_policy: Callable[[], PlacementPolicy]) -> None:
+        self._make_policy = make_policy
+        self._policy: PlacementPolicy | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement")
+
+    async def ask(self, job: Job) -> Answer:
+        """
+        Raises:
+            Exception: whatever the policy raised beside ValueError, which becomes a refusal.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, job)
+
+    def warm_up(self) -> None:
+        """Make the policy already, so that the first job does not have to wait for it. A failure is the first job's."""
+        self._pool.submit(self._ready_policy)
+
+    def _answer(self, job: Job) -> Answer:
+        return answer(self._ready_policy(), job)
+
+    def _ready_policy(self) -> PlacementPolicy:
+        if self._policy is None:
+            self._policy = self._make_policy()
+        return self._policy
+
+    def close(self) -> None:
+        """Waits for nothing: a solve that runs ends by itself, and nobody hears of it."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Evaluations:
+    """The jobs of the online loop: one at a time, from the loop to the worker and back.
+
+    ``on_answer`` is set before the first job.
+    """
+
+    def __init__(self, worker: EvaluationWorker) -> None:
+        self._worker = worker
+        self._task: asyncio.Task[None] | None = None
+        self.on_answer: Callable[[Answer], None]
+
+    def start(self, job: Job) -> None:
+        assert self._task is None or self._task.done(), "one job at a time"
+        self._task = asyncio.create_task(self._run(job), name=f"evaluation-{job.number}")
+
+    async def _run(self, job: Job) -> None:
+        try:
+            found = await self._worker.ask(job)
+        except Exception as error:  # a policy that fails must not take the control plane along
+            log.exception("the placement policy failed")
+            why = f"{type(error).__name__}: {error}"
+            found = Answer(job=job, proposals={}, refusals={asked.layer: why for asked in job.layers}, seconds=0.0)
+        self.on_answer(found)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+def solver_policy() -> PlacementPolicy:
+    """The solver of this package, compiled."""
+    from expertmesh.balancer.policy_solver import SolverPolicy
+
+    started_s = time.monotonic()
+    policy = SolverPolicy()
+    policy.compile()
+    log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
+    return policy

@@ -1,0 +1,65 @@
+"""The loads of a view as an administrator sees them: statistics against the placement that is in force. Pure.
+
+Dimensions: R expert ranks, G global slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from expertmesh.balancer.policy import Floats
+from expertmesh.balancer.statistics import LayerCounts, Statistics
+from expertmesh.mesh.view import HOSTS_EXPERTS
+from expertmesh.v1 import admin_pb2, mesh_pb2
+
+
+def view_loads(view: mesh_pb2.View, num_experts: int, statistics: Statistics) -> admin_pb2.GetLoadsResponse:
+    """Every layer that the view places; one without statistics has no tokens, no load, and nothing out of balance."""
+    servers = [rank.server_id for rank in view.ranks if rank.role in HOSTS_EXPERTS]
+    return admin_pb2.GetLoadsResponse(
+        layers=[_layer_loads(view, placement, num_experts, statistics) for placement in view.placement],
+        expert_servers=servers,
+    )
+
+
+def balancedness(rank_load_R: Floats) -> float:
+    """Mean / max; 1 while there is no load."""
+    largest = float(rank_load_R.max(initial=0.0))
+    return float(rank_load_R.mean()) / largest if largest else 1.0
+
+
+def _layer_loads(
+    view: mesh_pb2.View, placement: mesh_pb2.LayerPlacement, num_experts: int, statistics: Statistics
+) -> admin_pb2.LayerLoads:
+    counts = statistics.layer(placement.layer)
+    if counts is None:
+        ranks = len(placement.slots) // view.slots_per_rank
+        return admin_pb2.LayerLoads(
+            layer=placement.layer, load=[0.0] * num_experts, balancedness=1.0, rank_load=[0.0] * ranks
+        )
+    visits = counts.visits
+    is_measured = (visits.view_number, visits.version) == (view.number, placement.version) and visits.tokens > 0
+    slot_load_G = visits.slot_load_G if is_measured else _expected_slot_load(placement, counts)
+    rank_load_R = slot_load_G.reshape(-1, view.slots_per_rank).sum(axis=1)
+    return admin_pb2.LayerLoads(
+        layer=placement.layer,
+        load=counts.load_E.tolist(),
+        balancedness=balancedness(rank_load_R),
+        fanout_ranks=visits.rank_visits / visits.tokens if is_measured else 0.0,
+        fanout_nodes=visits.node_visits / visits.tokens if is_measured else 0.0,
+        tokens=counts.tokens,
+        rank_load=rank_load_R.tolist(),
+    )
+
+
+def _expected_slot_load(placement: mesh_pb2.LayerPlacement, counts: LayerCounts) -> Floats:
+    """Until tokens have been counted under a new placement: each expert's load, shared out by the quotas."""
+    expert_G = np.array(placement.slots, np.int64)
+    held_G = expert_G >= 0
+    weight_G = held_G * (np.array(placement.quotas, np.float64) if placement.quotas else 1.0)
+    total_E = np.zeros(len(counts.load_E))
+    np.add.at(total_E, expert_G[held_G], weight_G[held_G])
+    slot_load_G = np.zeros(len(expert_G))
+    expert = expert_G[held_G]
+    slot_load_G[held_G] = counts.load_E[expert] * weight_G[held_G] / np.where(total_E > 0, total_E, 1.0)[expert]
+    return slot_load_G

@@ -1,0 +1,242 @@
+"""Mode online: finds layers that a better placement is worth loading weights for, and has them migrated.
+
+An iteration evaluates the layers whose statistics are fresh, a few at a time on a worker thread; ranks what is
+worthwhile by predicted gain per byte; and migrates the best ``layer_updates_per_iter`` layers. The next one begins when
+nothing migrates any more. A layer is not judged again before fresh tokens were counted, and after a migration of it
+failed it waits, longer each time.
+
+Pure but for ``Effects``; time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from expertmesh.balancer.actual import Actual, Effects, Phase
+from expertmesh.balancer.applying import Applying, RefusedError
+from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, Job, LayerQuestion
+from expertmesh.balancer.events import EventLog
+from expertmesh.balancer.migrations import Migrations, Outcome
+from expertmesh.balancer.noise import Dispersion
+from expertmesh.balancer.policy import Layout, Proposal, StatisticsSource
+from expertmesh.mesh.config import BalancerConfig
+
+log = logging.getLogger(__name__)
+
+ENOUGH_SHARE = 0.25
+"""Of the half-life: tokens that a layer's statistics need before anything is done about it."""
+FRESH_SHARE = 0.1
+"""Of the half-life: tokens between two evaluations of a layer."""
+LAYERS_PER_JOB = 4
+MAX_BACK_OFF_S = 600.0
+
+
+@dataclass(kw_only=True)
+class _Layer:
+    """What is known about one layer."""
+
+    dispersion: Dispersion = field(default_factory=Dispersion)
+    evaluated: float | None = None  # tokens seen at the last evaluation
+    proposal: Proposal | None = None
+    made_for: tuple[int, int] = (0, 0)  # view number, placement version
+    failures: int = 0  # in a row
+    wait_until_s: float = 0.0
+
+
+class Online:
+    """``mode``: static, offline (static after a placement file) or online."""
+
+    def __init__(
+        self,
+        config: BalancerConfig,
+        actual: Actual,
+        migrations: Migrations,
+        applying: Applying,
+        *,
+        statistics: StatisticsSource,
+        effects: Effects,
+        events: EventLog,
+    ) -> None:
+        self._config = config
+        self._actual = actual
+        self._migrations = migrations
+        self._applying = applying
+        self._statistics = statistics
+        self._effects = effects
+        self._events = events
+        self._layers: dict[int, _Layer] = {}
+        self._chosen: deque[int] = deque()
+        self._job: Job | None = None
+        self._job_s = 0.0
+        self._job_is_late = False
+        self._num_jobs = 0
+        self.mode: str = config.mode
+        self.layer_updates_per_iter = config.layer_updates_per_iter
+        applying.layers_at_a_time = max(1, self.layer_updates_per_iter)
+
+    def set_mode(self, mode: str, layer_updates_per_iter: int | None) -> str:
+        """Switch; what migrates already goes on. Returns the mode before.
+
+        Raises:
+            RefusedError: no such mode, or online without layers to update.
+        """
+        layers = self.layer_updates_per_iter if layer_updates_per_iter is None else layer_updates_per_iter
+        if mode not in ("static", "online"):
+            text = f"mode {mode!r} cannot be switched to: give static or online"
+            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
+        if mode == "online" and layers == 0:
+            text = "layer_updates_per_iter is 0, with which mode online changes nothing: give 1 or more"
+            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
+        previous, self.mode, self.layer_updates_per_iter = self.mode, mode, layers
+        self._applying.layers_at_a_time = max(1, layers)
+        if mode != "online":
+            self._chosen.clear()
+        self._events.add("mode_changed", "balancer", f"{previous} → {mode}, {layers} layers at a time")
+        return previous
+
+    def tick(self, now: float) -> str | None:
+        """Take the next action that is due. Returns what was done, None when nothing was."""
+        self._learn(now)
+        late = self._watch(now)
+        if late is not None:
+            return late
+        if self._actual.phase is not Phase.SERVING or self._applying.is_busy:
+            self._chosen.clear()
+            return None
+        if self._chosen:
+            return self._start(self._chosen.popleft(), now)
+        is_on = self.mode == "online" and self.layer_updates_per_iter > 0
+        if not is_on or self._job is not None or len(self._migrations):
+            return None
+        due = [layer for layer in self._actual.model.moe_layers if self._is_due(layer, now)]
+        return self._evaluate(due[:LAYERS_PER_JOB], now) or self._choose(now)
+
+    def answered(self, answer: Answer, now: float) -> None:
+        """The worker has finished a job."""
+        job, self._job = self._job, None
+        assert job is not None
+        assert job.number == answer.job.number
+        for asked in job.layers:
+            state, proposal = self._layers[asked.layer], answer.proposals.get(asked.layer)
+            if proposal is None:
+                self._hold_back(asked.layer, now)
+                refusal = answer.refusals.get(asked.layer, "no reason given")
+                self._events.add("solver_failed", f"layer {asked.layer}", refusal, logging.ERROR)
+            elif not self._job_is_late:
+                state.proposal, state.made_for = proposal, (job.view_number, asked.version)
+
+    # What became of earlier decisions.
+
+    def _learn(self, now: float) -> None:
+        while self._migrations.ended:
+            ended = self._migrations.ended.popleft()
+            state = self._state(ended.layer)
+            state.proposal = None
+            if ended.outcome is Outcome.COMMITTED:
+                state.failures = 0
+            elif ended.outcome is Outcome.ABORTED:
+                self._hold_back(ended.layer, now)
+
+    def _hold_back(self, layer: int, now: float) -> None:
+        state = self._state(layer)
+        state.wait_until_s = now + min(self._config.migration_timeout_s * 2.0**state.failures, MAX_BACK_OFF_S)
+        state.failures += 1
+
+    def _watch(self, now: float) -> str | None:
+        """The worker cannot be interrupted: until it answers, nothing else is evaluated, and then it is too late."""
+        if self._job is None or self._job_is_late or now - self._job_s <= EVALUATION_TIMEOUT_S:
+            return None
+        self._job_is_late = True
+        layers = ", ".join(str(asked.layer) for asked in self._job.layers)
+        text = f"no placement for layer {layers} within {EVALUATION_TIMEOUT_S:g} s; its answer will be ignored"
+        self._events.add("solver_late", "balancer", text, logging.WARNING)
+        return "gave a solve up"
+
+    # Evaluation.
+
+    def _state(self, layer: int) -> _Layer:
+        return self._layers.setdefault(layer, _Layer())
+
+    def _is_due(self, layer: int, now: float) -> bool:
+        state, seen = self._state(layer), self._statistics.tokens_seen(layer)
+        if now < state.wait_until_s:
+            return False
+        if state.evaluated is None:
+            return seen >= ENOUGH_SHARE * self._config.stats_half_life_tokens
+        return seen - state.evaluated >= max(FRESH_SHARE * self._config.stats_half_life_tokens, 1.0)
+
+    def _evaluate(self, layers: list[int], now: float) -> str | None:
+        if not layers:
+            return None
+        actual = self._actual
+        questions = []
+        for layer in layers:
+            question = self.question(layer)
+            assert question is not None, "tokens were seen"
+            state = self._state(layer)
+            state.evaluated, state.proposal = self._statistics.tokens_seen(layer), None
+            state.dispersion.observe(question.statistics, state.evaluated)
+            questions.append(question)
+        self._num_jobs += 1
+        self._job = Job(
+            number=self._num_jobs,
+            view_number=actual.view.number,
+            layout=Layout.of(actual.view),
+            max_loads=self._config.max_slots_per_update,
+            layers=tuple(questions),
+        )
+        self._job_s, self._job_is_late = now, False
+        self._effects.evaluate(self._job)
+        return f"asked for placements of {len(layers)} layers"
+
+    def question(self, layer: int) -> LayerQuestion | None:
+        """What the policy is asked about a layer; None while nothing was counted or no view places it."""
+        statistics, placement = self._statistics.layer_statistics(layer), self._actual.layer_placement(layer)
+        if statistics is None or placement is None:
+            return None
+        return LayerQuestion(
+            layer=layer,
+            version=placement.version,
+            slots=tuple(placement.slots),
+            statistics=replace(statistics, dispersion=self._state(layer).dispersion.value),
+        )
+
+    # Choice.
+
+    def _choose(self, now: float) -> str | None:
+        """The layers whose change saves most for the bytes that it takes; all experts of a model are equally large."""
+        worth = [
+            (-proposal.gain / proposal.num_loads, layer)
+            for layer in self._actual.model.moe_layers
+            if (proposal := self._worthwhile(layer, now)) is not None
+        ]
+        self._chosen.extend(layer for _, layer in sorted(worth)[: self.layer_updates_per_iter])
+        return f"chose layers {', '.join(map(str, self._chosen))}" if worth else None
+
+    def _worthwhile(self, layer: int, now: float) -> Proposal | None:
+        state, placement = self._state(layer), self._actual.layer_placement(layer)
+        proposal = state.proposal
+        if proposal is None or placement is None or not proposal.worthwhile or now < state.wait_until_s:
+            return None
+        return proposal if state.made_for == (self._actual.view.number, placement.version) else None
+
+    def _start(self, layer: int, now: float) -> str | None:
+        proposal = self._worthwhile(layer, now)
+        if proposal is None:
+            return f"passed layer {layer} over"
+        self._state(layer).proposal = None
+        self._migrations.start(layer, proposal.slots, (), _why(proposal), now)
+        return f"planned layer {layer}"
+
+
+def _why(proposal: Proposal) -> str:
+    before, after = proposal.before, proposal.after
+    parts = [f"balancedness {before.balancedness:.3f} → {after.balancedness:.3f}"]
+    if before.fanout_ranks is not None and after.fanout_ranks is not None:
+        parts.append(f"ranks a token {before.fanout_ranks:.2f} → {after.fanout_ranks:.2f}")
+    parts.append(f"gain {proposal.gain:.3f} over noise {proposal.noise:.3f}")
+    return ", ".join(parts)

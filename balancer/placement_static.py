@@ -1,0 +1,171 @@
+"""Static placement of one layer: as even as the servers' room allows, moving as little as possible.
+
+Dimensions: R expert ranks, S slots a rank in the global numbering, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Table = NDArray[np.int32]
+Held = NDArray[np.bool_]
+
+
+class CapacityError(ValueError):
+    """The servers together cannot hold every expert."""
+
+
+def usable_slots(num_experts: int, capacities: Sequence[int]) -> int:
+    """Slots that can hold an expert when no rank holds two replicas of one: beyond E a rank's room is of no use."""
+    return sum(min(capacity, num_experts) for capacity in capacities)
+
+
+def place_layer(num_experts: int, num_slots: int, capacities: Sequence[int], current_RS: Table | None = None) -> Table:
+    """Slot → expert for every expert rank.
+
+    Every expert gets a slot; replica counts differ by at most one; ranks hold equally many experts as far as their
+    room allows; no rank holds an expert twice. What ``current_RS`` has stays in its slot unless that would break one
+    of these. The same arguments give the same table.
+
+    Args:
+        num_slots: slots to fill over all ranks; cut to what the ranks can hold.
+        capacities: room of each of the R ranks.
+        current_RS: what the ranks hold now, -1 = empty; any width.
+
+    Returns:
+        int32 [R, max(capacities)], -1 = empty.
+
+    Raises:
+        CapacityError: fewer usable slots than experts.
+    """
+    assert num_slots >= num_experts
+    usable = usable_slots(num_experts, capacities)
+    if usable < num_experts:
+        raise CapacityError(f"{usable} usable slots a layer for {num_experts} experts")
+    current_RE = _held(current_RS, len(capacities), num_experts)
+    num_slots = min(num_slots, usable)
+    quota_R = _even_quotas(num_slots, np.minimum(capacities, num_experts), current_RE.sum(axis=1))
+    if not current_RE.any():
+        wanted_RE = _linear(num_experts, quota_R)
+    else:
+        replicas_E = _even_replicas(num_slots, current_RE.sum(axis=0))
+        wanted_RE = _thin_out(current_RE, quota_R, replicas_E)
+        _complete(wanted_RE, quota_R, replicas_E)
+    return _to_slots(wanted_RE, capacities, current_RS)
+
+
+def _held(current_RS: Table | None, num_ranks: int, num_experts: int) -> Held:
+    held_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
+    if current_RS is not None:
+        rank, slot = np.nonzero(current_RS >= 0)
+        held_RE[rank, current_RS[rank, slot]] = True
+    return held_RE
+
+
+def _even_quotas(num_slots: int, room_R: NDArray[np.int64], held_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Experts a rank: equal up to each rank's room; the odd ones go where most is held already."""
+    low, high = 0, int(room_R.max())
+    while low < high:  # the highest level that all ranks can fill up to
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(room_R, middle).sum() <= num_slots else (low, middle - 1)
+    quota_R = np.minimum(room_R, low).astype(np.int64)
+    by_held = np.argsort(-held_R, kind="stable")
+    has_room = by_held[room_R[by_held] > low]
+    quota_R[has_room[: num_slots - int(quota_R.sum())]] += 1
+    return quota_R
+
+
+def _even_replicas(num_slots: int, held_E: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Replicas of each expert: equal; the odd ones go to the experts that have most replicas already."""
+    base, odd = divmod(num_slots, len(held_E))
+    replicas_E = np.full(len(held_E), base, dtype=np.int64)
+    replicas_E[np.argsort(-held_E, kind="stable")[:odd]] += 1
+    return replicas_E
+
+
+def _linear(num_experts: int, quota_R: NDArray[np.int64]) -> Held:
+    """Experts 0, 1, 2, ... in order over the ranks, again from 0 for replicas: no rank sees an expert twice, since
+    none takes more than E in a row."""
+    held_RE = np.zeros((len(quota_R), num_experts), dtype=np.bool_)
+    ends_R = np.cumsum(quota_R)
+    for rank, end in enumerate(ends_R):
+        held_RE[rank, np.arange(end - quota_R[rank], end) % num_experts] = True
+    return held_RE
+
+
+def _thin_out(current_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64]) -> Held:
+    """The part of ``current_RE`` that fits the quotas: surplus goes first where both rank and expert have too much."""
+    kept_RE = current_RE.copy()
+    for rank in np.argsort(-(current_RE.sum(axis=1) - quota_R), kind="stable"):
+        surplus_E = np.maximum(kept_RE.sum(axis=0) - replicas_E, 0)
+        held = np.flatnonzero(kept_RE[rank])
+        over = len(held) - int(quota_R[rank])
+        if over > 0:
+            # Highest surplus first, then the highest expert id.
+            kept_RE[rank, held[np.lexsort((-held, -surplus_E[held]))[:over]]] = False
+    for expert in np.flatnonzero(kept_RE.sum(axis=0) > replicas_E):
+        holders = np.flatnonzero(kept_RE[:, expert])
+        fullest = holders[np.argsort(-kept_RE[holders].sum(axis=1), kind="stable")]
+        kept_RE[fullest[: len(holders) - int(replicas_E[expert])], expert] = False
+    return kept_RE
+
+
+def _complete(held_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64]) -> None:
+    """Add experts in place until every rank has its quota and every expert its replicas.
+
+    Where an expert is missing but each rank with room holds it already, experts move along a shortest augmenting path
+    of the bipartite graph ranks × experts. One exists as long as something is missing: near-equal replica counts are
+    majorised by every other split, so quotas ≤ E can always be met (Gale–Ryser).
+    """
+    while True:
+        missing = np.flatnonzero(held_RE.sum(axis=0) < replicas_E)
+        if len(missing) == 0:
+            return
+        room_R = quota_R - held_RE.sum(axis=1)
+        free = np.flatnonzero((room_R > 0) & ~held_RE[:, missing[0]])
+        if len(free):
+            held_RE[free[np.argmax(room_R[free])], missing[0]] = True
+        else:
+            _augment(held_RE, room_R > 0, int(missing[0]))
+
+
+def _augment(held_RE: Held, has_room_R: Held, expert: int) -> None:
+    """Give ``expert`` one more rank by handing other experts on, rank to rank, until one lands where there is room."""
+    came_from: dict[int, tuple[int, int]] = {}  # rank → (expert that it takes, rank that hands it over; -1 = new)
+    frontier = [(int(rank), expert, -1) for rank in np.flatnonzero(~held_RE[:, expert])]
+    while frontier:
+        following = []
+        for rank, taken, giver in frontier:
+            if rank in came_from:
+                continue
+            came_from[rank] = (taken, giver)
+            if has_room_R[rank]:
+                while rank != -1:
+                    taken, giver = came_from[rank]
+                    held_RE[rank, taken] = True
+                    if giver != -1:
+                        held_RE[giver, taken] = False
+                    rank = giver
+                return
+            handable_RE = held_RE[rank] & ~held_RE
+            following += [(int(to), int(np.argmax(handable_RE[to])), rank) for to in np.flatnonzero(handable_RE.any(1))]
+        frontier = following
+    raise AssertionError("quotas and replica counts cannot be met together")
+
+
+def _to_slots(wanted_RE: Held, capacities: Sequence[int], current_RS: Table | None) -> Table:
+    """Local slots: what stays keeps its slot, what comes takes the lowest free ones, in the order of expert ids."""
+    table_RS = np.full((len(capacities), max(capacities)), -1, dtype=np.int32)
+    for rank, capacity in enumerate(capacities):
+        missing_E = wanted_RE[rank].copy()
+        if current_RS is not None:
+            for slot, expert in enumerate(current_RS[rank, :capacity]):
+                if expert >= 0 and missing_E[expert]:
+                    table_RS[rank, slot] = expert
+                    missing_E[expert] = False
+        incoming = np.flatnonzero(missing_E)
+        table_RS[rank, np.flatnonzero(table_RS[rank, :capacity] < 0)[: len(incoming)]] = incoming
+    return table_RS

@@ -1,0 +1,348 @@
+"""The balancer's loop: desired membership against what the servers report, one small action a tick.
+
+Pure but for ``Effects``: time comes in as an argument, so every sequence of events can be replayed in a test.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from expertmesh.balancer.actual import LIVE, NO_SERVERS, Actual, Effects, Phase
+from expertmesh.balancer.control import PlacementControl
+from expertmesh.balancer.events import EventLog
+from expertmesh.balancer.faults import Strikes, Suspicions
+from expertmesh.balancer.members import Member
+from expertmesh.balancer.placement_file import PlacementFile
+from expertmesh.balancer.views import NoView, ViewPlan, next_view, still_missing
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.v1 import mesh_pb2
+
+log = logging.getLogger(__name__)
+
+LOST_KEPT_S = 300.0
+"""How long a lost server is still shown in the status."""
+
+
+class Reconciler:
+    """Call ``tick`` until it has nothing to do, whenever something came in or ``due_in_s`` have passed.
+
+    Args:
+        initial: mode offline: the placement that the first view starts with.
+    """
+
+    def __init__(
+        self,
+        config: MeshConfig,
+        actual: Actual,
+        *,
+        control: PlacementControl,
+        effects: Effects,
+        events: EventLog,
+        store_address: str,
+        initial: PlacementFile | None = None,
+    ) -> None:
+        self._config = config
+        self._settings = config.balancer
+        self._actual = actual
+        self._effects = effects
+        self._events = events
+        self._store_address = store_address
+        self._initial = initial
+        self._suspicions = Suspicions()
+        self._strikes = Strikes(config.balancer.view_timeout_s)
+        self._num_retries = 0  # views of the same members in a row
+        self._had_view = False  # somebody who is alive was in a view: the first formation is behind us
+        self._first_rank_s: float | None = None
+        self._wanted: frozenset[tuple[str, str]] = frozenset()
+        self._wanted_s = 0.0  # when the wanted membership last changed
+        self._last_tick_s: float | None = None
+        self._steps = (
+            self._lose,
+            self._fence_culprit,
+            self._adopt,
+            control.migrations.tick,  # before the next view: what ranks have switched to is what it starts from
+            self._form,
+            self._change_view,
+            self._tell,
+            control.applying.tick,
+            control.online.tick,
+            self._forget,
+        )
+
+    def tick(self, now: float) -> str | None:
+        """Take the next action that is due. Returns what was done, None when nothing was."""
+        self._forgive_own_stall(now)
+        for step in self._steps:
+            action = step(now)
+            if action is not None:
+                return action
+        return None
+
+    def due_in_s(self, now: float) -> float:
+        """When to tick again if nothing comes in."""
+        hurried = (
+            self._actual.phase in (Phase.BROKEN, Phase.ADOPTING) or now - self._wanted_s <= self._settings.settle_s
+        )
+        return max(self._settings.settle_s / 2, 0.005) if hurried else self._settings.heartbeat_s / 2
+
+    def _forgive_own_stall(self, now: float) -> None:
+        """When this process itself stood still, unread heartbeats wait in its sockets: silence proves nothing."""
+        stalled_s = 0.0 if self._last_tick_s is None else now - self._last_tick_s
+        if stalled_s > self._settings.lease_s / 2:
+            log.warning("the balancer stood still for %.1f s; leases are extended by it", stalled_s)
+            for member in self._actual.members.live():
+                self._actual.members.change(member, last_seen_s=min(now, member.last_seen_s + stalled_s))
+        self._last_tick_s = now
+
+    # Members that are gone.
+
+    def _lose(self, now: float) -> str | None:
+        for member in self._actual.members.live():
+            if member.draining and member.session is None:
+                self._actual.members.remove(member)
+                self._actual.remember_fenced(member.incarnation)
+                self._events.add("server_left", member.server_id, "its stream closed after it said that it leaves")
+                return f"let {member.server_id} go"
+            why = self._why_lost(member, now)
+            if why is not None:
+                self._give_up(member, "server_lost", why)
+                return f"gave {member.server_id} up"
+        return None
+
+    def _why_lost(self, member: Member, now: float) -> str | None:
+        actual, silent_s = self._actual, now - member.last_seen_s
+        if member.session is None and actual.phase in (Phase.FORMING, Phase.BROKEN) and actual.is_in_view(member):
+            return f"its stream is closed and view {actual.view.number} is {actual.phase}"
+        if silent_s > self._settings.lease_s:
+            return f"its stream is {'closed' if member.session is None else 'silent'} for {silent_s:.1f} s"
+        return None
+
+    def _give_up(self, member: Member, kind: str, why: str) -> None:
+        if member.is_rank:
+            self._actual.remember_fenced(member.incarnation)
+        if member.session is not None:
+            if member.is_rank:
+                self._effects.send(member.session, mesh_pb2.JoinResponse(fenced=mesh_pb2.Fenced(reason=why)))
+            self._effects.close(member.session)
+        self._actual.members.change(member, lost=True, session=None)
+        self._events.add(kind, member.server_id, why, logging.WARNING)
+
+    def _fence_culprit(self, now: float) -> str | None:
+        culprit = self._suspicions.culprit(now)
+        member = None if culprit is None else self._actual.members.get(culprit)
+        if member is None or member.lost:
+            return None
+        self._suspicions.clear()
+        self._give_up(member, "server_fenced", "its peers named it each time that a view broke")
+        return f"fenced {member.server_id}"
+
+    def _forget(self, now: float) -> str | None:
+        for member in self._actual.members:
+            if member.lost and now - member.last_seen_s > LOST_KEPT_S:
+                self._actual.members.remove(member)
+                return f"forgot {member.server_id}"
+        return None
+
+    # The view that is there.
+
+    def _adopt(self, now: float) -> str | None:
+        """After a restart: keep the view when all its ranks come back to it, else go on from those who do."""
+        actual = self._actual
+        if actual.phase is not Phase.ADOPTING:
+            return None
+        if actual.adopt_until_s is None:
+            actual.adopt_until_s = now + self._settings.lease_s
+        suspects = {suspect for named in actual.reports.values() for suspect in named}
+        ids = [rank.server_id for rank in actual.view.ranks]
+        missing = [s for s in ids if actual.members.get(s) is None and s not in suspects]
+        if missing and now < actual.adopt_until_s:
+            return None
+        own = actual.view_members()
+        ready = [member for member in own if actual.is_ready(member)]
+        self._had_view = bool(own)
+        subject, back = f"view {actual.view.number}", f"{len(ready)} of its {len(ids)} ranks came back to it"
+        if len(ready) == len(ids) and not actual.reports:
+            actual.set_phase(Phase.SERVING, now)
+            self._events.add("view_adopted", subject, back)
+        elif ready or actual.reports:
+            actual.set_phase(Phase.BROKEN, now)
+            self._events.add("view_broken", subject, back, logging.WARNING)
+        else:
+            actual.set_phase(Phase.NONE, now)
+            self._events.add("view_over", subject, back)
+        self._save()
+        return f"adopted {subject}: {actual.phase}"
+
+    def _form(self, now: float) -> str | None:
+        """A forming view serves when every rank is ready, and is given up when some are not in time."""
+        actual, number = self._actual, self._actual.view.number
+        if actual.phase is not Phase.FORMING:
+            return None
+        present = actual.view_members()
+        late = [member for member in present if not actual.is_ready(member)]
+        if not late and len(present) == len(actual.view.ranks):
+            actual.set_phase(Phase.SERVING, now)
+            for member in present:
+                self._strikes.clear(member.server_id)
+            self._events.add("view_serving", f"view {number}", f"all {len(present)} ranks are ready")
+            return f"view {number} serves"
+        if not late or now - actual.phase_s < self._settings.view_timeout_s:
+            return None
+        actual.set_phase(Phase.BROKEN, now)
+        if len(late) == len(actual.view.ranks):  # nobody is to blame alone
+            self._events.add("view_broken", f"view {number}", "no rank was ready in time", logging.WARNING)
+            return f"gave view {number} up"
+        for member in late:
+            wait_s = self._strikes.add(member.server_id, now)
+            why = f"it was not ready for view {number} within {self._settings.view_timeout_s:g} s"
+            self._give_up(member, "server_fenced", why + (f"; kept out for {wait_s:g} s" if wait_s else ""))
+        return f"fenced {len(late)} ranks that were late for view {number}"
+
+    # The view that should be there.
+
+    def _candidates(self, now: float) -> list[Member]:
+        """Ranks that belong in the next view. A closed stream alone takes nobody out of a view that serves."""
+        actual = self._actual
+        return [
+            member
+            for member in actual.members.ranks()
+            if not member.draining
+            and not self._strikes.is_waiting(member.server_id, now)
+            and (member.session is not None or (actual.phase is Phase.SERVING and actual.is_in_view(member)))
+        ]
+
+    def _change_view(self, now: float) -> str | None:
+        actual = self._actual
+        if actual.phase is Phase.ADOPTING:
+            return None
+        candidates = self._candidates(now)
+        wanted = frozenset(member.key for member in candidates)
+        if wanted != self._wanted:
+            self._wanted, self._wanted_s = wanted, now
+        present = frozenset((rank.server_id, rank.incarnation) for rank in actual.view.ranks)
+        if actual.phase is Phase.SERVING and wanted == present:
+            return None
+        if actual.phase is Phase.FORMING and wanted >= present:  # joins wait until the view stands
+            return None
+        if actual.phase is Phase.NONE:
+            waiting_for = self._wait_for_formation(candidates, now)
+            if waiting_for is not None:
+                return self._pause(waiting_for, now)
+        if now < self._settled_s(wanted == present) or self._waits_for_proof(candidates):
+            return None
+        return self._publish(candidates, now)
+
+    def _settled_s(self, same_members: bool) -> float:
+        """From when on the next view may be published; one that keeps breaking comes back more and more slowly."""
+        delay_s = self._settings.settle_s
+        if same_members:
+            delay_s = min(delay_s * 2.0**self._num_retries, self._settings.lease_s)
+        broken_s = self._actual.phase_s if self._actual.phase is Phase.BROKEN else 0.0
+        return max(self._wanted_s, broken_s) + delay_s
+
+    def _wait_for_formation(self, candidates: Sequence[Member], now: float) -> str | None:
+        """Why the first view is not formed yet."""
+        if not self._actual.members.ranks():
+            self._had_view = False
+            self._first_rank_s = None
+            return NO_SERVERS
+        if self._had_view:
+            return None
+        if self._first_rank_s is None:
+            self._first_rank_s = now
+        if now - self._first_rank_s >= self._settings.formation_timeout_s:
+            return None
+        return still_missing(self._config, candidates)
+
+    def _waits_for_proof(self, candidates: Sequence[Member]) -> bool:
+        """A member without a stream could not hear of a view, and a suspect that hangs would stall it: both get until
+        the end of their lease to show that they live."""
+        broken = self._actual.phase is Phase.BROKEN
+        suspects = {suspect for named in self._actual.reports.values() for suspect in named}
+        return any(
+            member.session is None
+            or (broken and member.server_id in suspects and member.last_seen_s < self._actual.phase_s)
+            for member in candidates
+        )
+
+    def _publish(self, candidates: Sequence[Member], now: float) -> str | None:
+        actual = self._actual
+        plan = ViewPlan(
+            number=max(actual.highest_number, actual.view.number) + 1,
+            num_slots=self._config.expert.num_slots,
+            store_address=self._store_address,
+            secret=self._effects.new_secret(),
+            fingerprint=actual.fingerprint,
+            ledger=actual.ledger,
+            initial=self._initial,
+        )
+        view = next_view(candidates, plan, actual.view)
+        if isinstance(view, NoView):
+            return self._pause(view.reason, now)
+        why = self._why_changed()
+        if why == "broken":  # a death explains itself
+            self._suspicions.record(actual.reports, now)
+        self._num_retries = self._num_retries + 1 if why == "broken" else 0
+        self._had_view = True
+        actual.view = view
+        actual.reports.clear()
+        actual.set_phase(Phase.FORMING, now)
+        names = ", ".join(rank.server_id for rank in view.ranks)
+        self._events.add("view_published", f"view {view.number}", f"{why}: {names}")
+        self._effects.view_published(why)
+        self._save()
+        return f"published view {view.number} ({why})"
+
+    def _why_changed(self) -> str:
+        if self._actual.phase is Phase.NONE:
+            return "formation"
+        before = {(rank.server_id, rank.incarnation) for rank in self._actual.view.ranks}
+        gone = [self._actual.members.get(server_id) for server_id, _ in before - self._wanted]
+        if gone:
+            return "leave" if all(member is None or member.draining for member in gone) else "death"
+        return "broken" if self._wanted == before else "join"
+
+    def _pause(self, reason: str, now: float) -> str | None:
+        actual = self._actual
+        if actual.phase is Phase.NONE and actual.pause_reason == reason:
+            return None
+        actual.pause_reason = reason
+        if actual.phase in LIVE:
+            actual.set_phase(Phase.NONE, now)
+            actual.reports.clear()
+            self._events.add("paused", f"view {actual.view.number}", reason, logging.WARNING)
+            self._save()
+        else:
+            self._events.add("waiting", "mesh", reason)
+        return f"paused: {reason}"
+
+    def _tell(self, now: float) -> str | None:
+        """Bring every open stream up to date: the view that lives, or why there is none."""
+        actual, told = self._actual, 0
+        for member in actual.members.live():
+            if member.session is None:
+                continue
+            if actual.phase in (Phase.FORMING, Phase.SERVING) and member.sent_view != actual.view.number:
+                self._effects.send(member.session, mesh_pb2.JoinResponse(view=self._view_for(member)))
+                actual.members.change(member, sent_view=actual.view.number, sent_pause="")
+            elif actual.phase is Phase.NONE and member.sent_pause != actual.pause_reason:
+                pause = mesh_pb2.Pause(reason=actual.pause_reason)
+                self._effects.send(member.session, mesh_pb2.JoinResponse(pause=pause))
+                actual.members.change(member, sent_pause=actual.pause_reason)
+            else:
+                continue
+            told += 1
+        what = "the pause" if actual.phase is Phase.NONE else f"view {actual.view.number}"
+        return f"told {told} servers of {what}" if told else None
+
+    def _view_for(self, member: Member) -> mesh_pb2.View:
+        """The secret is for the view's ranks alone."""
+        if self._actual.is_in_view(member):
+            return self._actual.view
+        without_secret = mesh_pb2.View.FromString(self._actual.view.SerializeToString())
+        without_secret.ClearField("secret")
+        return without_secret
+
+    def _save(self) -> None:
+        self._effects.save(self._actual.durable())

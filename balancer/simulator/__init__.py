@@ -1,0 +1,1 @@
+"""Replays recorded routing against placements: ``simulate`` on traces, scores from tokens."""

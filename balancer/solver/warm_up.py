@@ -1,0 +1,28 @@
+"""Compile the solver's kernels ahead of need: ``python -m expertmesh.balancer.solver.warm_up``.
+
+The first solve on a machine compiles for about 25 s of CPU time, most of it under Python's lock; from then on the
+kernels come from numba's cache in half a second. A service runs this in a child process before it solves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from expertmesh.balancer.solver.linear import linear
+from expertmesh.balancer.solver.solve import Budget, SolverOptions, solve_layer
+from expertmesh.balancer.solver.topology import Topology
+
+
+def warm_up() -> None:
+    """Run every kernel once, on a layer of four experts."""
+    topology = Topology.even(num_slots=6, num_ranks=3, num_nodes=2)
+    load_E, pair_EE = np.array([4.0, 3.0, 2.0, 1.0]), np.ones((4, 4))
+    current = linear(4, topology)
+    options = SolverOptions(proposals=10)
+    for pairs in (None, pair_EE):
+        solve_layer(load_E, pairs, topology, options, current=current)
+        solve_layer(load_E, pairs, topology, options, current=current, budget=Budget(slots=2))
+
+
+if __name__ == "__main__":
+    warm_up()

@@ -1,0 +1,184 @@
+"""From the members to the next view, or to the reason why there is none. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expertmesh.balancer.ledger import Ledger
+from expertmesh.balancer.members import Member
+from expertmesh.balancer.placement_file import PlacementFile
+from expertmesh.balancer.placement_rules import PlacementError, arrange
+from expertmesh.balancer.placement_static import Table, place_layer, usable_slots
+from expertmesh.balancer.policy import Layout
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.view import HOSTS_EXPERTS
+from expertmesh.v1 import mesh_pb2
+
+PlaceLayer = Callable[[int, int, Sequence[int], Table | None], Table]
+"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS) → table_RS."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoView:
+    """Why no view can be formed, as a user should read it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPlan:
+    """What a new view needs beside its members."""
+
+    number: int
+    num_slots: int | None  # to fill in a layer; None = one for each expert
+    store_address: str
+    secret: bytes
+    fingerprint: str = ""  # of the members' model
+    ledger: Ledger = field(default_factory=Ledger)
+    initial: PlacementFile | None = None  # for a view whose ranks hold nothing yet
+
+
+def still_missing(config: MeshConfig, members: Sequence[Member]) -> str | None:
+    """Which of the configured servers are not there yet; None when all are."""
+    attention_wanted = config.attention.servers + config.both_servers
+    attention = sum(member.has_attention for member in members)
+    expert = sum(member.has_experts for member in members)
+    if attention >= attention_wanted and expert >= config.num_expert_ranks:
+        return None
+    return (
+        f"waiting for the configured servers: {attention} of {attention_wanted} attention halves "
+        f"and {expert} of {config.num_expert_ranks} expert halves are there"
+    )
+
+
+def next_view(
+    members: Sequence[Member], plan: ViewPlan, previous: mesh_pb2.View, place: PlaceLayer = place_layer
+) -> mesh_pb2.View | NoView:
+    """The view of exactly these members.
+
+    Ranks are attention and both first, then experts, each by server id. Experts stay in the slots that ``previous``
+    gave to the same incarnations. A layer's version grows when a slot of a server holds another expert than before.
+
+    Args:
+        previous: the view published last, live or not; an empty message when there was none.
+    """
+    ordered = sorted(members, key=lambda member: (not member.has_attention, member.server_id))
+    hosts = [member for member in ordered if member.has_experts]
+    if not any(member.has_attention for member in ordered):
+        return NoView(reason="no attention server is in the mesh: start one")
+    if not hosts:
+        return NoView(reason="no expert server is in the mesh: start one")
+    model = hosts[0].registration.model
+    capacities = [member.registration.num_slots for member in hosts]
+    usable = usable_slots(model.num_experts, capacities)
+    if usable < model.num_experts:
+        return NoView(
+            reason=f"the {len(hosts)} expert servers in the mesh have room for {usable} of the model's "
+            f"{model.num_experts} experts a layer: start another expert server or raise expert.slots_per_server"
+        )
+    view = mesh_pb2.View(
+        number=plan.number,
+        slots_per_rank=max(capacities),
+        store_address=plan.store_address,
+        secret=plan.secret,
+        ranks=[_rank(number, member) for number, member in enumerate(ordered)],
+    )
+    _place(view, model, plan, capacities, previous, place)
+    if plan.initial is not None and not _old_ranks(view, previous):
+        mistake = _place_as(view, model, plan.initial, plan.fingerprint)
+        if mistake is not None:
+            return NoView(reason=f"balancer.placement_file: {mistake}")
+    return view
+
+
+def slot_servers(view: mesh_pb2.View) -> list[str]:
+    """Global slot → server id."""
+    return [rank.server_id for rank in view.ranks if rank.role in HOSTS_EXPERTS for _ in range(view.slots_per_rank)]
+
+
+def _rank(number: int, member: Member) -> mesh_pb2.Rank:
+    registration = member.registration
+    return mesh_pb2.Rank(
+        rank=number,
+        server_id=registration.server_id,
+        incarnation=registration.incarnation,
+        role=registration.role,
+        node=registration.node,
+        grpc_address=registration.grpc_address,
+        rank_address=registration.rank_address,
+        num_slots=registration.num_slots if member.has_experts else 0,
+    )
+
+
+def _place(
+    view: mesh_pb2.View,
+    model: mesh_pb2.ModelShape,
+    plan: ViewPlan,
+    capacities: Sequence[int],
+    previous: mesh_pb2.View,
+    place: PlaceLayer,
+) -> None:
+    """Fill in ``view.placement``; layers that hold the same now are solved once."""
+    old_layers = {layer.layer: layer for layer in previous.placement}
+    old_hosts = {(rank.server_id, rank.incarnation): i for i, rank in enumerate(_hosts(previous))}
+    came_from = [old_hosts.get((rank.server_id, rank.incarnation)) for rank in _hosts(view)]
+    num_slots = max(plan.num_slots or 0, model.num_experts)
+    moved = came_from != list(range(len(old_hosts))) or view.slots_per_rank != previous.slots_per_rank
+    solved: dict[bytes, Table] = {}
+    for layer in model.moe_layers:
+        old = old_layers.get(layer)
+        if old is not None and not moved:  # as good as it was, and perhaps made with care
+            version = plan.ledger.next_version(layer, old.version, changes=False)
+            view.placement.add(layer=layer, version=version, slots=old.slots, quotas=old.quotas)
+            continue
+        current_RS = _current(old, previous, view.slots_per_rank, came_from)
+        key = current_RS.tobytes()
+        if key not in solved:
+            solved[key] = place(model.num_experts, num_slots, capacities, current_RS)
+        version = plan.ledger.next_version(layer, 0 if old is None else old.version, changes=True)
+        view.placement.add(layer=layer, version=version, slots=solved[key].ravel().tolist())
+
+
+def _place_as(view: mesh_pb2.View, model: mesh_pb2.ModelShape, file: PlacementFile, fingerprint: str) -> str | None:
+    """Replace ``view.placement`` by the file's, as far as it has the layers. Returns why it cannot be."""
+    mistake = file.mismatch(model, fingerprint)
+    if mistake is not None:
+        return mistake
+    layout, wanted = Layout.of(view), {layer.layer: layer for layer in file.layers}
+    try:
+        for placement in view.placement:
+            if placement.layer in wanted:
+                version = placement.version
+                placement.CopyFrom(arrange(wanted[placement.layer], file.slot_servers, layout, model.num_experts))
+                placement.version = version
+    except PlacementError as error:
+        return f"{file.source}: {error}"
+    return None
+
+
+def _old_ranks(view: mesh_pb2.View, previous: mesh_pb2.View) -> set[tuple[str, str]]:
+    """Ranks that were in the view before and hold experts."""
+    before = {(rank.server_id, rank.incarnation) for rank in _hosts(previous)}
+    return before & {(rank.server_id, rank.incarnation) for rank in _hosts(view)}
+
+
+def _hosts(view: mesh_pb2.View) -> list[mesh_pb2.Rank]:
+    return [rank for rank in view.ranks if rank.role in HOSTS_EXPERTS]
+
+
+def _current(
+    old: mesh_pb2.LayerPlacement | None, previous: mesh_pb2.View, width: int, came_from: Sequence[int | None]
+) -> Table:
+    """int32 [R, width]: what the new view's expert ranks hold of a layer now."""
+    current_RS = np.full((len(came_from), width), -1, dtype=np.int32)
+    if old is None:
+        return current_RS
+    old_RS = np.array(old.slots, dtype=np.int32).reshape(-1, previous.slots_per_rank)
+    for rank, old_rank in enumerate(came_from):
+        if old_rank is not None:
+            kept = old_RS[old_rank, :width]
+            current_RS[rank, : len(kept)] = kept
+    return current_RS

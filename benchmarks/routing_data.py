@@ -1,0 +1,87 @@
+"""Reads the published routing and arrival data that the balancer's benchmark runs on, and makes traces of them.
+
+The folder is not part of the repository: its README names the sources. Files are ``.npz`` or text, xz-compressed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int16]
+
+
+def read_npz_xz(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The arrays of an xz-compressed ``.npz``; pickles are refused."""
+    with np.load(io.BytesIO(lzma.open(path).read()), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def combinadic_sets(num_experts: int, top_k: int) -> Ids:
+    """int16 [C(num_experts, top_k), top_k]: row i is the ascending set whose combinadic rank is i.
+
+    The rank of a < b < c < d is C(a,1) + C(b,2) + C(c,3) + C(d,4).
+    """
+    remaining = np.arange(comb(num_experts, top_k))
+    sets_NK = np.empty((len(remaining), top_k), np.int16)
+    for k in range(top_k, 0, -1):
+        binomial = np.array([comb(member, k) for member in range(num_experts + 1)])
+        member = np.searchsorted(binomial, remaining, side="right") - 1
+        sets_NK[:, k - 1] = member
+        remaining = remaining - binomial[member]
+    return sets_NK
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Chosen experts ``topk_LTK`` of every token, with the sequence and the dataset that each token is of."""
+
+    num_experts: int
+    topk_LTK: Ids
+    sequence_T: NDArray[np.int64]
+    dataset_T: NDArray[np.str_]
+
+
+def gptoss_tokens(data: Path) -> Tokens:
+    """gpt-oss-20b: top-4 of 32, 24 layers, 215,438 generated tokens of 703 sequences."""
+    arrays = read_npz_xz(data / "gptoss20b_topk_sets.npz.xz")
+    with gzip.open(data / "gptoss20b_sequences.json.gz", "rt") as file:
+        rows = json.load(file)["rows"]
+    sequence_T = arrays["seq"].astype(np.int64)
+    return Tokens(
+        num_experts=32,
+        topk_LTK=combinadic_sets(32, 4)[arrays["code"].astype(np.int64)],
+        sequence_T=sequence_T,
+        dataset_T=np.array([row[0] for row in rows])[sequence_T],
+    )
+
+
+def r1_loads(data: Path) -> NDArray[np.float64]:
+    """DeepSeek-R1's load per expert [58, 256], rebuilt from published histograms; expert ids carry no structure."""
+    return read_npz_xz(data / "deepseek_r1_load_reconstructed.npz.xz")["share_perm"].astype(np.float64)
+
+
+def gemma4_loads(data: Path) -> NDArray[np.float64]:
+    """Gemma-4-26B-A4B's load per expert [30, 128]."""
+    return read_npz_xz(data / "gemma4_26b_a4b_expert_counts.npz.xz")["all"].astype(np.float64)
+
+
+def tokens_with_loads(load_E: NDArray[np.float64], *, top_k: int, num_tokens: int, seed: int) -> Ids:
+    """Synthetic tokens int16 [tokens, K] whose loads are about ``load_E`` and whose experts come in topics.
+
+    Every token is of one of 24 topics that each favour some experts; the K largest of log load + topic + Gumbel noise
+    are chosen. Only for sizes and times: co-activation at this scale has not been published.
+    """
+    rng = np.random.default_rng(seed)
+    topic_PE = 1.5 * rng.standard_normal((24, len(load_E)))
+    logits_PE = np.log(load_E / load_E.sum() + 1e-9) + topic_PE
+    logits_TE = logits_PE[rng.integers(0, 24, num_tokens)] + rng.gumbel(size=(num_tokens, len(load_E)))
+    return np.argpartition(-logits_TE, top_k, axis=1)[:, :top_k].astype(np.int16)

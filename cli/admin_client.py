@@ -1,0 +1,90 @@
+"""What every `expertmesh balancer` command shares: its options, the connection, errors as one line, plain tables."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from expertmesh.cli.addresses import balancer_address
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import TlsConfig, load_config
+from expertmesh.v1 import admin_pb2_grpc
+
+BalancerOption = Annotated[
+    str | None,
+    typer.Option("--balancer", metavar="HOST:PORT", help="Unset = EXPERTMESH_BALANCER, else the mesh of this folder."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="mesh.yaml whose tls section is used to connect; unset = no TLS.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+
+TIMEOUT_S = 10.0
+_PIPE_WIDTH = 1000
+
+
+def run(
+    ask: Callable[[admin_pb2_grpc.AdminServiceStub], Awaitable[None]],
+    balancer: str | None,
+    config_file: Path | None,
+) -> None:
+    """
+    Raises:
+        typer.Exit: with 1, after a line on stderr, when the balancer does not answer or refuses.
+        UserError: the address or the configuration is wrong.
+    """
+    address = balancer_address(balancer)
+    tls = load_config(config_file).tls if config_file is not None else TlsConfig()
+
+    async def talk() -> None:
+        async with _admin(address, tls) as stub:
+            await ask(stub)
+
+    try:
+        asyncio.run(talk())
+    except grpc.aio.AioRpcError as error:
+        typer.echo(f"error: {_explain(error, address)}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@asynccontextmanager
+async def _admin(address: str, tls: TlsConfig) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
+    async with rpc.open_channel(address, tls) as channel:
+        yield admin_pb2_grpc.AdminServiceStub(channel)
+
+
+def _explain(error: grpc.aio.AioRpcError, address: str) -> str:
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return (
+            f"the balancer at {address} cannot be reached ({error.details()}): is the mesh running? "
+            "Give another address with --balancer or EXPERTMESH_BALANCER"
+        )
+    return f"the balancer at {address} answered {error.code().name}: {error.details()}"
+
+
+def console() -> Console:
+    """A pipe has no width to fit into."""
+    made = Console()
+    return made if made.is_terminal else Console(width=_PIPE_WIDTH)
+
+
+def table(*columns: str) -> Table:
+    made = Table(box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, no_wrap=True)
+    return made
+
+
+def print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value))

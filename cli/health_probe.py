@@ -1,0 +1,47 @@
+"""Asks a server's standard health service, blocking: for the launcher, which has no event loop."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import TlsConfig
+
+
+class HealthProbe:
+    """One connection to ``address``; a context manager."""
+
+    def __init__(self, address: str, tls: TlsConfig) -> None:
+        self._channel = _channel(address, tls)
+        self._stub = health_pb2_grpc.HealthStub(self._channel)
+
+    def is_serving(self, timeout_s: float = 1.0) -> bool:
+        """Whether the server as a whole says SERVING now; a server that cannot be reached does not."""
+        try:
+            answer = self._stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                return False
+            raise
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+
+def _channel(address: str, tls: TlsConfig) -> grpc.Channel:
+    # Without retries of its own: the caller asks again anyway, and grpc's back-off would grow past its patience.
+    options = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
+    credentials = rpc.channel_credentials(tls)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)

@@ -1,0 +1,304 @@
+"""A whole mesh as supervised processes on this machine: what ``expertmesh up`` and the tests start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from expertmesh.cli.health_probe import HealthProbe
+from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
+from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
+from expertmesh.mesh.config import MeshConfig, parse_config
+from expertmesh.mesh.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BALANCER_READY_TIMEOUT_S = 30.0
+HEALTH_POLL_S = 0.05
+STOP_TIMEOUT_S = 8.0
+"""For one group of services; twice SIGTERM's usual need, then SIGKILL."""
+
+
+class MeshFailedError(RuntimeError):
+    """A service gave up, or the mesh was not ready in time; ``exit_code`` is 2 when the user can mend it."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class MeshInterruptedError(RuntimeError):
+    """``LocalMesh.interrupt`` was called while somebody waited for the mesh."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+class LocalMesh:
+    """Balancer, router and ranks of one configuration, on loopback, each a process under supervision.
+
+    Blocking and thread-safe: ``start`` returns when every process has been started, ``wait_ready`` when the router can
+    serve; ``stop`` ends all. A context manager does the three.
+
+    Args:
+        config: its counts of servers decide what is started; ports of 0 are picked by the services.
+        state_dir: for the effective mesh.yaml, logs and the balancer's state; released by ``stop``.
+        run_file: tells other commands the addresses while the mesh is ready.
+        restart: start services again when they die.
+
+    Raises:
+        UserError: a setting cannot be used on one machine.
+    """
+
+    def __init__(
+        self,
+        config: MeshConfig,
+        state_dir: StateDir,
+        *,
+        run_file: RunFile | None = None,
+        restart: bool = True,
+        on_event: Callable[[ProcessEvent], None] = lambda event: None,
+    ) -> None:
+        if config.telemetry.metrics_port:
+            raise UserError(
+                "telemetry.metrics_port",
+                f"the processes of a local mesh cannot share port {config.telemetry.metrics_port}",
+                "set it to 0: each process picks a port and logs it",
+            )
+        self._claim = state_dir
+        self.state_dir = state_dir.path
+        self.config_file = self.state_dir / "mesh.yaml"
+        self._config = _with_balancer_state(config, self.state_dir)
+        self._run_file = run_file
+        self._restart = restart
+        self._on_event = on_event
+        self._changed = threading.Condition()
+        self._failure: MeshFailedError | MeshInterruptedError | None = None
+        self._ready: set[str] = set()
+        self._servers = {
+            server_id: self._service(role, server_id) for role, server_id in planned_services(self._config)
+        }
+
+    @property
+    def config(self) -> MeshConfig:
+        """As the services see it: with the balancer's address once that is known."""
+        return self._config
+
+    @property
+    def servers(self) -> dict[str, ServiceProcess]:
+        """By id: ``balancer``, ``router-0``, ``attention-0`` ..., ``expert-0`` ..., ``both-0`` ..."""
+        return dict(self._servers)
+
+    @property
+    def router(self) -> str:
+        """``host:port``, once ready."""
+        return _known_address(self._servers["router-0"])
+
+    @property
+    def balancer(self) -> str:
+        """``host:port``, once started."""
+        return _known_address(self._servers["balancer"])
+
+    def start(self) -> None:
+        """Start the balancer, wait for its address, start all others at once.
+
+        Raises:
+            MeshFailedError: the balancer does not start.
+        """
+        self._write_config()
+        balancer = self._servers["balancer"]
+        balancer.start()
+        self._wait_for(lambda: balancer.id in self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
+        for server in self._servers.values():
+            if server is not balancer:
+                server.start()
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Until every process is up and the router's health is SERVING.
+
+        Raises:
+            MeshFailedError: a service gave up, or it took longer than ``timeout_s``.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        self._wait_for(lambda: len(self._ready) == len(self._servers), timeout_s, "every service to start")
+        with HealthProbe(self.router, self._config.tls) as probe:
+            while not probe.is_serving():
+                if time.monotonic() > deadline_s:
+                    raise MeshFailedError(
+                        f"the router cannot serve after {timeout_s:.0f} s: see {self.state_dir}/*.log"
+                    )
+                with self._changed:
+                    self._changed.wait(HEALTH_POLL_S)
+                self.raise_failure()
+        for server in self._servers.values():
+            server.established = True
+        if self._run_file is not None:
+            self._run_file.write(self.router, self.balancer)
+
+    def wait_failed(self, timeout_s: float | None = None) -> None:
+        """Wait until a service gives up, or for ``timeout_s``.
+
+        Raises:
+            MeshFailedError: a service gave up.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None, timeout_s)
+        self.raise_failure()
+
+    def interrupt(self, number: signal.Signals) -> bool:
+        """End every wait with ``MeshInterruptedError``; False when the mesh had been interrupted before."""
+        with self._changed:
+            if isinstance(self._failure, MeshInterruptedError):
+                return False
+            self._failure = MeshInterruptedError(number)
+            self._changed.notify_all()
+        return True
+
+    def raise_failure(self) -> None:
+        """
+        Raises:
+            MeshFailedError: a service gave up.
+            MeshInterruptedError: ``interrupt`` was called.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def kill(self, server_id: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one service; supervision starts it again unless it ends with 0."""
+        self._servers[server_id].kill(number)
+
+    def kill_all(self) -> None:
+        """SIGKILL every service, for good. ``stop`` still has to be called, and has nothing to wait for."""
+        for server in self._servers.values():
+            server.stop_restarting()
+            server.kill(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM the router, then the ranks together, then the balancer; SIGKILL what does not end in time."""
+        for server in self._servers.values():
+            server.stop_restarting()
+        for roles in (("router",), ("attention", "both", "expert"), ("balancer",)):
+            group = [server for server in self._servers.values() if server.role in roles]
+            deadline_s = time.monotonic() + STOP_TIMEOUT_S
+            for server in group:
+                server.begin_stop()
+            for server in group:
+                server.finish_stop(max(0.1, deadline_s - time.monotonic()))
+        if self._run_file is not None:
+            self._run_file.remove()
+        self._claim.release()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _service(self, role: str, server_id: str) -> ServiceProcess:
+        log_file = self.state_dir / f"{server_id}.log"
+        log_file.write_bytes(b"")
+        return ServiceProcess(
+            role=role,
+            server_id=server_id,
+            command=lambda: self._command(role, server_id),
+            environment=_environment(self._config, role),
+            log_file=log_file,
+            on_event=self._on_process_event,
+            restart=self._restart,
+        )
+
+    def _command(self, role: str, server_id: str) -> Sequence[str]:
+        serve = ["serve", role, "--id", server_id, "--config", str(self.config_file), "--stop-with-stdin"]
+        return [sys.executable, "-P", "-m", "expertmesh.cli.main", *serve]
+
+    def _on_process_event(self, event: ProcessEvent) -> None:
+        log.info("%s: %s", event.server_id, event.text)
+        with self._changed:
+            if event.kind == "ready":
+                self._ready.add(event.server_id)
+                self._remember_address(self._servers[event.server_id])
+            if event.kind == "failed" and self._failure is None:
+                self._failure = MeshFailedError(
+                    f"{event.server_id}: {event.text}" if event.exit_code != USER_ERROR_STATUS else event.text,
+                    USER_ERROR_STATUS if event.exit_code == USER_ERROR_STATUS else 1,
+                )
+            self._changed.notify_all()
+        self._on_event(event)
+
+    def _remember_address(self, server: ServiceProcess) -> None:
+        """A router or balancer that starts again must be found where it was."""
+        if server.role not in ("router", "balancer"):
+            return
+        address = _known_address(server)
+        update: dict[str, object] = {"port": int(address.rpartition(":")[2])}
+        if server.role == "balancer":
+            update["address"] = address
+        section = getattr(self._config, server.role).model_copy(update=update)
+        self._config = self._config.model_copy(update={server.role: section})
+        self._write_config()
+
+    def _write_config(self) -> None:
+        data = self._config.model_dump(mode="json", exclude_none=True)
+        write_atomically(self.config_file, yaml.safe_dump(data, sort_keys=False))
+
+    def _wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or condition(), timeout_s)
+        self.raise_failure()
+        if not condition():
+            missing = ", ".join(sorted(set(self._servers) - self._ready))
+            raise MeshFailedError(
+                f"waited {timeout_s:.0f} s for {what}; not ready: {missing}; see {self.state_dir}/*.log"
+            )
+
+
+def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
+    """(role, id) of every process of a local mesh, the balancer first."""
+    yield "balancer", "balancer"
+    yield "router", "router-0"
+    counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
+    for role, count in counts.items():
+        for index in range(count):
+            yield role, f"{role}-{index}"
+
+
+def _known_address(server: ServiceProcess) -> str:
+    assert server.address is not None, f"{server.id} has no address yet"
+    return server.address
+
+
+def _with_balancer_state(config: MeshConfig, state_dir: Path) -> MeshConfig:
+    if config.balancer.state_dir is not None:
+        return config
+    # Every start of a local mesh is a new mesh: what an earlier one knew about its processes is void.
+    state = state_dir / "balancer"
+    shutil.rmtree(state, ignore_errors=True)
+    return parse_config(
+        {**config.model_dump(), "balancer": {**config.balancer.model_dump(), "state_dir": state}}, "the configuration"
+    )
+
+
+def _environment(config: MeshConfig, role: str) -> dict[str, str]:
+    threads = config.expert.num_threads if role == "expert" else config.attention.num_threads
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {**os.environ, **limits, "PYTHONSAFEPATH": "1"}

@@ -1,0 +1,153 @@
+"""``expertmesh up``: a whole mesh on this machine, alone or around a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from expertmesh.cli.addresses import RUN_FILE
+from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError, MeshInterruptedError
+from expertmesh.cli.progress import Progress, progress_for
+from expertmesh.cli.signals import SignalWatch
+from expertmesh.cli.state_dir import RunFile, StateDir
+from expertmesh.mesh.config import MeshConfig, load_config, parse_config
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+COMMAND_GRACE_S = 5.0
+"""How long COMMAND may take to end after the signal that ends `up`."""
+
+
+def up(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- COMMAND ...]", help="Run beside the mesh, then stop the mesh.")
+    ] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="mesh.yaml; unset = every default.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder; unset = the demo model.")] = None,
+    attention: Annotated[int | None, typer.Option(help="Attention servers.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Expert servers.")] = None,
+    both: Annotated[
+        int | None, typer.Option(help="Colocated servers; alone, it sets --attention and --experts to 0.")
+    ] = None,
+    num_slots: Annotated[int | None, typer.Option(help="Slots a layer, over all servers.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    port: Annotated[int | None, typer.Option(help="The router's port; 0 = any free port.")] = None,
+) -> None:
+    """Start a local mesh and print `router listening on HOST:PORT` when it can serve.
+
+    Without COMMAND it serves until Ctrl-C or SIGTERM. With COMMAND it runs it with EXPERTMESH_ROUTER and
+    EXPERTMESH_BALANCER set, then stops the mesh and exits with the command's status.
+    """
+    overrides: dict[str, Any] = {
+        "model.path": model,
+        "model.dtype": dtype,
+        "attention.servers": 0 if both and attention is None else attention,
+        "expert.servers": 0 if both and experts is None else experts,
+        "expert.num_slots": num_slots,
+        "both_servers": both,
+        "router.port": port,
+    }
+    config = with_overrides(load_config(config_file), overrides)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True)
+    progress = progress_for(console)
+    state_dir = StateDir.claim_free(RUN_FILE.parent, config.name)
+    run_file = RunFile(RUN_FILE, state_dir.path)
+    mesh = LocalMesh(config, state_dir, run_file=run_file, on_event=progress.event)
+    raise typer.Exit(_run(mesh, progress, command or []))
+
+
+def with_overrides(config: MeshConfig, overrides: dict[str, Any]) -> MeshConfig:
+    """``config`` with dotted keys replaced, validated as a whole; None leaves a key as it is.
+
+    Raises:
+        UserError: the result is not valid.
+    """
+    data = config.model_dump()
+    for key, value in overrides.items():
+        if value is not None:
+            *sections, last = key.split(".")
+            section = data
+            for name in sections:
+                section = section[name]
+            section[last] = value
+    return parse_config(data, "the command line")
+
+
+def _run(mesh: LocalMesh, progress: Progress, command: Sequence[str]) -> int:
+    def on_signal(number: signal.Signals) -> None:
+        if mesh.interrupt(number):
+            return
+        progress.say("killing the services")  # the second signal: somebody does not want to wait
+        mesh.kill_all()
+
+    with SignalWatch(on_signal):
+        try:
+            _start(mesh, progress)
+            return _run_command(mesh, command) if command else _serve_on(mesh)
+        except MeshInterruptedError as error:
+            return 130 if error.number == signal.SIGINT else 0
+        except MeshFailedError as error:
+            typer.echo(f"error: {error}", err=True)
+            return error.exit_code
+        finally:
+            progress.say("stopping the mesh")
+            mesh.stop()
+            progress.say("stopped")
+
+
+def _start(mesh: LocalMesh, progress: Progress) -> None:
+    started_s = time.monotonic()
+    config = mesh.config
+    progress.say(
+        f"starting 1 balancer, 1 router, {config.attention.servers} attention, {config.expert.servers} expert and "
+        f"{config.both_servers} colocated servers on {config.model.path or 'the demo model'}; logs in {mesh.state_dir}"
+    )
+    with progress.starting():
+        mesh.start()
+        mesh.wait_ready(START_TIMEOUT_S)
+    progress.say(f"the mesh serves after {time.monotonic() - started_s:.1f} s")
+    typer.echo(f"router listening on {mesh.router}")
+
+
+def _serve_on(mesh: LocalMesh) -> int:
+    mesh.wait_failed()
+    return 0
+
+
+def _run_command(mesh: LocalMesh, command: Sequence[str]) -> int:
+    environment = {**os.environ, "EXPERTMESH_ROUTER": mesh.router, "EXPERTMESH_BALANCER": mesh.balancer}
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        typer.echo(f"error: {command[0]}: cannot be run ({error.strerror}); give a command that exists", err=True)
+        return 127
+    try:
+        while process.poll() is None:
+            mesh.raise_failure()
+            _wait(process, 0.2)
+    except BaseException:
+        process.terminate()
+        _wait(process, COMMAND_GRACE_S)
+        raise
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        log.debug("%s still runs", process.args)

@@ -1,0 +1,157 @@
+"""The slots of an expert server: which expert each one holds, and the weights.
+
+Dimensions: L MoE layers, S slots a layer, N rows, H hidden size, I width of an expert.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from expertmesh.expert_server.staging import Staging
+from expertmesh.kernels.grouped_mlp import grouped_expert_mlp
+from expertmesh.mesh.halves import ExpertWeights, SlotChange
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.telemetry import Counter
+
+log = logging.getLogger(__name__)
+
+EMPTY = -1
+READERS = 4
+"""Threads that read experts from the checkpoint: enough to keep a disk busy."""
+
+
+class Slots:
+    """An ``ExpertHalf`` over one weight arena, ``gate_up[L, S, 2I, H]`` and ``down[L, S, H, I]``, allocated once.
+
+    An empty slot is filled with NaN: a row sent there by mistake can never pass for an expert's answer.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        num_slots: int,
+        slots_loaded: Counter,
+        *,
+        layers_at_a_time: int = 1,
+    ) -> None:
+        """``slots_loaded`` counts slots filled from the checkpoint; so many layers may migrate at a time."""
+        self._spec = spec
+        self._checkpoint = checkpoint
+        self._num_slots = num_slots
+        self._slots_loaded = slots_loaded
+        self.staging = Staging(spec, num_slots * layers_at_a_time)
+        self._row_of_layer = {layer: row for row, layer in enumerate(spec.moe_layers)}
+        self._held = {layer: [EMPTY] * num_slots for layer in spec.moe_layers}
+        leading = (len(spec.moe_layers), num_slots)
+        hidden, width = spec.hidden_size, spec.moe_intermediate_size
+        self._gate_up_LSFH = torch.full((*leading, 2 * width, hidden), torch.nan, dtype=spec.dtype)
+        self._down_LSHI = torch.full((*leading, hidden, width), torch.nan, dtype=spec.dtype)
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    def slots(self, layer: int) -> tuple[int, ...]:
+        """The expert that each local slot of a layer holds, -1 = empty."""
+        return tuple(self._held[layer])
+
+    def load(self, placement: Mapping[int, Sequence[int]]) -> None:
+        """Make slot s of layer l hold expert ``placement[l][s]``; -1 = empty. What is there already is kept or moved.
+
+        Raises:
+            ValueError: the placement is not one for this model and this many slots; nothing has changed.
+            UserError: the checkpoint cannot be read; the slots concerned are empty.
+        """
+        self._check(placement)
+        started = time.monotonic()
+        missing = [
+            (layer, slot, expert)
+            for layer, wanted in placement.items()
+            for slot, expert in self._rearrange(layer, wanted)
+        ]
+        if missing:
+            with ThreadPoolExecutor(READERS, thread_name_prefix="expert-read") as pool:
+                # Leaving the block waits for every read, so no thread writes to the arena after an error rose here.
+                for _ in pool.map(self._read, missing):
+                    self._slots_loaded.add()
+        log.info(
+            "loaded %d experts (%.1f MB) in %.3f s",
+            len(missing),
+            len(missing) * self._spec.bytes_per_expert / 1e6,
+            time.monotonic() - started,
+        )
+
+    def compute(self, layer: int, rows_NH: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
+        """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp``. Returns y[N, H]."""
+        row = self._row_of_layer[layer]
+        return grouped_expert_mlp(rows_NH, counts_S, self._gate_up_LSFH[row], self._down_LSHI[row])
+
+    def reserve(self, num_experts: int) -> list[ExpertWeights]:
+        return self.staging.reserve(num_experts)
+
+    def release(self, staged: Sequence[ExpertWeights]) -> None:
+        self.staging.release(staged)
+
+    def read(self, layer: int, slot: int) -> ExpertWeights:
+        """``(gate_up[2I, H], down[H, I])`` of a slot, in the arena."""
+        row = self._row_of_layer[layer]
+        return self._gate_up_LSFH[row, slot], self._down_LSHI[row, slot]
+
+    def fetch(self, layer: int, expert: int, into: ExpertWeights) -> None:
+        """Read an expert from the checkpoint into memory of ``reserve``; see ``Checkpoint.copy_expert`` for errors."""
+        self._checkpoint.copy_expert(self._spec, layer, expert, *into)
+
+    def commit(self, layer: int, changes: Sequence[SlotChange]) -> None:
+        """Copy what was staged into the slots; emptied slots get NaN."""
+        held = self._held[layer]
+        for change in changes:
+            parts = self.read(layer, change.slot)
+            if change.weights is None:
+                for part in parts:
+                    part.fill_(torch.nan)
+            else:
+                for part, staged in zip(parts, change.weights, strict=True):
+                    part.copy_(staged)
+            held[change.slot] = change.expert
+
+    def _check(self, placement: Mapping[int, Sequence[int]]) -> None:
+        if sorted(placement) != list(self._spec.moe_layers):
+            expected = list(self._spec.moe_layers)
+            raise ValueError(f"placement is for layers {sorted(placement)}, the model has {expected}")
+        for layer, experts in placement.items():
+            if len(experts) != self._num_slots:
+                raise ValueError(f"placement of layer {layer} fills {len(experts)} slots, there are {self._num_slots}")
+            if not all(EMPTY <= expert < self._spec.num_experts for expert in experts):
+                raise ValueError(f"placement of layer {layer} names an expert outside 0..{self._spec.num_experts - 1}")
+
+    def _rearrange(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """Fill slots whose expert is in another slot, empty the others that change; returns (slot, expert) to read."""
+        row, held = self._row_of_layer[layer], self._held[layer]
+        source_of = {expert: slot for slot, expert in enumerate(held) if expert != EMPTY}
+        changes = [(slot, expert) for slot, expert in enumerate(wanted) if held[slot] != expert]
+        moves = [(slot, expert) for slot, expert in changes if expert in source_of]
+        blank = [slot for slot, expert in changes if expert not in source_of]
+        sources = [source_of[expert] for _, expert in moves]
+        targets = [slot for slot, _ in moves]
+        for weights in (self._gate_up_LSFH[row], self._down_LSHI[row]):
+            # Indexing by a list copies, so all sources are read before a target is overwritten: swaps are safe.
+            weights[targets] = weights[sources]
+            weights[blank] = torch.nan
+        for slot, expert in changes:
+            held[slot] = expert if expert in source_of else EMPTY
+        return [(slot, wanted[slot]) for slot in blank if wanted[slot] != EMPTY]
+
+    def _read(self, item: tuple[int, int, int]) -> None:
+        layer, slot, expert = item
+        row = self._row_of_layer[layer]
+        self._checkpoint.copy_expert(
+            self._spec, layer, expert, self._gate_up_LSFH[row, slot], self._down_LSHI[row, slot]
+        )
+        self._held[layer][slot] = expert

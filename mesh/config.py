@@ -1,0 +1,240 @@
+"""``mesh.yaml``: every setting of a mesh, validated as a whole.
+
+Names follow TensorRT-LLM and vLLM where they have one. Every option has a default under which ``expertmesh up`` works.
+Secrets never stand here: only the files that hold them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from expertmesh.mesh.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: Path | None = Field(None, description="Hugging Face folder; unset = the demo model that the repository ships")
+    name: str | None = Field(None, description="name that clients may ask for; unset = the folder's name")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights, activations and KV cache")
+    max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; unset = the checkpoint's")
+
+
+class RouterConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535, description="0 = any free port")
+    max_queued_requests: int = Field(4096, ge=1, description="admitted and not finished; beyond it RESOURCE_EXHAUSTED")
+    max_requests_per_tenant: int = Field(2048, ge=1)
+    max_prompt_bytes: int = Field(4 * 2**20, ge=1024, description="a longer prompt is refused before it is tokenised")
+    max_message_bytes: int = Field(
+        64 * 2**20, ge=2**20, description="a larger request is refused by gRPC itself, which cannot say what to change"
+    )
+    client_stall_timeout_s: float = Field(60.0, gt=0, description="a client that reads nothing for so long is dropped")
+    prefix_affinity_tokens: int = Field(
+        64, ge=0, description="prompts that share so many first tokens prefer the same attention server; 0 = off"
+    )
+    prefix_affinity_slack_tokens: int = Field(
+        512, ge=0, description="outstanding tokens by which the preferred server may exceed the least loaded one"
+    )
+    replay_attempts: int = Field(3, ge=0, description="attention servers that one request may lose")
+    no_capacity_timeout_s: float = Field(
+        30.0, gt=0, description="how long a request without a deadline waits for a mesh that serves"
+    )
+
+
+class AttentionConfig(Section):
+    servers: int = Field(2, ge=0)
+    block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
+    num_kv_blocks: int | None = Field(None, ge=2, description="a server; unset = kv_cache_bytes / bytes of a block")
+    kv_cache_bytes: int = Field(256 * 2**20, ge=2**16, description="a server")
+    max_num_seqs: int = Field(256, ge=1, description="sequences in one step of a server")
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step of a server")
+    max_waiting: int = Field(8192, ge=1, description="sequences waiting on one server; beyond it RESOURCE_EXHAUSTED")
+    enable_prefix_caching: bool = True
+    num_threads: int = Field(1, ge=1, description="torch threads of a server on the CPU")
+
+
+class ExpertConfig(Section):
+    servers: int = Field(3, ge=0)
+    num_slots: int | None = Field(
+        None, ge=1, description="slots a layer that hold an expert, over all servers; unset = the model's experts"
+    )
+    slots_per_server: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="slots a layer that one server has room for; unset = enough that the mesh outlives one server",
+    )
+    num_threads: int = Field(1, ge=1)
+
+
+class BalancerConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535)
+    address: str | None = Field(None, description="where servers find it; unset = host:port")
+    state_dir: Path | None = Field(None, description="durable state; unset = .expertmesh/<mesh name>")
+    mode: Literal["static", "offline", "online"] = "static"
+    placement_file: Path | None = Field(None, description="what mode `offline` starts from")
+    layer_updates_per_iter: int = Field(2, ge=0, description="layers that migrate at a time; 0 = as mode `static`")
+    stats_interval_s: float = Field(2.0, gt=0, description="attention servers report routing statistics this often")
+    stats_half_life_tokens: int = Field(
+        20_000, ge=1, description="a token's weight in the statistics halves over so many"
+    )
+    max_slots_per_update: int = Field(8, ge=1, description="slots a layer that one migration may load")
+    migration_timeout_s: float = Field(30.0, gt=0, description="a migration that is not staged by then is aborted")
+    heartbeat_s: float = Field(0.5, gt=0)
+    lease_s: float = Field(3.0, gt=0, description="silence after which a server counts as lost")
+    formation_timeout_s: float = Field(
+        60.0, gt=0, description="how long the first view waits for all configured servers before it takes what is there"
+    )
+    view_timeout_s: float = Field(30.0, gt=0, description="how long ranks may take to join a view")
+    settle_s: float = Field(0.05, ge=0, description="membership changes within this time become one view")
+
+    @model_validator(mode="after")
+    def _lease_outlives_heartbeat(self) -> BalancerConfig:
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"lease_s is {self.lease_s}, less than two heartbeats of {self.heartbeat_s} s: "
+                "raise lease_s or lower heartbeat_s"
+            )
+        return self
+
+
+class DataPlaneConfig(Section):
+    backend: Literal["auto", "tcp", "gloo"] = Field("auto", description="auto = tcp, the fastest on CPUs")
+    interface_host: str = Field("127.0.0.1", description="address of the interface that the data plane binds to")
+    max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
+    timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
+    idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")
+
+
+class TelemetryConfig(Section):
+    otlp_endpoint: str | None = Field(None, description="OTLP/gRPC; unset = OTEL_EXPORTER_OTLP_ENDPOINT, else off")
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="of requests that arrive without a trace context")
+    step_sample_interval_s: float = Field(
+        1.0, ge=0, description="at most one step in so many seconds is traced layer by layer"
+    )
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="/metrics for Prometheus; 0 = any; unset = off")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+
+
+class TlsConfig(Section):
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    ca_file: Path | None = Field(None, description="with it, clients must present a certificate of this authority")
+
+    @model_validator(mode="after")
+    def _whole(self) -> TlsConfig:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together: set both or neither")
+        return self
+
+
+class MeshConfig(Section):
+    name: str = Field("mesh", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    node: str = Field("node-0", description="ranks of one node share fast links")
+    both_servers: int = Field(0, ge=0, description="colocated ranks with an attention and an expert half")
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    attention: AttentionConfig = AttentionConfig()
+    expert: ExpertConfig = ExpertConfig()
+    balancer: BalancerConfig = BalancerConfig()
+    dataplane: DataPlaneConfig = DataPlaneConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    tls: TlsConfig = TlsConfig()
+
+    @model_validator(mode="after")
+    def _roles_are_covered(self) -> MeshConfig:
+        if self.attention.servers + self.both_servers == 0:
+            raise ValueError("attention.servers is 0 and both_servers is 0: the mesh needs at least one attention half")
+        if self.expert.servers + self.both_servers == 0:
+            raise ValueError("expert.servers is 0 and both_servers is 0: the mesh needs at least one expert half")
+        return self
+
+    @property
+    def num_expert_ranks(self) -> int:
+        return self.expert.servers + self.both_servers
+
+    def slots_per_server(self, num_experts: int) -> int:
+        """Slots a layer that one expert server has room for, given the model's experts a layer.
+
+        Raises:
+            UserError: the slots of all servers together cannot hold every expert, or ``num_slots``.
+        """
+        ranks = self.num_expert_ranks
+        num_slots = self.expert.num_slots if self.expert.num_slots is not None else num_experts
+        if num_slots < num_experts:
+            raise UserError(
+                "expert.num_slots",
+                f"{num_slots} slots cannot hold the model's {num_experts} experts a layer",
+                f"set it to {num_experts} or more, or leave it out",
+            )
+        if num_slots > num_experts * ranks:
+            raise UserError(
+                "expert.num_slots",
+                f"{num_slots} slots are more than {num_experts} experts × {ranks} servers can use: "
+                "a server never holds two replicas of an expert",
+                f"set it to {num_experts * ranks} or less",
+            )
+        if self.expert.slots_per_server is None:
+            survivors = max(1, ranks - 1)
+            return min(num_experts, max(-(-num_slots // ranks), -(-num_experts // survivors)))
+        if self.expert.slots_per_server * ranks < num_slots:
+            raise UserError(
+                "expert.slots_per_server",
+                f"{self.expert.slots_per_server} slots × {ranks} servers hold fewer than num_slots = {num_slots}",
+                f"set it to {-(-num_slots // ranks)} or more, or add expert servers",
+            )
+        return self.expert.slots_per_server
+
+
+def parse_config(data: Any, source: str = "mesh.yaml") -> MeshConfig:
+    """Validate a loaded mapping; all problems come in one error.
+
+    Raises:
+        UserError: naming every wrong key with its value and what it may be.
+    """
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(source, f"holds a {type(data).__name__}", "write a mapping of sections: model, router ...")
+    try:
+        return MeshConfig.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+            if item["type"] == "extra_forbidden":
+                problems.append(f"{key}: unknown key")
+            else:
+                problems.append(f"{key}: {item['msg']} (got {item['input']!r})" if item["loc"] else item["msg"])
+        raise UserError(source, "; ".join(problems), "see docs/configuration.md for every key") from None
+
+
+def load_config(path: Path | None) -> MeshConfig:
+    """Read ``mesh.yaml``; ``None`` gives the defaults.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or a key is wrong.
+    """
+    if path is None:
+        return MeshConfig()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "give the path of a mesh.yaml") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(str(path), f"is not valid YAML ({error})", "mend the file") from None
+    return parse_config(data, str(path))

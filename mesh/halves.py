@@ -1,0 +1,123 @@
+"""What the step loop asks of the two halves of a rank. attention_server/ and expert_server/ implement them.
+
+Dimensions: T tokens of this rank in the step, H hidden size, K experts a token, S local slots, N received rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What the gate chose for each token of a rank.
+
+    ``expert_TK``: int64 expert ids of the layer. ``weight_TK``: float32, as the combine multiplies them.
+    """
+
+    expert_TK: torch.Tensor
+    weight_TK: torch.Tensor
+
+
+ExpertWeights = tuple[torch.Tensor, ...]
+"""The tensors of one expert, each contiguous; all expert halves of a mesh have the same number, shapes and dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChange:
+    """A local slot is about to hold another expert: -1 with no weights = it becomes empty."""
+
+    slot: int
+    expert: int
+    weights: ExpertWeights | None
+
+
+class StagingFullError(RuntimeError):
+    """An expert half has no room to stage so many experts."""
+
+
+class AttentionHalf(Protocol):
+    """Everything dense and everything with state per request. Called from the step thread only, but for ``set_waker``.
+
+    A step is ``prepare`` → ``begin`` → (``before_experts`` → ``after_experts``) for each MoE layer in order →
+    ``finish``. Until ``finish`` returns, nothing that a client can see has changed: a step that broke in the middle is
+    run again from ``begin`` with the same batch, writing the same KV positions.
+    """
+
+    def set_waker(self, wake: Callable[[], None]) -> None:
+        """``wake`` is thread-safe; call it when an idle half has got work."""
+
+    def prepare(self) -> int:
+        """Choose the batch of the next step, or keep the prepared one; returns its tokens T (0 = nothing to do)."""
+
+    def traceparent(self) -> str:
+        """W3C trace context of a sampled request in the prepared batch whose step is due to be traced, or ''."""
+
+    def begin(self) -> None:
+        """Embed the prepared batch and compute up to the first MoE layer's input."""
+
+    def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
+        """The MoE block's normed input x[T, H] and its routes."""
+
+    def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
+        """Add the routed experts' sum (and shared experts) to the residual and compute up to the next MoE layer."""
+
+    def finish(self) -> None:
+        """Logits, sampling, stop conditions; hand new tokens to the links; advance the sequences."""
+
+    def set_serving(self, serving: bool, reason: str = "") -> None:
+        """The rank entered or left a view that steps."""
+
+
+class ExpertHalf(Protocol):
+    """Slots and the expert MLP.
+
+    ``load``, ``compute`` and ``commit`` are called from the step thread; ``reserve``, ``release``, ``read`` and
+    ``fetch`` from the thread that stages migrations. Slots hold still but for ``load`` and ``commit``.
+    """
+
+    @property
+    def num_slots(self) -> int:
+        """S: slots a layer."""
+
+    def load(self, placement: Mapping[int, Sequence[int]]) -> None:
+        """Make local slot s of layer l hold expert ``placement[l][s]`` (-1 = empty).
+
+        What no slot of this server holds yet is read from the checkpoint.
+        """
+
+    def compute(self, layer: int, rows_NH: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
+        """The expert MLP on rows grouped by local slot: the first ``counts_S[0]`` rows go through slot 0, and so on.
+
+        ``counts_S`` is int64 on the CPU or the device. Returns y[N, H].
+        """
+
+    def reserve(self, num_experts: int) -> list[ExpertWeights]:
+        """Staging memory for so many experts; its contents are undefined.
+
+        Raises:
+            StagingFullError: what is reserved already leaves no room for them.
+        """
+
+    def release(self, staged: Sequence[ExpertWeights]) -> None:
+        """Give staging memory back."""
+
+    def read(self, layer: int, slot: int) -> ExpertWeights:
+        """The weights of a local slot, where they are: to be read only, until the next ``commit`` of the layer."""
+
+    def fetch(self, layer: int, expert: int, into: ExpertWeights) -> None:
+        """Read an expert from the checkpoint into staging memory.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+
+    def commit(self, layer: int, changes: Sequence[SlotChange]) -> None:
+        """Switch slots of a layer to what was staged for them, between two steps: this must take far less than one.
+
+        A device half whose slots are behind a table of indices may keep the staged memory and only change the table.
+        """

@@ -1,0 +1,332 @@
+"""Migrations on one rank: a thread stages what plans ask for beside the step loop, which switches between two steps.
+
+Expert ranks stage the experts that come to their slots: a copy from another slot of their own, weights from a peer over
+the side group, else the checkpoint. Attention ranks build the layer's routing table. A plan that cannot be staged, or
+not in time, is reported and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
+from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
+from expertmesh.mesh.placement import RoutingTables
+from expertmesh.mesh.sidegroup import Patience, SideGroup, TransferError
+from expertmesh.mesh.telemetry import Telemetry, record_span
+from expertmesh.mesh.view import ViewInfo
+from expertmesh.v1 import mesh_pb2
+
+log = logging.getLogger(__name__)
+
+_FORGOTTEN_CHECK_S = 1.0
+_JOIN_SLACK_S = 1.0
+
+LOCAL, PEER, CHECKPOINT = "local", "peer", "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrationContext:
+    """What the migrations of one view work with.
+
+    ``routing`` is None on a rank that routes nothing, ``experts`` on one without slots, ``side`` on the only one with
+    slots. ``report`` is thread-safe; ``wake`` ends the step thread's wait. ``silence_s``: of a peer in the middle of a
+    transfer.
+    """
+
+    view: ViewInfo
+    num_experts: int
+    experts: ExpertHalf | None
+    routing: RoutingTables | None
+    side: SideGroup | None
+    report: Callable[[mesh_pb2.JoinRequest], None]
+    wake: Callable[[], None]
+    telemetry: Telemetry
+    silence_s: float
+
+
+class _CalledOffError(Exception):
+    """Whoever called it off knows why."""
+
+
+class Migrations:
+    """The migrations of one view on one rank; ``start`` it once, ``close`` it when the view is over."""
+
+    def __init__(self, context: MigrationContext) -> None:
+        self._c = context
+        self._metrics = context.telemetry.metrics
+        self._book = MigrationBook(context.view, context.num_experts)
+        self._work: queue.SimpleQueue[Migration | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        name = f"migrations of view {context.view.number}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def view(self) -> ViewInfo:
+        """As it runs: with the placements that were switched to."""
+        return self._book.view
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Drop what has not switched and end the thread: soon, unless a peer hangs in the middle of a transfer."""
+        self._closing.set()
+        for migration in self._book.drop_all("view_ended"):
+            self._work.put(migration)
+        self._work.put(None)
+        self._thread.join(self.longest_join_s(self._c.silence_s))
+        if self._thread.is_alive():
+            log.error("view %d: a transfer of weights does not end", self._c.view.number)
+
+    @staticmethod
+    def longest_join_s(silence_s: float) -> float:
+        """How long ``close`` may take."""
+        return silence_s + _JOIN_SLACK_S
+
+    # -- event loop ---------------------------------------------------------------------------------------------
+
+    def hear(self, message: mesh_pb2.JoinResponse) -> None:
+        """A plan, a commit or an abort from the balancer. What comes again is answered again."""
+        kind = message.WhichOneof("message")
+        if kind == "plan":
+            self._hear_plan(message.plan)
+        elif kind == "commit":
+            self._hear_commit(message.commit.id)
+        elif kind == "abort":
+            self._hear_abort(message.abort)
+
+    def _hear_plan(self, plan: mesh_pb2.MigrationPlan) -> None:
+        try:
+            migration = self._book.open(plan)
+        except PlanRefusedError as error:
+            log.warning("migration %d refused: %s", plan.id, error)
+            self._metrics.rank_migrations.add(outcome="refused")
+            self._report(failed_status(plan.id, str(error)))
+            return
+        if migration is not None:
+            self._work.put(migration)
+            return
+        log.info("migration %d was announced before", plan.id)
+        self._say_again(plan.id)
+
+    def _hear_commit(self, migration_id: int) -> None:
+        if not self._book.commit(migration_id):
+            log.warning("a commit came for migration %d, which is not known here", migration_id)
+            self._report(failed_status(migration_id, "this rank does not know it"))
+            return
+        self._c.wake()
+
+    def _hear_abort(self, abort: mesh_pb2.MigrationAbort) -> None:
+        migration = self._book.drop(abort.id, "aborted")
+        if migration is None:
+            log.info("migration %d, aborted (%s), is not under way here", abort.id, abort.reason)
+            self._say_again(abort.id)
+            return
+        log.info("migration %d of layer %d aborted: %s", abort.id, migration.layer, abort.reason)
+        self._work.put(migration)
+
+    def _say_again(self, migration_id: int) -> None:
+        status = self._book.status(migration_id)
+        if status is not None:
+            self._report(status)
+
+    # -- step thread --------------------------------------------------------------------------------------------
+
+    def listed(self) -> Sequence[int]:
+        """The migrations that this rank is ready to switch to before the next step."""
+        return self._book.listed()
+
+    def switch(self, ids: Sequence[int], step: int) -> None:
+        """Before step ``step``: all ranks of the view switch to these."""
+        migrations = self._book.switch(ids, step)
+        for migration in migrations:
+            started_s = time.perf_counter()
+            if self._c.experts is not None:
+                self._c.experts.commit(migration.layer, migration.changes)
+            if self._c.routing is not None:
+                assert migration.routing is not None, "a rank that routes stages a table"
+                self._c.routing.put(migration.layer, migration.routing)
+            migration.switch_seconds = time.perf_counter() - started_s
+            self._report(committed_status(migration, step))
+            self._work.put(migration)
+
+    # -- worker -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            if self._c.side is not None:
+                self._c.side.open(Patience(self._closing, time.monotonic() + self._c.silence_s))
+            while True:
+                try:
+                    migration = self._work.get(timeout=_FORGOTTEN_CHECK_S)
+                except queue.Empty:
+                    for forgotten in self._book.drop_forgotten():
+                        log.warning("migration %d: nothing was heard of it any more", forgotten.id)
+                        self._finish(forgotten)
+                    continue
+                if migration is None:
+                    break
+                if migration.outcome:
+                    self._finish(migration)
+                else:
+                    self._stage(migration)
+        if self._c.side is not None:
+            self._c.side.close()
+
+    def _stage(self, migration: Migration) -> None:
+        try:
+            self._prepare(migration)
+        except _CalledOffError:
+            return  # whoever called it off has it finished
+        except Exception as error:  # whatever it is, it voids this plan and nothing else
+            log.warning("migration %d of layer %d failed", migration.id, migration.layer, exc_info=True)
+            self._fail(migration, f"{type(error).__name__}: {error}")
+            return
+        seconds = time.monotonic() - migration.received_s
+        if seconds > migration.plan.timeout_s:
+            self._fail(migration, f"staged after {seconds:.1f} s, too late")
+            return
+        status = mesh_pb2.MigrationStatus(
+            id=migration.id,
+            phase=mesh_pb2.MIGRATION_PHASE_STAGED,
+            bytes=sum(part.nbytes for weights in migration.staged for part in weights),
+            seconds=seconds,
+            from_checkpoint=migration.num_fallbacks,
+        )
+        if not self._book.staged(migration, status):
+            return
+        self._metrics.rank_migration_duration_seconds.observe(seconds, phase="stage")
+        self._report(status)
+
+    def _prepare(self, migration: Migration) -> None:
+        if self._c.routing is not None:
+            migration.routing = self._c.routing.prepare(migration.plan.placement)
+        if self._c.experts is not None:
+            self._load(self._c.experts, migration)
+
+    def _load(self, experts: ExpertHalf, migration: Migration) -> None:
+        """Take part in the transfers of a plan, in its order."""
+        plan, own, width = migration.plan, self._c.view.expert_index, self._c.view.slots_per_rank
+        assert own is not None, "a rank with experts has slots"
+        arriving = [transfer for transfer in plan.transfers if transfer.slot // width == own]
+        changes = []
+        migration.staged = experts.reserve(len(arriving))
+        memory = iter(migration.staged)
+        patience = Patience(migration.called_off, migration.deadline_s)
+        for number, transfer in enumerate(plan.transfers):
+            if patience.left_s <= 0:
+                raise _CalledOffError if migration.outcome else TimeoutError("not all transfers were done in time")
+            name = f"{plan.id}/{number}"
+            source = transfer.source_slot // width if transfer.HasField("source_slot") else None
+            if transfer.slot // width == own:
+                into = next(memory)
+                migration.came_from.append(self._fetch(experts, migration, transfer, into, name, patience))
+                changes.append(SlotChange(transfer.slot % width, transfer.expert, into))
+            elif source == own:
+                self._give(experts, migration, transfer, name, patience)
+        migration.changes = sorted([*changes, *self._emptied(migration)], key=lambda change: change.slot)
+
+    def _emptied(self, migration: Migration) -> list[SlotChange]:
+        old = next(layer.slots for layer in self.view.proto.placement if layer.layer == migration.layer)
+        own, width = self._c.view.expert_index, self._c.view.slots_per_rank
+        assert own is not None, "a rank with experts has slots"
+        first = own * width
+        new = migration.plan.placement.slots
+        return [SlotChange(slot, -1, None) for slot in range(width) if new[first + slot] == -1 != old[first + slot]]
+
+    def _fetch(
+        self,
+        experts: ExpertHalf,
+        migration: Migration,
+        transfer: mesh_pb2.SlotTransfer,
+        into: ExpertWeights,
+        name: str,
+        patience: Patience,
+    ) -> str:
+        """Put one expert into staging memory; returns where it came from."""
+        width = self._c.view.slots_per_rank
+        if transfer.HasField("source_slot"):
+            source, slot = divmod(transfer.source_slot, width)
+            if source == self._c.view.expert_index:
+                for part, held in zip(into, experts.read(migration.layer, slot), strict=True):
+                    part.copy_(held)
+                return LOCAL
+            assert self._c.side is not None, "two expert ranks have a side group"
+            try:
+                self._c.side.take(name, into, source, patience.half())
+                return PEER
+            except TransferError as error:
+                if migration.outcome:
+                    raise _CalledOffError from None
+                migration.num_fallbacks += 1
+                self._metrics.migration_fallbacks.add(cause=error.cause)
+                log.warning(
+                    "migration %d: expert %d of layer %d comes from the checkpoint: %s",
+                    *(migration.id, transfer.expert, migration.layer, error),
+                )
+        experts.fetch(migration.layer, transfer.expert, into)
+        return CHECKPOINT
+
+    def _give(
+        self, experts: ExpertHalf, migration: Migration, transfer: mesh_pb2.SlotTransfer, name: str, patience: Patience
+    ) -> None:
+        width = self._c.view.slots_per_rank
+        assert self._c.side is not None, "two expert ranks have a side group"
+        weights = experts.read(migration.layer, transfer.source_slot % width)
+        if not self._c.side.give(name, weights, transfer.slot // width, patience) and not migration.outcome:
+            log.warning("migration %d: expert %d was not handed on", migration.id, transfer.expert)
+
+    def _fail(self, migration: Migration, reason: str) -> None:
+        if self._book.drop(migration.id, "failed") is not None:
+            self._report(failed_status(migration.id, reason))
+            self._finish(migration)
+
+    def _finish(self, migration: Migration) -> None:
+        """It is over, one way or the other. Its changes stay: an abort may cross the switch."""
+        if migration.finished_as == migration.outcome:
+            return
+        migration.finished_as = migration.outcome
+        staged, migration.staged = migration.staged, ()
+        if staged and self._c.experts is not None:
+            self._c.experts.release(staged)
+        metrics = self._metrics
+        metrics.rank_migrations.add(outcome=migration.outcome)
+        if migration.outcome == "committed":
+            metrics.rank_migration_duration_seconds.observe(migration.switch_seconds, phase="switch")
+            metrics.migrated_bytes.add(sum(part.nbytes for weights in staged for part in weights))
+            for source in migration.came_from:
+                metrics.migrated_slots.add(source=source)
+        if self._c.telemetry.tracing:
+            self._record_span(migration)
+
+    def _record_span(self, migration: Migration) -> None:
+        record_span(
+            self._c.telemetry.tracer,
+            "migration",
+            None,
+            migration.received_ns,
+            time.time_ns(),
+            {
+                "expertmesh.migration": migration.id,
+                "expertmesh.layer": migration.layer,
+                "expertmesh.placement.version": migration.plan.placement.version,
+                "expertmesh.migration.slots": len(migration.came_from),
+                "expertmesh.migration.outcome": migration.outcome,
+                "expertmesh.migration.switch_seconds": migration.switch_seconds,
+            },
+        )
+
+    def _report(self, status: mesh_pb2.MigrationStatus) -> None:
+        self._c.report(mesh_pb2.JoinRequest(migration=status))
+
+
+def failed_status(migration_id: int, reason: str) -> mesh_pb2.MigrationStatus:
+    return mesh_pb2.MigrationStatus(id=migration_id, phase=mesh_pb2.MIGRATION_PHASE_FAILED, reason=reason)

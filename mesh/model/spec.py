@@ -1,0 +1,171 @@
+"""A checkpoint folder as the mesh sees it: sizes, names, generation defaults and a fingerprint.
+
+Reading a spec reads JSON and safetensors headers only and does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.model.architecture import Architecture
+from expertmesh.mesh.model.demo import DEMO_MODEL_NAME, demo_model_path
+from expertmesh.mesh.model.families import find_family
+from expertmesh.mesh.model.families.base import Family, NamedTensor
+from expertmesh.mesh.model.fields import Fields, read_fields
+from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """``generation_config.json``: what a request that says nothing gets. Absent keys change nothing, as in vLLM.
+
+    ``do_sample`` false means greedy, whatever the rest says. ``top_k`` 0 = off. ``max_new_tokens`` None = up to
+    ``max_model_len``.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Architecture):
+    """The architecture and what the configuration makes of it.
+
+    ``path`` also holds the tokenizer's files. ``dtype_name`` is what the mesh computes in, not what the file stores.
+    ``fingerprint`` is equal on two servers exactly when config.json, the tensors' names, shapes, dtypes and sizes, and
+    the compute dtype are; it does not read the weights.
+    """
+
+    name: str
+    family: str
+    path: Path
+    dtype_name: Literal["float32", "bfloat16"]
+    generation: GenerationDefaults
+    fingerprint: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch  # imported here: the router reads specs and never computes, and torch costs a second to import
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype_name]
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes of one expert's weights in the compute dtype."""
+        return 3 * self.hidden_size * self.moe_intermediate_size * DTYPE_BYTES[self.dtype_name]
+
+
+def load_spec(config: ModelConfig) -> ModelSpec:
+    """Read and check a checkpoint folder; ``config.path`` None = the demo model.
+
+    Every tensor that the architecture needs is looked up in the safetensors headers, so that a server which got its
+    spec can read its weights.
+
+    Raises:
+        UserError: config.json, generation_config.json or the weights are missing, damaged, contradictory or of an
+            unsupported kind, or ``model.max_model_len`` is beyond the checkpoint's; the key names file, key or tensor.
+    """
+    path = demo_model_path() if config.path is None else config.path.expanduser().resolve()
+    if not path.is_dir():
+        raise UserError("model.path", f"{path} is not a folder", "give a Hugging Face checkpoint folder")
+    hf_config = read_fields(path / "config.json")
+    family = find_family(hf_config)
+    arch = family.read(hf_config)
+    arch = replace(arch, max_model_len=_max_model_len(config, arch.max_model_len))
+    generation = GenerationDefaults()
+    if (path / "generation_config.json").is_file():
+        hf_generation = read_fields(path / "generation_config.json")
+        generation = _generation_defaults(hf_generation)
+        # As transformers' generate: what generation_config.json says about the end wins over config.json.
+        arch = replace(arch, eos_token_ids=hf_generation.integers("eos_token_id") or arch.eos_token_ids)
+    index = read_tensor_index(path)
+    check_tensors(family, arch, index)
+    sizes: dict[str, Any] = {field.name: getattr(arch, field.name) for field in fields(arch)}
+    return ModelSpec(
+        **sizes,
+        name=config.name or (DEMO_MODEL_NAME if config.path is None else path.name),
+        family=family.name,
+        path=path,
+        dtype_name=config.dtype,
+        generation=generation,
+        fingerprint=_fingerprint(hf_config.raw, index, config.dtype),
+    )
+
+
+def check_tensors(family: Family, arch: Architecture, index: TensorIndex) -> None:
+    """Look up every tensor of the architecture.
+
+    Raises:
+        UserError: one is missing or has another shape, or a dtype that is not read.
+    """
+    for tensor in _needed_tensors(family, arch, index):
+        index.require(tensor.name, tensor.shape)
+
+
+def _needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Iterator[NamedTensor]:
+    yield from family.model_tensors(arch).values()
+    for layer in range(arch.num_layers):
+        yield from family.layer_tensors(arch, layer).values()
+    for layer in arch.moe_layers:
+        fused = family.fused_expert_tensors(arch, layer)
+        if fused.gate_up.name in index.entries:
+            yield from (fused.gate_up, fused.down)
+            continue
+        for expert in range(arch.num_experts):
+            own = family.expert_tensors(arch, layer, expert)
+            yield from (own.gate, own.up, own.down)
+
+
+def _max_model_len(config: ModelConfig, limit: int) -> int:
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise UserError(
+            "model.max_model_len",
+            f"{config.max_model_len} is more than the checkpoint's max_position_embeddings {limit}",
+            f"set it to {limit} or less, or leave it out",
+        )
+    return config.max_model_len
+
+
+def _generation_defaults(generation: Fields) -> GenerationDefaults:
+    off = GenerationDefaults()
+    top_p = generation.number("top_p", off.top_p)
+    if not 0 < top_p <= 1:
+        raise generation.error("top_p", f"is {top_p}", "it must be in (0, 1]")
+    repetition_penalty = generation.number("repetition_penalty", off.repetition_penalty)
+    if repetition_penalty <= 0:
+        raise generation.error("repetition_penalty", f"is {repetition_penalty}", "it must be positive")
+    return GenerationDefaults(
+        do_sample=generation.boolean("do_sample", off.do_sample),
+        temperature=generation.number("temperature", off.temperature),
+        top_p=top_p,
+        top_k=generation.integer("top_k", off.top_k, minimum=0),
+        min_p=generation.number("min_p", off.min_p),
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=generation.integer("max_new_tokens") if generation.has("max_new_tokens") else None,
+    )
+
+
+def _fingerprint(config_json: bytes, index: TensorIndex, dtype_name: str) -> str:
+    digest = hashlib.sha256(config_json)
+    for name, entry in sorted(index.entries.items()):
+        digest.update(f"\0{name} {entry.dtype} {entry.shape} {entry.num_bytes}".encode())
+    digest.update(f"\0{dtype_name}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""From the step loop to the balancer: an attention half's routing statistics and recordings."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from expertmesh.mesh.placement import Ints, Topology
+from expertmesh.mesh.recorder import TraceRecorder
+from expertmesh.mesh.statistics import RoutingCounts, RoutingStatistics
+from expertmesh.mesh.view import ViewInfo
+from expertmesh.v1 import mesh_pb2
+
+log = logging.getLogger(__name__)
+
+_CHUNK_INTERVAL_S = 0.1
+
+
+class RoutingObserver:
+    """What the step loop tells about routing. A step counts once, when it is completed, however often it was begun.
+
+    Belongs to the step thread.
+    """
+
+    def __init__(self, statistics: RoutingStatistics, recorder: TraceRecorder, moe_layers: Sequence[int]) -> None:
+        self._statistics = statistics
+        self._recorder = recorder
+        self._moe_layers = tuple(moe_layers)
+        self._versions: list[int] = []
+        self._expert_LTK: list[Ints] = []
+        self._slot_LTK: list[Ints] = []
+
+    def enter_view(self, view: ViewInfo) -> None:
+        versions = [view.versions[layer] for layer in self._moe_layers]
+        self._statistics.enter_view(view.number, versions, Topology.of(view))
+
+    def begin(self) -> None:
+        """A step begins, perhaps once more."""
+        self._versions, self._expert_LTK, self._slot_LTK = [], [], []
+
+    def observe(self, version: int, expert_TK: torch.Tensor, slot_TK: torch.Tensor) -> None:
+        """The next MoE layer's choices, and the slots of its placement ``version`` that they went to."""
+        self._versions.append(version)
+        self._expert_LTK.append(expert_TK.numpy())
+        self._slot_LTK.append(slot_TK.numpy())
+
+    def commit(self) -> None:
+        """The step is completed."""
+        shape = len(self._versions), *self._expert_LTK[0].shape
+        expert_LTK = np.concatenate(self._expert_LTK).reshape(shape)
+        self._statistics.add(self._versions, expert_LTK, np.concatenate(self._slot_LTK).reshape(shape))
+        self._recorder.record(expert_LTK)
+
+
+class Outbox(Protocol):
+    """What this module needs of the connection to the balancer."""
+
+    @property
+    def is_drained(self) -> bool:
+        """Connected, and nothing waits to be sent."""
+
+    def send(self, message: mesh_pb2.JoinRequest) -> None: ...
+
+
+class RoutingReporter:
+    """Sends what an observer saw: statistics every so often, recordings while they run.
+
+    Belongs to the event loop. While the balancer cannot be reached the counts go on adding up and come with the next
+    report.
+    """
+
+    def __init__(self, moe_layers: Sequence[int], *, num_experts: int, top_k: int, interval_s: float) -> None:
+        self._statistics = RoutingStatistics(moe_layers, num_experts=num_experts, top_k=top_k)
+        self._recorder = TraceRecorder(len(moe_layers), top_k)
+        self.observer = RoutingObserver(self._statistics, self._recorder, moe_layers)
+        self._interval_s = interval_s
+        self._sequences = itertools.count(1)
+        self._recording = asyncio.Event()
+
+    def control(self, control: mesh_pb2.RecordControl) -> None:
+        """The balancer starts or stops a recording."""
+        self._recorder.control(control)
+        self._recording.set()
+
+    async def run(self, outbox: Outbox) -> None:
+        """Report for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._report_statistics(outbox), name="routing-statistics")
+            group.create_task(self._send_recordings(outbox), name="routing-recordings")
+
+    async def _report_statistics(self, outbox: Outbox) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            if not outbox.is_drained:
+                continue
+            counts = self._statistics.take()
+            if counts is not None:
+                for report in await asyncio.to_thread(self._build, counts):
+                    outbox.send(mesh_pb2.JoinRequest(stats=report))
+
+    def _build(self, counts: RoutingCounts) -> list[mesh_pb2.StatsReport]:
+        return list(self._statistics.reports(counts, self._sequences))
+
+    async def _send_recordings(self, outbox: Outbox) -> None:
+        while True:
+            await self._recording.wait()
+            self._recording.clear()
+            while self._recorder.is_active:
+                if outbox.is_drained:
+                    for chunk in self._recorder.take():
+                        outbox.send(mesh_pb2.JoinRequest(trace=chunk))
+                await asyncio.sleep(_CHUNK_INTERVAL_S)

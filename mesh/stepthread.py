@@ -1,0 +1,316 @@
+"""The step thread of a rank: from view to view, whatever breaks in between."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.dataplane import open_dataplane, uses_links
+from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
+from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.framing import Link, Waker
+from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
+from expertmesh.mesh.lockstep import Lockstep
+from expertmesh.mesh.meet import Links, meet
+from expertmesh.mesh.migration import MigrationContext, Migrations, failed_status
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.reporting import RoutingObserver
+from expertmesh.mesh.sidegroup import open_side_group
+from expertmesh.mesh.stepclock import StepClock
+from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
+from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.mesh.view import ViewInfo
+from expertmesh.v1 import mesh_pb2
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """What the event loop has heard from the balancer, for the step thread. Thread-safe."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._changed = threading.Condition()
+        self._waker = waker
+        self._view: ViewInfo | None = None
+        self._known_view = 0
+        self._closed = False
+        self.pause_reason = ""
+        self.is_fenced = False
+
+    def put_view(self, proto: mesh_pb2.View, server_id: str, incarnation: str) -> None:
+        """A view was published, with or without this rank."""
+        with self._changed:
+            if proto.number <= self._known_view:
+                return
+            self._known_view = proto.number
+            self._view = ViewInfo.for_server(proto, server_id, incarnation)
+            self.is_fenced = self.is_fenced and self._view is None
+            self.pause_reason = "" if self._view is not None else f"view {proto.number} goes on without this server"
+            self._changed.notify_all()
+        self._waker.wake()
+
+    def put_pause(self, reason: str) -> None:
+        with self._changed:
+            self.pause_reason = reason
+            self._changed.notify_all()
+
+    def fence(self, reason: str) -> None:
+        """This incarnation is out: its view must end, whatever the other ranks know."""
+        with self._changed:
+            self._view = None
+            self.is_fenced = True
+            self.pause_reason = reason
+            self._changed.notify_all()
+        self._waker.wake()
+
+    def close(self) -> None:
+        """The process is stopping."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._waker.wake()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def known_view(self) -> int:
+        """Number of the newest view that this process has heard of."""
+        return self._known_view
+
+    def next_view(self, after: int, timeout_s: float) -> ViewInfo | None:
+        """The newest view if it is newer than ``after`` and has this rank; waits for one up to the time-out."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_newer(after), timeout_s)
+            return self._view if not self._closed and self._has_newer(after) else None
+
+    def _has_newer(self, after: int) -> bool:
+        return self._view is not None and self._view.number > after
+
+
+class _Stopping(Exception):
+    """The process is stopping: the rank leaves its view without waiting for the others."""
+
+
+class StepThread:
+    """Joins each view that has this rank, steps in it until it ends or breaks, and waits for the next."""
+
+    def __init__(
+        self,
+        config: MeshConfig,
+        *,
+        spec: ModelSpec,
+        attention: AttentionHalf | None,
+        experts: ExpertHalf | None,
+        observer: RoutingObserver | None,
+        telemetry: Telemetry,
+        listener: socket.socket,
+        waker: Waker,
+        inbox: Inbox,
+        report: Callable[[mesh_pb2.JoinRequest], None],
+        view_ended: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._attention = attention
+        self._experts = experts
+        self._observer = observer
+        self._telemetry = telemetry
+        self._metrics = telemetry.metrics
+        self._clock = StepClock(telemetry, has_experts=experts is not None)
+        self._listener = listener
+        self._waker = waker
+        self._inbox = inbox
+        self._report = report
+        self._view_ended = view_ended
+        self.progress = Progress()
+        self._migrations: Migrations | None = None
+        self._links: Links | None = None
+        self.state = mesh_pb2.SERVER_STATE_STARTING
+
+    @property
+    def longest_wait_s(self) -> float:
+        """The thread looks at its inbox at least this often."""
+        timeout_s = self._config.dataplane.timeout_s
+        return timeout_s + self._config.dataplane.idle_tick_s + Migrations.longest_join_s(timeout_s)
+
+    @property
+    def view(self) -> ViewInfo | None:
+        """The view that the rank steps in, with the placements that run now."""
+        migrations = self._migrations
+        return migrations.view if migrations is not None else None
+
+    def hear(self, message: mesh_pb2.JoinResponse) -> None:
+        """A plan, commit or abort of a migration; from the event loop."""
+        migrations = self._migrations
+        if migrations is not None:
+            migrations.hear(message)
+            return
+        kind = message.WhichOneof("message")
+        log.info("a %s of a migration came while this rank is in no view", kind)
+        if kind == "plan":
+            status = failed_status(message.plan.id, "this rank is in no view")
+            self._report(mesh_pb2.JoinRequest(migration=status))
+
+    def abandon(self, before: int) -> None:
+        """End the current view if it is older than ``before``, wherever it hangs; from any thread."""
+        view, links = self.view, self._links
+        if view is not None and links is not None and view.number < before:
+            log.warning("view %d did not end although view %d is out: leaving it", view.number, before)
+            links.abandon()
+
+    def run(self) -> None:
+        """Until the inbox is closed."""
+        last = 0
+        while not self._inbox.closed:
+            view = self._inbox.next_view(last, timeout_s=1.0)
+            if view is None:
+                self._say_why_not_serving()
+                continue
+            last = view.number
+            self._serve(view)
+
+    def _serve(self, view: ViewInfo) -> None:
+        links, plane, lockstep, migrations = None, None, None, None
+        self.state = mesh_pb2.SERVER_STATE_JOINING
+        started = time.monotonic()
+        try:
+            if self._experts is not None:
+                self._experts.load(view.local_slots())
+            links = self._links = self._meet(view)
+            plane = open_dataplane(self._config.dataplane, view, self._plane_shape(view), links.data)
+            lockstep = self._lockstep(view, links.lockstep)
+            routing = RoutingTables(view.proto.placement, self._spec.num_experts, Topology.of(view))
+            migrations = self._open_migrations(view, routing)
+            self._enter(view, migrations, started)
+            StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress).run()
+            log.info("view %d ended after step %d", view.number, self.progress.step)
+        except _Stopping:
+            log.info("left view %d to stop", view.number)
+        except DataPlaneError as error:
+            self.state = mesh_pb2.SERVER_STATE_BROKEN
+            log.warning("view %d broke: %s", view.number, error)
+            broken = mesh_pb2.ViewBroken(
+                view_number=view.number, reason=str(error), suspects=view.server_ids(error.suspects)
+            )
+            self._report(mesh_pb2.JoinRequest(view_broken=broken))
+        finally:
+            self._migrations = None
+            if plane is not None:
+                plane.close()
+            if lockstep is not None:
+                lockstep.close()
+            self._links = None
+            if links is not None:
+                links.close()
+            if migrations is not None:  # behind the others: peers hear at once that this rank has left
+                migrations.close()
+            self._view_ended()
+
+    def _meet(self, view: ViewInfo) -> Links:
+        return meet(
+            view,
+            self._listener,
+            self._waker,
+            timeout_s=self._config.balancer.view_timeout_s,
+            with_data=uses_links(self._config.dataplane),
+            superseded=lambda: self._inbox.closed or self._inbox.known_view > view.number,
+        )
+
+    def _lockstep(self, view: ViewInfo, links: dict[int, Link]) -> Lockstep:
+        dataplane = self._config.dataplane
+        return Lockstep(
+            view,
+            links,
+            self._waker,
+            self._next_view,
+            lambda: self._migrations.listed() if self._migrations is not None else (),
+            timeout_s=dataplane.timeout_s,
+            idle_tick_s=dataplane.idle_tick_s,
+        )
+
+    def _open_migrations(self, view: ViewInfo, routing: RoutingTables) -> Migrations:
+        several = self._experts is not None and len(view.expert_ranks) > 1
+        migrations = Migrations(
+            MigrationContext(
+                view=view,
+                num_experts=self._spec.num_experts,
+                experts=self._experts,
+                routing=routing if self._attention is not None else None,
+                side=open_side_group(self._config.dataplane, view) if several else None,
+                report=self._report,
+                wake=self._waker.wake,
+                telemetry=self._telemetry,
+                silence_s=self._config.dataplane.timeout_s,
+            )
+        )
+        migrations.start()
+        return migrations
+
+    def _enter(self, view: ViewInfo, migrations: Migrations, started: float) -> None:
+        self._migrations = migrations
+        self.progress.step = 0
+        if self._observer is not None:
+            self._observer.enter_view(view)
+        self.state = mesh_pb2.SERVER_STATE_SERVING
+        self._metrics.view_number.set(view.number)
+        self._report(mesh_pb2.JoinRequest(view_ready=mesh_pb2.ViewReady(view_number=view.number)))
+        if self._attention is not None:
+            self._attention.set_serving(True)
+        seconds = time.monotonic() - started
+        log.info("in view %d as rank %d of %d after %.2f s", view.number, view.rank, view.size, seconds)
+
+    def _context(
+        self,
+        view: ViewInfo,
+        plane: CollectivePlane,
+        lockstep: Lockstep,
+        migrations: Migrations,
+        routing: RoutingTables,
+    ) -> LoopContext:
+        return LoopContext(
+            view=view,
+            attention=self._attention,
+            experts=self._experts,
+            plane=plane,
+            lockstep=lockstep,
+            migrations=migrations,
+            routing=routing,
+            observer=self._observer,
+            moe_layers=self._spec.moe_layers,
+            hidden_size=self._spec.hidden_size,
+            top_k=self._spec.top_k,
+            dtype=self._spec.dtype,
+            max_num_tokens=self._config.dataplane.max_num_tokens,
+            clock=self._clock,
+        )
+
+    def _next_view(self) -> int:
+        """What the lockstep tells the leader; it is asked before every step, so this is where a rank stops."""
+        if self._inbox.closed:
+            raise _Stopping
+        if self._inbox.is_fenced:
+            raise DataPlaneError(f"this rank was fenced: {self._inbox.pause_reason}")
+        return self._inbox.known_view
+
+    def _plane_shape(self, view: ViewInfo) -> PlaneShape:
+        return PlaneShape(
+            rank=view.rank,
+            size=view.size,
+            expert_ranks=view.expert_ranks,
+            slots_per_rank=view.slots_per_rank,
+            hidden_size=self._spec.hidden_size,
+            top_k=self._spec.top_k,
+            dtype=self._spec.dtype,
+            max_num_tokens=self._config.dataplane.max_num_tokens,
+        )
+
+    def _say_why_not_serving(self) -> None:
+        if self._attention is not None:
+            self._attention.set_serving(False, self._inbox.pause_reason or "waiting for a view")

@@ -1,0 +1,357 @@
+"""Every metric of the mesh, declared once.
+
+Names and buckets under ``vllm:`` are vLLM's (vllm/v1/metrics/loggers.py), so that its dashboards work; OpenTelemetry
+names are those of the GenAI semantic conventions where they have one. ``starts_on`` lists the roles on which a series
+without labels is exported as 0 from the start; recorded elsewhere it appears with its first value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+from expertmesh.mesh.telemetry.instruments import NULL, Counter, Family, Gauge, Histogram
+
+FamilyT = TypeVar("FamilyT", Gauge, Counter, Histogram)
+
+ATTENTION = ("attention", "both")
+EXPERT = ("expert", "both")
+RANKS = ("attention", "expert", "both")
+ROUTER = ("router",)
+BALANCER = ("balancer",)
+
+TTFT_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+    *(160.0, 640.0, 2560.0),
+)
+# vLLM's begin at 10 ms; a small model's tokens are faster.
+TOKEN_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+# vLLM's begin at 0.3 s.
+REQUEST_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+STEP_BUCKETS_S = tuple(mantissa * 10.0**exponent for exponent in range(-5, 1) for mantissa in (1, 2, 5))
+TOKEN_COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Declared(Generic[FamilyT]):
+    """A row of the table: as a class attribute of ``Metrics`` it becomes the instance's instrument."""
+
+    def __init__(
+        self,
+        kind: type[FamilyT],
+        name: str,
+        help: str,  # noqa: A002  # Prometheus's word
+        *,
+        labels: Sequence[str] = (),
+        buckets: Sequence[float] = (),
+        unit: str = "1",
+        otel: str = "",
+        starts_on: Sequence[str] = (),
+    ) -> None:
+        self.kind: type[FamilyT] = kind
+        self.name = name
+        self.help = help
+        self.labels = tuple(labels)
+        self.buckets = tuple(buckets)
+        self.unit = unit
+        self.otel = otel or "expertmesh." + name.removeprefix("vllm:").removeprefix("expertmesh_").removesuffix(
+            "_seconds"
+        )
+        self.starts_on = tuple(starts_on)
+
+    def __set_name__(self, owner: type[Metrics], attribute: str) -> None:
+        self.attribute = attribute
+
+    @overload
+    def __get__(self, metrics: None, owner: type[Metrics]) -> Declared[FamilyT]: ...
+    @overload
+    def __get__(self, metrics: Metrics, owner: type[Metrics]) -> FamilyT: ...
+    def __get__(self, metrics: Metrics | None, owner: type[Metrics]) -> Declared[FamilyT] | FamilyT:
+        # Reached on the class only: an instance's attribute, set in its constructor, hides a non-data descriptor.
+        assert metrics is None, f"{self.attribute} was not made"
+        return self
+
+
+class Metrics:
+    """The instruments: ``.set``/``.add`` on gauges, ``.add`` on counters, ``.observe`` on histograms, each with labels
+    as keywords; ``.labels(...)`` binds a series once for a hot path. Thread-safe.
+
+    ``constant_labels`` stand on every series; ``model_name`` on those under ``vllm:`` only.
+    """
+
+    # Requests, as vLLM names them. Recorded by attention servers; the router records its own view of the durations
+    # (with role="router"), which includes queueing, replays and the stream to the client.
+    num_requests_running = Declared(Gauge, "vllm:num_requests_running", "Sequences in the batch.", starts_on=ATTENTION)
+    num_requests_waiting = Declared(Gauge, "vllm:num_requests_waiting", "Sequences waiting.", starts_on=ATTENTION)
+    kv_cache_usage_perc = Declared(
+        Gauge, "vllm:kv_cache_usage_perc", "KV blocks in use; 1 means all.", starts_on=ATTENTION
+    )
+    time_to_first_token_seconds = Declared(
+        Histogram,
+        "vllm:time_to_first_token_seconds",
+        "From arrival to the first token.",
+        buckets=TTFT_BUCKETS_S,
+        unit="s",
+        otel="gen_ai.server.time_to_first_token",
+        starts_on=(*ATTENTION, *ROUTER),
+    )
+    inter_token_latency_seconds = Declared(
+        Histogram,
+        "vllm:inter_token_latency_seconds",
+        "Between one token and the next of a request.",
+        buckets=TOKEN_BUCKETS_S,
+        unit="s",
+        otel="gen_ai.server.time_per_output_token",
+        starts_on=(*ATTENTION, *ROUTER),
+    )
+    e2e_request_latency_seconds = Declared(
+        Histogram,
+        "vllm:e2e_request_latency_seconds",
+        "From arrival to the end of a request.",
+        buckets=REQUEST_BUCKETS_S,
+        unit="s",
+        otel="gen_ai.server.request.duration",
+        starts_on=(*ATTENTION, *ROUTER),
+    )
+    request_queue_time_seconds = Declared(
+        Histogram,
+        "vllm:request_queue_time_seconds",
+        "In the waiting phase.",
+        buckets=REQUEST_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    request_prefill_time_seconds = Declared(
+        Histogram,
+        "vllm:request_prefill_time_seconds",
+        "In the prefill phase.",
+        buckets=REQUEST_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    request_decode_time_seconds = Declared(
+        Histogram,
+        "vllm:request_decode_time_seconds",
+        "In the decode phase.",
+        buckets=REQUEST_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    prompt_tokens = Declared(
+        Counter, "vllm:prompt_tokens", "Prefill tokens computed.", unit="{token}", starts_on=ATTENTION
+    )
+    generation_tokens = Declared(
+        Counter, "vllm:generation_tokens", "Tokens generated.", unit="{token}", starts_on=ATTENTION
+    )
+    request_success = Declared(
+        Counter, "vllm:request_success", "Requests that ended well.", labels=("finished_reason",)
+    )
+    num_preemptions = Declared(
+        Counter, "vllm:num_preemptions", "Sequences that gave their KV blocks to another.", starts_on=ATTENTION
+    )
+    prefix_cache_queries = Declared(
+        Counter,
+        "vllm:prefix_cache_queries",
+        "Tokens looked up in the prefix cache.",
+        unit="{token}",
+        starts_on=ATTENTION,
+    )
+    prefix_cache_hits = Declared(
+        Counter, "vllm:prefix_cache_hits", "Tokens found in the prefix cache.", unit="{token}", starts_on=ATTENTION
+    )
+
+    # The step loop of a rank.
+    step_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_step_duration_seconds",
+        "A step with work, header to sampled tokens.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=RANKS,
+    )
+    step_tokens = Declared(
+        Histogram,
+        "expertmesh_step_tokens",
+        "Tokens of this rank in a step.",
+        buckets=TOKEN_COUNT_BUCKETS,
+        unit="{token}",
+        starts_on=ATTENTION,
+    )
+    header_wait_seconds = Declared(
+        Histogram,
+        "expertmesh_header_wait_seconds",
+        "Waiting for the other ranks' headers before a step.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=RANKS,
+    )
+    attention_compute_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_attention_compute_duration_seconds",
+        "Dense work between two exchanges.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    dispatch_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_dispatch_duration_seconds",
+        "The dispatch of one layer.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=RANKS,
+    )
+    expert_compute_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_expert_compute_duration_seconds",
+        "The expert MLPs of one layer.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=EXPERT,
+    )
+    combine_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_combine_duration_seconds",
+        "The combine of one layer.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=RANKS,
+    )
+    expert_rank_tokens = Declared(
+        Counter,
+        "expertmesh_expert_rank_tokens",
+        "Rows that this rank's experts computed, over all layers.",
+        unit="{token}",
+        starts_on=EXPERT,
+    )
+    slots_loaded = Declared(Counter, "expertmesh_slots_loaded", "Slots filled with an expert.", starts_on=EXPERT)
+
+    # Migration, as each rank sees it.
+    rank_migrations = Declared(
+        Counter,
+        "expertmesh_rank_migrations",
+        "Plans that ended on this rank: committed, aborted, failed, refused, forgotten, view_ended.",
+        labels=("outcome",),
+    )
+    rank_migration_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_rank_migration_duration_seconds",
+        "Phases of a migration on this rank: stage (in the background), switch (between two steps).",
+        labels=("phase",),
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+    )
+    migrated_slots = Declared(
+        Counter,
+        "expertmesh_migrated_slots",
+        "Slots that were switched to another expert, by where its weights came from: local, peer, checkpoint.",
+        labels=("source",),
+    )
+    migrated_bytes = Declared(
+        Counter, "expertmesh_migrated_bytes", "Weights that were switched to.", unit="By", starts_on=EXPERT
+    )
+    migration_fallbacks = Declared(
+        Counter,
+        "expertmesh_migration_fallbacks",
+        "Weights from the checkpoint instead of a peer: called_off, broken, checksum.",
+        labels=("cause",),
+    )
+
+    # Membership.
+    view_number = Declared(
+        Gauge, "expertmesh_view_number", "The current view; 0 = none.", starts_on=(*RANKS, *BALANCER)
+    )
+    view_changes = Declared(
+        Counter, "expertmesh_view_changes", "Views entered (ranks) or published (balancer).", labels=("reason",)
+    )
+    server_states = Declared(Gauge, "expertmesh_server_states", "Servers by state.", labels=("state",))
+    reconcile_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_reconcile_duration_seconds",
+        "One tick of the balancer's loop.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=BALANCER,
+    )
+
+    # Migration, as the balancer sees it.
+    balancer_migrations = Declared(
+        Counter,
+        "expertmesh_balancer_migrations",
+        "Layer migrations that ended: committed, aborted, dropped.",
+        labels=("outcome",),
+    )
+    balancer_migrations_running = Declared(
+        Gauge,
+        "expertmesh_balancer_migrations_running",
+        "Layer migrations by stage: planned, staging, committing.",
+        labels=("stage",),
+    )
+    balancer_migration_stage_seconds = Declared(
+        Histogram,
+        "expertmesh_balancer_migration_stage_seconds",
+        "How long a layer migration was in each stage.",
+        labels=("stage",),
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+    )
+    balancer_evaluation_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_balancer_evaluation_duration_seconds",
+        "Searching better placements for a few layers, on a thread of its own.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=BALANCER,
+    )
+
+    # The router, and what every service has.
+    router_requests_inflight = Declared(
+        Gauge, "expertmesh_router_requests_inflight", "Requests admitted and not finished.", starts_on=ROUTER
+    )
+    requests_rejected = Declared(Counter, "expertmesh_requests_rejected", "Requests refused.", labels=("reason",))
+    replays = Declared(
+        Counter, "expertmesh_replays", "Requests continued on another attention server.", starts_on=ROUTER
+    )
+    rpc_internal_errors = Declared(
+        Counter,
+        "expertmesh_rpc_internal_errors",
+        "Calls that ended in INTERNAL by an unforeseen error.",
+        labels=("method",),
+    )
+    build_info = Declared(Gauge, "expertmesh_build_info", "Always 1.", labels=("version", "python"))
+
+    def __init__(
+        self,
+        *,
+        role: str = "",
+        constant_labels: Mapping[str, str] | None = None,
+        model_name: str = "",
+        enabled: bool = True,
+    ) -> None:
+        self.enabled = enabled
+        self._constant_labels = dict(constant_labels or {})
+        self._model_name = model_name
+        for declared in declarations():
+            kind: type[Family[Any]] = declared.kind if enabled else NULL[declared.kind]
+            family = kind(declared.name, declared.labels, declared.buckets)
+            setattr(self, declared.attribute, family)
+            if role in declared.starts_on and not declared.labels:
+                family.labels()
+
+    def families(self) -> Iterator[tuple[Declared[Any], Family[Any], dict[str, str]]]:
+        """Each declaration with its family and the labels that all its series share."""
+        for declared in declarations():
+            shared = dict(self._constant_labels)
+            if declared.name.startswith("vllm:"):
+                shared["model_name"] = self._model_name
+            yield declared, getattr(self, declared.attribute), shared
+
+
+def declarations() -> Iterator[Declared[Any]]:
+    """The table, in order."""
+    return (row for row in vars(Metrics).values() if isinstance(row, Declared))

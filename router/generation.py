@@ -1,0 +1,201 @@
+"""One request while it runs: tokens come in from a link, text goes out to the client, at whatever pace it reads.
+
+Everything that arrived and was not taken yet coalesces into one message, so a slow client costs at most the memory of
+its own output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from expertmesh.router.detokenizer import Detokenizer
+from expertmesh.router.errors import Refusal
+from expertmesh.v1 import attention_pb2, generate_pb2
+
+STOP = generate_pb2.FINISH_REASON_STOP
+UNSPECIFIED = generate_pb2.FINISH_REASON_UNSPECIFIED
+
+
+class Generation:
+    """The state of one request. Everything runs on the event loop's thread.
+
+    A link calls ``on_delta`` and ``on_lost``; the request's handler waits with ``wait``, reads ``take``, ``finish`` and
+    ``refusal``, and finds a new attention server when ``needs_server`` is true.
+
+    Args:
+        request_id: as the client knows it.
+        prompt_token_ids: not empty.
+        sampling: resolved.
+        max_replays: attention servers that may be lost under the request.
+        clock: seconds, monotonic.
+        accepted_s: when the request arrived, on ``clock``.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: generate_pb2.SamplingParams,
+        detokenizer: Detokenizer,
+        max_replays: int,
+        clock: Callable[[], float],
+        accepted_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.sampling = sampling
+        self.output_token_ids: list[int] = []
+        self.needs_server = True
+        self.replays = 0
+        self.refused_by: dict[str, str] = {}  # attention servers that took nothing new, and why
+        self.finish: generate_pb2.Finish | None = None
+        self.refusal: Refusal | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s = accepted_s
+        self._detokenizer = detokenizer
+        self._max_replays = max_replays
+        self._clock = clock
+        self.accepted_s = accepted_s
+        self._cached_tokens = 0
+        self._pending = generate_pb2.GenerateResponse()
+        self._texts: list[str] = []
+        self._finish_taken = False
+        self._changed = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.refusal is not None
+
+    def on_delta(self, delta: attention_pb2.TokenDelta, server_id: str) -> bool:
+        """Take what a step produced; whether the attention server should go on with the sequence."""
+        if self.ended:
+            return False
+        if delta.status_code:
+            self._on_status(delta, server_id)
+            return False
+        self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
+        if delta.token_ids:
+            self.last_token_s = self._clock()
+            self.first_token_s = self.first_token_s or self.last_token_s
+        matched_stop = self._add_tokens(delta)
+        if matched_stop is not None:
+            self._end(generate_pb2.Finish(reason=STOP, matched_stop_str=matched_stop))
+        elif delta.finish_reason != UNSPECIFIED:
+            self._texts.append(self._detokenizer.flush())
+            finish = generate_pb2.Finish(reason=delta.finish_reason)
+            if delta.HasField("matched_token_id"):
+                finish.matched_token_id = delta.matched_token_id
+            self._end(finish)
+        self._changed.set()
+        return not self.ended
+
+    def on_lost(self, reason: str) -> None:
+        """The link broke under the request: it goes on elsewhere with what it has, as often as it may."""
+        if self.ended:
+            return
+        self.replays += 1
+        if self.replays > self._max_replays:
+            allowed = (
+                "and the request may not be replayed (disable_replay, or router.replay_attempts 0)"
+                if self._max_replays == 0
+                else f"the {self.replays}th under this request (router.replay_attempts {self._max_replays})"
+            )
+            self.fail(Refusal(grpc.StatusCode.UNAVAILABLE, f"an attention server was lost, {allowed}: {reason}"))
+            return
+        self.needs_server = True
+        self._changed.set()
+
+    def cancel(self) -> None:
+        """End with FINISH_REASON_CANCELLED and what there is."""
+        if self.ended:
+            return
+        self._texts.append(self._detokenizer.flush())
+        self._end(generate_pb2.Finish(reason=generate_pb2.FINISH_REASON_CANCELLED))
+
+    def fail(self, refusal: Refusal) -> None:
+        if not self.ended:
+            self.refusal = refusal
+            self.wake()
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until something changed.
+
+        Raises:
+            TimeoutError: nothing did.
+        """
+        async with asyncio.timeout(timeout_s):
+            await self._changed.wait()
+        self._changed.clear()
+
+    def take(self) -> generate_pb2.GenerateResponse | None:
+        """Everything that came since the last call; ``None`` when that is nothing a client would see."""
+        text = "".join(self._texts)
+        finish = None if self._finish_taken else self.finish
+        if not (text or self._pending.token_ids or finish):
+            return None
+        response, self._pending = self._pending, generate_pb2.GenerateResponse()
+        self._texts.clear()
+        response.request_id = self.request_id
+        response.text = text
+        if finish is not None:
+            response.finish.CopyFrom(finish)
+            self._finish_taken = True
+        return response
+
+    def _add_tokens(self, delta: attention_pb2.TokenDelta) -> str | None:
+        """Text and ids of the delta; returns the stop string that they complete."""
+        token_ids = list(delta.token_ids)
+        shown_ids = token_ids
+        if self._ends_with_hidden_stop(delta):
+            shown_ids = token_ids[:-1]
+        piece = self._detokenizer.add(shown_ids)
+        if piece.matched_stop is not None:
+            token_ids = token_ids[: piece.num_tokens]
+        self._texts.append(piece.text)
+        self.output_token_ids += token_ids
+        self._pending.token_ids.extend(token_ids)
+        self._pending.logprobs.extend(delta.logprobs[: len(token_ids)])
+        return piece.matched_stop
+
+    def _ends_with_hidden_stop(self, delta: attention_pb2.TokenDelta) -> bool:
+        """The token that ended the sequence is no part of the text unless asked for, as in vLLM."""
+        return (
+            delta.finish_reason == STOP
+            and delta.HasField("matched_token_id")
+            and bool(delta.token_ids)
+            and delta.token_ids[-1] == delta.matched_token_id
+            and not self.sampling.include_stop_str_in_output
+        )
+
+    def _on_status(self, delta: attention_pb2.TokenDelta, server_id: str) -> None:
+        code = _STATUS_OF.get(delta.status_code, grpc.StatusCode.INTERNAL)
+        if code is grpc.StatusCode.UNAVAILABLE:  # it stops: another one may go on
+            self.refused_by[server_id] = delta.error_message
+            if self.output_token_ids:
+                self.on_lost(f"attention server {server_id}: {delta.error_message}")
+                return
+            self.needs_server = True
+            self.wake()
+            return
+        self.fail(Refusal(code, delta.error_message))
+
+    def _end(self, finish: generate_pb2.Finish) -> None:
+        now_s = self._clock()
+        finish.prompt_tokens = len(self.prompt_token_ids)
+        finish.completion_tokens = len(self.output_token_ids)
+        finish.cached_tokens = self._cached_tokens
+        finish.ttft_ms = 1000 * ((self.first_token_s or now_s) - self.accepted_s)
+        finish.e2e_ms = 1000 * (now_s - self.accepted_s)
+        finish.replays = self.replays
+        self.finish = finish
+        self.wake()
+
+
+_STATUS_OF = {code.value[0]: code for code in grpc.StatusCode}

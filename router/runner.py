@@ -1,0 +1,259 @@
+"""A request from the door to its end: checked, admitted, placed on an attention server, replayed when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from expertmesh.mesh.config import RouterConfig
+from expertmesh.router import validation
+from expertmesh.router.admission import Admission
+from expertmesh.router.detokenizer import Detokenizer
+from expertmesh.router.errors import Refusal, invalid
+from expertmesh.router.generation import Generation
+from expertmesh.router.links import AttentionLink
+from expertmesh.router.model import RouterModel
+from expertmesh.router.pool import LinkPool
+from expertmesh.router.spans import RequestTelemetry
+from expertmesh.v1 import attention_pb2, generate_pb2
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[generate_pb2.GenerateResponse], Awaitable[None]]
+
+# A request that waits for a mesh is told why a little before its deadline, after which the client would not hear it.
+_DEADLINE_MARGIN_S = 0.25
+_REFUSED_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """What the RPC says beside its message. ``deadline_s``: on ``time.monotonic``; ``None`` = none."""
+
+    deadline_s: float | None
+    telemetry: RequestTelemetry
+
+
+class Runner:
+    """Runs requests. One a router; all of it on the event loop's thread."""
+
+    def __init__(self, config: RouterConfig, model: RouterModel, pool: LinkPool) -> None:
+        self.admission = Admission(
+            max_requests=config.max_queued_requests,
+            max_requests_per_tenant=config.max_requests_per_tenant,
+            clock=time.monotonic,
+        )
+        self._config = config
+        self._model = model
+        self._pool = pool
+        self._running: dict[str, Generation] = {}
+        self._cancelled_early: set[str] = set()  # cancelled while their prompt was tokenised
+
+    def cancel(self, request_id: str) -> bool:
+        """End a running request with what it has; whether there was one."""
+        if not self.admission.holds(request_id):
+            return False
+        if request_id in self._running:
+            self._running[request_id].cancel()
+        else:
+            self._cancelled_early.add(request_id)
+        return True
+
+    async def run(self, request: generate_pb2.GenerateRequest, caller: Caller, emit: Emit) -> None:
+        """Generate; ``emit`` gets every message, the last one with ``finish``.
+
+        Raises:
+            Refusal: the status that the request ends with.
+            CancelledError: the client went away; nothing of the request remains.
+        """
+        accepted_s = time.monotonic()
+        request_id = request.request_id or f"gen-{uuid.uuid4().hex}"
+        self._check_envelope(request)
+        self.admission.admit(request_id, request.tenant)
+        caller.telemetry.on_admitted(request_id)
+        try:
+            generation = await self._accept(request, request_id, accepted_s)
+            caller.telemetry.on_accepted(generation)
+            self._running[request_id] = generation
+            if request_id in self._cancelled_early:
+                generation.cancel()
+            await _Placement(self, generation, request, caller).drive(emit)
+        finally:
+            self._running.pop(request_id, None)
+            self._cancelled_early.discard(request_id)
+            self.admission.release(request_id)
+
+    def _check_envelope(self, request: generate_pb2.GenerateRequest) -> None:
+        """What costs nothing to check, before the request takes a place."""
+        validation.check_name("request_id", request.request_id)
+        validation.check_name("tenant", request.tenant)
+        validation.check_model(request.model, self._model.limits)
+        validation.check_priority(request.priority)
+        field = request.WhichOneof("input")
+        if field is None:
+            raise invalid("input", "there is no prompt", "set one of text, tokenized, chat")
+        num_bytes = len(request.text.encode()) if field == "text" else getattr(request, field).ByteSize()
+        validation.check_prompt_bytes(field, num_bytes, self._config.max_prompt_bytes)
+
+    async def _accept(self, request: generate_pb2.GenerateRequest, request_id: str, accepted_s: float) -> Generation:
+        limits = self._model.limits
+        prompt_token_ids = await self._prompt_ids(request)
+        sampling = validation.resolve_sampling(
+            request.sampling_params,
+            limits,
+            num_prompt_tokens=len(prompt_token_ids),
+            choose_seed=lambda: secrets.randbits(63),
+        )
+        return Generation(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            detokenizer=Detokenizer(
+                self._model.vocabulary.token_text(skip_special_tokens=sampling.skip_special_tokens),
+                stop=sampling.stop,
+                include_stop=sampling.include_stop_str_in_output,
+                min_tokens=sampling.min_tokens,
+            ),
+            max_replays=0 if request.disable_replay else self._config.replay_attempts,
+            clock=time.monotonic,
+            accepted_s=accepted_s,
+        )
+
+    async def _prompt_ids(self, request: generate_pb2.GenerateRequest) -> Sequence[int]:
+        limits, tokenizer = self._model.limits, self._model.tokenizer
+        match request.WhichOneof("input"):
+            case "text":
+                token_ids, field = await tokenizer.text_ids(request.text, limits), "text"
+            case "chat":
+                token_ids, field = await tokenizer.chat_ids(request.chat, limits), "chat"
+            case _:
+                field = "tokenized.input_ids"
+                validation.check_prompt_length(field, len(request.tokenized.input_ids), limits)
+                token_ids = list(request.tokenized.input_ids)
+        validation.check_prompt_ids(field, token_ids, limits)
+        return token_ids
+
+
+class _Placement:
+    """One request on its way through attention servers."""
+
+    def __init__(
+        self, runner: Runner, generation: Generation, request: generate_pb2.GenerateRequest, caller: Caller
+    ) -> None:
+        self._pool = runner._pool
+        self._config = runner._config
+        self._eos_token_ids = runner._model.spec.eos_token_ids
+        self._generation = generation
+        self._priority = request.priority
+        self._caller = caller
+        self._link: AttentionLink | None = None
+        self._handle = 0
+        self._homeless_since_s: float | None = None  # without a server, and no token since
+
+    async def drive(self, emit: Emit) -> None:
+        """Until the request ends; then, or when cancelled, the attention server lets go of it."""
+        generation = self._generation
+        try:
+            while not generation.ended:
+                if generation.needs_server:
+                    await self._place()
+                with contextlib.suppress(TimeoutError):  # _check_patience knows why
+                    await generation.wait(max(0.0, self._patience_ends_s() - time.monotonic()))
+                self._check_patience()
+                await self._emit_pending(emit)
+            await self._emit_pending(emit)
+        finally:
+            self._pool.forget(generation)
+            if self._link is not None:
+                self._link.abort(self._handle)
+        if generation.refusal is not None:
+            raise generation.refusal
+
+    async def _emit_pending(self, emit: Emit) -> None:
+        response = self._generation.take()
+        if response is None:
+            return
+        self._caller.telemetry.on_response(self._generation, response)
+        try:
+            async with asyncio.timeout(self._config.client_stall_timeout_s):
+                await emit(response)
+        except TimeoutError:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the client read nothing for {self._config.client_stall_timeout_s:g} s"
+                " (router.client_stall_timeout_s); read the stream as it comes",
+            ) from None
+
+    async def _place(self) -> None:
+        """Submit to the best server there is; without one, be woken when that may have changed."""
+        generation = self._generation
+        if self._homeless_since_s is None or self._homeless_since_s < generation.last_token_s:
+            self._homeless_since_s = time.monotonic()
+        link = self._pool.choose(generation.prompt_token_ids, avoid=generation.refused_by)
+        if link is None:
+            self._pool.notify(generation)
+            return
+        if link.server_id in generation.refused_by:  # there is no other: ask again, but not in a tight loop
+            await asyncio.sleep(_REFUSED_PAUSE_S)
+        generation.needs_server = False
+        self._link = link
+        self._handle = link.submit(generation, self._submit_message())
+        self._caller.telemetry.on_placed(generation, link.server_id)
+
+    def _submit_message(self) -> attention_pb2.Submit:
+        generation = self._generation
+        submit = attention_pb2.Submit(
+            request_id=generation.request_id,
+            prompt_token_ids=generation.prompt_token_ids,
+            output_token_ids=generation.output_token_ids,
+            sampling_params=generation.sampling,
+            eos_token_ids=self._eos_token_ids,
+            priority=self._priority,
+            timeout_s=self._timeout_s(),
+            traceparent=self._caller.telemetry.traceparent,
+            arrival_unix_s=time.time() - (time.monotonic() - generation.accepted_s),
+        )
+        submit.sampling_params.ClearField("stop")  # the router's to find: it alone has the text
+        return submit
+
+    def _timeout_s(self) -> float:
+        deadline_s = self._caller.deadline_s
+        return 0.0 if deadline_s is None else max(deadline_s - time.monotonic(), 0.001)
+
+    def _patience_ends_s(self) -> float:
+        """When ``_check_patience`` has something to say if nothing happens before."""
+        deadline_s, link = self._caller.deadline_s, self._link
+        if self._generation.needs_server:
+            assert self._homeless_since_s is not None
+            if deadline_s is None:
+                return self._homeless_since_s + self._config.no_capacity_timeout_s
+            return deadline_s - _DEADLINE_MARGIN_S
+        if deadline_s is not None:
+            return deadline_s
+        since_s = time.monotonic() if link is None or link.serving else link.not_serving_since_s
+        return since_s + self._config.no_capacity_timeout_s
+
+    def _check_patience(self) -> None:
+        """Long silence is an answer when there is no mesh that could end it, or no time left."""
+        if time.monotonic() < self._patience_ends_s():
+            return
+        if self._generation.needs_server or (self._link is not None and not self._link.serving):
+            self._generation.fail(Refusal(grpc.StatusCode.UNAVAILABLE, self._why_not_serving()))
+        elif self._caller.deadline_s is not None:
+            message = "the deadline came before the end; raise it or lower sampling_params.max_tokens"
+            self._generation.fail(Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message))
+
+    def _why_not_serving(self) -> str:
+        refused_by = self._generation.refused_by
+        if refused_by and self._pool.any_serving:
+            refusals = "; ".join(f"{server_id}: {reason}" for server_id, reason in refused_by.items())
+            return f"the attention servers take nothing new ({refusals})"
+        return self._pool.why_not_serving()

@@ -1,0 +1,174 @@
+"""A router process: gRPC server, membership, links; from start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import Callable
+
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.membership import MembershipClient
+from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.router.model import RouterModel, load_router_model
+from expertmesh.router.pool import LinkPool
+from expertmesh.router.runner import Runner
+from expertmesh.router.service import GenerationService
+from expertmesh.v1 import attention_pb2, mesh_pb2
+
+log = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 30.0
+_STOP_GRACE_S = 1.0
+_LEAVE_TIMEOUT_S = 0.5
+# What a request holds beside its prompt: stop strings, logit_bias.
+_ENVELOPE_BYTES = 256 * 2**10
+
+
+class Router:
+    """Everything of one router, made but not yet connected.
+
+    Raises:
+        UserError: no balancer address, or the checkpoint folder cannot be used.
+    """
+
+    def __init__(self, config: MeshConfig, server_id: str, telemetry: Telemetry) -> None:
+        self.config = config
+        self.server_id = server_id
+        self.telemetry = telemetry
+        self.model: RouterModel = load_router_model(config.model)
+        self.pool = LinkPool(
+            hello=attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint),
+            tls=config.tls,
+            affinity_tokens=config.router.prefix_affinity_tokens,
+            slack_tokens=config.router.prefix_affinity_slack_tokens,
+            on_change=self._on_capacity_change,
+        )
+        self.runner = Runner(config.router, self.model, self.pool)
+        self.service = GenerationService(self.runner, self.model, telemetry)
+        self.membership = MembershipClient(
+            _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
+        )
+        self.drain_asked = asyncio.Event()
+        self._incarnation = uuid.uuid4().hex
+        self._server: rpc.RpcServer | None = None
+        self._view_number = 0
+
+    async def start(self) -> str:
+        """Listen; returns ``host:port``."""
+        router = self.config.router
+        self._server = await rpc.start_server(
+            host=router.host,
+            port=router.port,
+            tls=self.config.tls,
+            register=self.service.register,
+            telemetry=self.telemetry,
+            key="router.port",
+            max_message_bytes=max(router.max_message_bytes, router.max_prompt_bytes + _ENVELOPE_BYTES),
+        )
+        return self._server.address
+
+    async def drain(self) -> None:
+        """Refuse what is new, let what runs finish, for ``DRAIN_TIMEOUT_S`` at most."""
+        assert self._server is not None
+        self._server.set_serving(False)
+        self.runner.admission.close("the router stops; send the request to another one")
+        try:
+            await self.runner.admission.wait_empty(DRAIN_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("%d requests still run after %.0f s", len(self.runner.admission), DRAIN_TIMEOUT_S)
+        self.membership.send(mesh_pb2.JoinRequest(leaving=mesh_pb2.Leaving(reason="stopping")))
+        await self.membership.flush(_LEAVE_TIMEOUT_S)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.stop(_STOP_GRACE_S)
+        await self.pool.close()
+        self.model.tokenizer.close()
+
+    def _on_capacity_change(self) -> None:
+        if self._server is not None:
+            self._server.set_serving(self.pool.any_serving and not self.runner.admission.closed)
+
+    def _registration(self) -> mesh_pb2.Registration:
+        assert self._server is not None
+        return mesh_pb2.Registration(
+            server_id=self.server_id,
+            incarnation=self._incarnation,
+            role=mesh_pb2.ROLE_ROUTER,
+            node=self.config.node,
+            pid=os.getpid(),
+            grpc_address=self._server.address,
+            fingerprint=self.model.spec.fingerprint,
+            view_number=self._view_number,
+            model=self.model.shape(),
+        )
+
+    def _heartbeat(self) -> mesh_pb2.Heartbeat:
+        state = mesh_pb2.SERVER_STATE_SERVING if self.pool.any_serving else mesh_pb2.SERVER_STATE_STARTING
+        if self.runner.admission.closed:
+            state = mesh_pb2.SERVER_STATE_DRAINING
+        return mesh_pb2.Heartbeat(view_number=self._view_number, state=state)
+
+    def _on_message(self, message: mesh_pb2.JoinResponse) -> None:
+        match message.WhichOneof("message"):
+            case "view":
+                self._view_number = message.view.number
+                self.pool.set_view(message.view)
+            case "pause":
+                self.pool.set_pause(message.pause.reason)
+            case "fenced":
+                log.warning("fenced by the balancer: %s; coming back as a new server", message.fenced.reason)
+                self._incarnation = uuid.uuid4().hex
+            case "drain":
+                log.info("asked to drain: %s", message.drain.reason)
+                self.drain_asked.set()
+
+
+async def serve(
+    config: MeshConfig,
+    *,
+    server_id: str,
+    stop: asyncio.Event,
+    ready: Callable[[str], None],
+    telemetry: Telemetry,
+) -> None:
+    """Run a router until ``stop`` is set or the balancer asks it to drain; then drain and return.
+
+    Args:
+        ready: called once with ``host:port`` when the server listens; its health says when it can serve.
+
+    Raises:
+        UserError: the configuration or the checkpoint cannot be used, or the port is taken.
+    """
+    router = Router(config, server_id, telemetry)
+    tasks: list[asyncio.Task[object]] = []
+    try:
+        ready(await router.start())
+        membership = asyncio.create_task(router.membership.run(), name="membership")
+        stopping = asyncio.create_task(stop.wait(), name="router-stop")
+        draining = asyncio.create_task(router.drain_asked.wait(), name="router-drain")
+        tasks = [membership, stopping, draining]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if membership.done():
+            membership.result()
+        await router.drain()
+    finally:
+        await router.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _balancer_address(config: MeshConfig) -> str:
+    balancer = config.balancer
+    if balancer.address is not None:
+        return balancer.address
+    if balancer.port == 0:
+        raise UserError(
+            "balancer.address", "is unset and balancer.port is 0", "set one of them, or use `expertmesh up`"
+        )
+    return rpc.join_host_port(balancer.host, balancer.port)

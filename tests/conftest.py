@@ -1,0 +1,19 @@
+"""What every test may rely on: no settings from the outside, one set of hypothesis settings, meshes that are shared."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+from support.mesh import meshes
+
+__all__ = ["meshes"]
+
+# Other work may share the two cores of a test machine: a slow example says nothing about the code.
+settings.register_profile("expertmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("expertmesh")
+
+for name in list(os.environ):
+    if name.startswith(("EXPERTMESH_", "OTEL_")):
+        del os.environ[name]

@@ -1,0 +1,175 @@
+"""One trace from the client through router and attention server to every expert server; metrics under known names."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from expertmesh.mesh import rpc
+from expertmesh.mesh.client import build_request
+from expertmesh.mesh.config import TlsConfig
+from expertmesh.v1 import generate_pb2_grpc
+from support.live_mesh import LiveMesh
+from support.mesh import REQUEST_TIMEOUT_S
+from support.otlp_collector import attributes
+
+pytestmark = pytest.mark.slow
+
+NUM_PROMPT_TOKENS, NUM_TOKENS = 3, 4
+NUM_LAYERS = 8  # of the demo model, all of them with experts
+EXPORT_TIMEOUT_S = 30.0
+
+
+class Trace:
+    """The collected spans of one trace id."""
+
+    def __init__(self, live: LiveMesh, trace_id: str) -> None:
+        self._collector = live.collector
+        self._trace_id = bytes.fromhex(trace_id)
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span for _, span in list(self._collector.spans) if span.trace_id == self._trace_id]
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.spans if span.name.split()[0] == name]
+
+    def wait_for(self, numbers: dict[str, int]) -> None:
+        def complete() -> bool:
+            counts = Counter(span.name.split()[0] for span in self.spans)
+            return all(counts[name] >= number for name, number in numbers.items())
+
+        self._collector.wait_for(complete, EXPORT_TIMEOUT_S)
+
+
+def servers_of(spans: Iterable[Span]) -> set[str]:
+    return {attributes(span.attributes)["expertmesh.instance"] for span in spans}
+
+
+async def generate_traced(live: LiveMesh, traceparent: str) -> None:
+    async with rpc.open_channel(live.router, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        request = build_request(
+            [7] * NUM_PROMPT_TOKENS, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, seed=5
+        )
+        async for _ in stub.Generate(request, metadata=(("traceparent", traceparent),), timeout=REQUEST_TIMEOUT_S):
+            pass
+
+
+async def test_one_trace_through_every_server(live: LiveMesh) -> None:
+    trace_id, client_span = secrets.token_hex(16), secrets.token_hex(8)
+    await generate_traced(live, f"00-{trace_id}-{client_span}-01")
+    trace = Trace(live, trace_id)
+    num_ranks, num_experts = len(live.ranks), len(live.ranks) - len(live.attention_servers)
+    steps = NUM_TOKENS * num_ranks
+    layers = steps * NUM_LAYERS
+    numbers = {"generate": 1, "attention.request": 1, "step": steps, "dispatch": layers, "combine": layers}
+    numbers["expert_compute"] = NUM_TOKENS * num_experts * NUM_LAYERS
+    await asyncio.to_thread(trace.wait_for, numbers)
+    assert Counter(span.name.split()[0] for span in trace.spans) == numbers
+
+    (router,), (attention,) = trace.named("generate"), trace.named("attention.request")
+    assert router.parent_span_id.hex() == client_span
+    assert attention.parent_span_id == router.span_id
+    assert servers_of([router]) == {"router-0"}
+    assert servers_of([attention]) < set(live.attention_servers)
+    experts = set(live.ranks) - set(live.attention_servers)
+    assert servers_of(trace.named("step")) == set(live.ranks)
+    assert servers_of(trace.named("expert_compute")) == experts
+    assert_steps(trace, attention)
+    assert_request_attributes(attributes(router.attributes))
+    assert_request_attributes(attributes(attention.attributes))
+
+
+def assert_steps(trace: Trace, attention: Span) -> None:
+    """Each step is a child of the request and has every layer's exchange within its time, on every rank."""
+    steps = {span.span_id: span for span in trace.named("step")}
+    assert {span.parent_span_id for span in steps.values()} == {attention.span_id}
+    for name in ("dispatch", "expert_compute", "combine"):
+        layers: dict[bytes, set[int]] = {}
+        for span in trace.named(name):
+            step = steps[span.parent_span_id]
+            assert step.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
+            assert span.end_time_unix_nano <= step.end_time_unix_nano
+            assert servers_of([span]) == servers_of([step])
+            layers.setdefault(span.parent_span_id, set()).add(attributes(span.attributes)["expertmesh.layer"])
+        assert all(seen == set(range(NUM_LAYERS)) for seen in layers.values())
+    computed = sum(
+        attributes(span.attributes)["expertmesh.expert_rank.tokens"] for span in trace.named("expert_compute")
+    )
+    assert computed >= (3 + NUM_TOKENS - 1) * NUM_LAYERS, "every token visits at least one expert server in every layer"
+
+
+def assert_request_attributes(found: dict[str, Any]) -> None:
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "expertmesh",
+        "gen_ai.request.model": "expertmesh-demo",
+        "gen_ai.request.max_tokens": NUM_TOKENS,
+        "gen_ai.request.temperature": 0.0,
+        "gen_ai.request.seed": 5,
+        "gen_ai.usage.input_tokens": NUM_PROMPT_TOKENS,
+        "gen_ai.usage.output_tokens": NUM_TOKENS,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+async def test_request_outside_of_a_trace_leaves_no_spans(live: LiveMesh) -> None:
+    unsampled, sampled = secrets.token_hex(16), secrets.token_hex(16)
+    await generate_traced(live, f"00-{unsampled}-{secrets.token_hex(8)}-00")
+    await generate_traced(live, f"00-{sampled}-{secrets.token_hex(8)}-01")
+    await asyncio.to_thread(Trace(live, sampled).wait_for, {"generate": 1, "attention.request": 1})
+    assert Trace(live, unsampled).spans == []
+
+
+METRICS = {
+    "attention": [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_queue_time_seconds_count",
+        "vllm:prefix_cache_queries_total",
+        "expertmesh_step_duration_seconds_count",
+        "expertmesh_dispatch_duration_seconds_count",
+        "expertmesh_combine_duration_seconds_count",
+        "expertmesh_view_number",
+    ],
+    "expert": [
+        "expertmesh_step_duration_seconds_count",
+        "expertmesh_expert_compute_duration_seconds_count",
+        "expertmesh_expert_rank_tokens_total",
+        "expertmesh_slots_loaded_total",
+    ],
+    "router": ["vllm:time_to_first_token_seconds_count", "vllm:request_success_total"],
+}
+
+
+async def test_metrics_have_their_names_and_count(live: LiveMesh) -> None:
+    servers = [server for server in live.mesh.servers.values() if server.role in METRICS]
+    before = {server.id: await asyncio.to_thread(live.metrics, server.id) for server in servers}
+    await generate_traced(live, "")
+    await live.until_idle()
+    after = {server.id: await asyncio.to_thread(live.metrics, server.id) for server in servers}
+    for server in servers:
+        missing = [name for name in METRICS[server.role] if name not in after[server.id]]
+        assert not missing, f"{server.id} has {sorted(after[server.id])}"
+
+    def grown(role: str, name: str) -> float:
+        return sum(after[s.id][name] - before[s.id].get(name, 0.0) for s in servers if s.role == role)
+
+    assert grown("attention", "vllm:generation_tokens_total") == NUM_TOKENS
+    assert grown("attention", "expertmesh_step_duration_seconds_count") == 2 * NUM_TOKENS
+    assert grown("expert", "expertmesh_step_duration_seconds_count") == 3 * NUM_TOKENS
+    assert grown("router", "vllm:request_success_total") == 1
+    assert grown("expert", "expertmesh_expert_rank_tokens_total") > 0

@@ -1,0 +1,93 @@
+"""One span a request, a child of the client's, with GenAI attributes; metrics that tell how requests ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from expertmesh.mesh import rpc
+from expertmesh.mesh.client import build_request
+from expertmesh.mesh.config import TlsConfig
+from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.v1 import generate_pb2_grpc
+from support.fake_attention import FakeAttention
+from support.router_stand import Stand
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
+
+
+class Observed(Stand):
+    def __init__(self) -> None:
+        self.spans = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.spans))
+        self.metrics = Metrics(role="router")
+        super().__init__(Telemetry(provider.get_tracer("test"), self.metrics, tracing=True))
+
+
+@pytest_asyncio.fixture
+async def stand() -> AsyncIterator[Observed]:
+    running = Observed()
+    yield running
+    await running.close()
+
+
+async def test_span_and_metrics_of_a_request(stand: Observed) -> None:
+    server = FakeAttention("a0")
+    await stand.start([server])
+    async with rpc.open_channel(stand.address, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        request = build_request([5, 6, 7], max_tokens=4, seed=9, temperature=0.5, request_id="r1")
+        async for _ in stub.Generate(request, metadata=(("traceparent", TRACEPARENT),)):
+            pass
+    await stand.close()
+    (span,) = stand.spans.get_finished_spans()
+    assert (span.name, span.kind) == ("generate expertmesh-demo", SpanKind.SERVER)
+    assert span.context is not None
+    assert f"{span.context.trace_id:032x}" == TRACE_ID
+    assert server.submits[0].traceparent == f"00-{TRACE_ID}-{span.context.span_id:016x}-01"
+    attributes = dict(span.attributes or {})
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "expertmesh",
+        "gen_ai.request.model": "expertmesh-demo",
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.request.seed": 9,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.response.id": "r1",
+        "gen_ai.response.finish_reasons": ("length",),
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 4,
+    }
+    assert {name: attributes.get(name) for name in expected} == expected
+    assert sum(stand.metrics.time_to_first_token_seconds.labels().read().counts) == 1
+    assert sum(stand.metrics.inter_token_latency_seconds.labels().read().counts) == 3
+    assert stand.metrics.request_success.labels(finished_reason="length").read() == 1
+    assert stand.metrics.router_requests_inflight.labels().read() == 0
+
+
+async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed) -> None:
+    server = FakeAttention("a0")
+    client = await stand.start([server])
+    with pytest.raises(grpc.aio.AioRpcError):
+        await client.complete(build_request([5], top_p=3))
+    server.going.clear()
+    stream = client.stream(build_request([5], max_tokens=5))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await client.complete(build_request([5]), timeout_s=0.2)
+    await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator, declared by what callers need of it
+    await stand.close()
+    refused, late = stand.spans.get_finished_spans()
+    assert refused.status.status_code is late.status.status_code is StatusCode.ERROR
+    assert (refused.attributes or {})["error.type"] == "INVALID_ARGUMENT"
+    assert (late.attributes or {})["error.type"] == "DEADLINE_EXCEEDED"
+    assert stand.metrics.requests_rejected.labels(reason="invalid_argument").read() == 1
+    assert stand.metrics.router_requests_inflight.labels().read() == 0

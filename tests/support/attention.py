@@ -1,0 +1,142 @@
+"""An attention half run in process, with plain-torch experts in the place of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from expertmesh.attention_server.engine import Load, Output
+from expertmesh.attention_server.half import ServingHalf
+from expertmesh.attention_server.request import Sampling
+from expertmesh.attention_server.request import Sequence as EngineSequence
+from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.halves import Routes
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.telemetry import Telemetry, disabled_telemetry
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Threads that spin for one another make tiny products a hundred times slower when the machine has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class PlainExperts:
+    """The routed experts of a model, one after the other."""
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self._weights = {
+            (layer, expert): checkpoint.expert(spec, layer, expert)
+            for layer in spec.moe_layers
+            for expert in range(spec.num_experts)
+        }
+
+    def compute(self, layer: int, x_TH: torch.Tensor, routes: Routes) -> torch.Tensor:
+        out_TH = torch.zeros_like(x_TH)
+        for expert in sorted(set(routes.expert_TK.flatten().tolist())):
+            gate_up, down = self._weights[layer, expert]
+            token, choice = torch.where(routes.expert_TK == expert)
+            gate, up = F.linear(x_TH[token], gate_up).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, down) * routes.weight_TK[token, choice, None].to(x_TH.dtype)
+            out_TH.index_add_(0, token, y)
+        return out_TH
+
+
+class LocalEngine:
+    """A half with everything a step needs; outputs are collected by handle."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        experts: PlainExperts,
+        now: list[float] | None = None,
+        telemetry: Telemetry | None = None,
+        **config: Any,
+    ) -> None:
+        self.now = now if now is not None else [100.0]
+        self.spec = spec
+        self._experts = experts
+        self.half = ServingHalf(
+            AttentionConfig(**config),
+            spec,
+            checkpoint,
+            telemetry or disabled_telemetry(),
+            step_sample_interval_s=1.0,
+            clock=lambda: self.now[0],
+        )
+        self.outputs: dict[int, list[Output]] = {}
+        self.load = self.half.engine.load()
+        self.half.engine.set_sink(self._take)
+
+    def _take(self, outputs: list[Output], load: Load) -> None:
+        self.load = load
+        for output in outputs:
+            self.outputs.setdefault(output.handle, []).append(output)
+
+    def submit(
+        self,
+        handle: int,
+        prompt: Sequence[int],
+        *,
+        output: Sequence[int] = (),
+        priority: int = 0,
+        arrival_s: float = 0.0,
+        timeout_s: float = 0.0,
+        link: int = 1,
+        **sampling: Any,
+    ) -> None:
+        params = Sampling(**{"max_tokens": 16, **sampling})
+        given = [*prompt, *output]
+        tokens = np.zeros(min(len(prompt) + params.max_tokens, self.spec.max_model_len), np.int64)
+        tokens[: len(given)] = given
+        self.half.engine.post(
+            EngineSequence(
+                link=link,
+                handle=handle,
+                request_id=f"r{handle}",
+                tokens=tokens,
+                num_prompt=len(prompt),
+                num_tokens=len(given),
+                sampling=params,
+                priority=priority,
+                arrival_s=arrival_s,
+                timeout_s=timeout_s,
+                deadline_s=self.now[0] + timeout_s if timeout_s else float("inf"),
+                queued_s=self.now[0],
+            )
+        )
+
+    def forward(self, layers: Iterable[int] | None = None) -> None:
+        """``begin`` and the MoE layers of a step (the first ones, for a step that breaks)."""
+        self.half.begin()
+        for layer in self.spec.moe_layers if layers is None else layers:
+            x_TH, routes = self.half.before_experts(layer)
+            self.half.after_experts(layer, self._experts.compute(layer, x_TH, routes))
+
+    def step(self) -> int:
+        """One step; returns its tokens."""
+        num_tokens = self.half.prepare()
+        if num_tokens:
+            self.forward()
+            self.half.finish()
+        return num_tokens
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Step until nothing is left; returns the number of steps."""
+        for steps in range(max_steps):
+            if not self.step():
+                return steps
+        raise AssertionError(f"sequences still run after {max_steps} steps")
+
+    def tokens(self, handle: int) -> list[int]:
+        return [output.token for output in self.outputs.get(handle, []) if output.token is not None]

@@ -1,0 +1,90 @@
+"""A router in this process, between scripted attention servers and a scripted balancer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expertmesh.mesh import rpc
+from expertmesh.mesh.client import GenerateClient
+from expertmesh.mesh.config import TlsConfig, parse_config
+from expertmesh.mesh.telemetry import Telemetry, disabled_telemetry
+from expertmesh.router import serve
+from support.fake_attention import FakeAttention, FakeBalancer
+
+TIMEOUT_S = 20.0
+
+
+class Stand:
+    """``start`` gives a client; keywords are keys of the configuration's router section."""
+
+    def __init__(self, telemetry: Telemetry | None = None) -> None:
+        self.telemetry = telemetry or disabled_telemetry()
+        self.balancer = FakeBalancer()
+        self.servers: list[FakeAttention] = []
+        self.stop = asyncio.Event()
+        self.address = ""
+        self.task: asyncio.Task[None] | None = None
+        self.clients: list[GenerateClient] = []
+
+    async def start(self, servers: Sequence[FakeAttention], **router: Any) -> GenerateClient:
+        await self.balancer.start()
+        for server in servers:
+            self.servers.append(await server.start())
+        if servers:
+            self.balancer.publish(servers)
+        client = await self._start_router(router)
+        if servers:
+            await self.until_serving(True)
+        return client
+
+    async def _start_router(self, settings: dict[str, Any]) -> GenerateClient:
+        config = parse_config({"router": settings, "balancer": {"address": self.balancer.address}})
+        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(
+            serve(
+                config,
+                server_id="router-0",
+                stop=self.stop,
+                ready=ready.set_result,
+                telemetry=self.telemetry,
+            )
+        )
+        async with asyncio.timeout(TIMEOUT_S):
+            self.address = await ready
+        return self.client()
+
+    def client(self) -> GenerateClient:
+        self.clients.append(GenerateClient(self.address))
+        return self.clients[-1]
+
+    async def until_serving(self, serving: bool) -> None:
+        wanted = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        async with asyncio.timeout(TIMEOUT_S), rpc.open_channel(self.address, TlsConfig()) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            async for response in watch:
+                if response.status == wanted:
+                    watch.cancel()
+                    return
+
+    async def close(self) -> None:
+        self.stop.set()
+        for client in self.clients:
+            await client.close()
+        for server in self.servers:
+            await server.stop()
+        if self.task is not None:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self.task
+        await self.balancer.stop()
+
+
+@pytest_asyncio.fixture
+async def stand() -> AsyncIterator[Stand]:
+    running = Stand()
+    yield running
+    await running.close()

@@ -1,0 +1,171 @@
+"""Scheduling over injected sizes: no tensors, no clocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertmesh.attention_server.kv_cache import BlockManager
+from expertmesh.attention_server.request import RefusedError, Sampling, Sequence
+from expertmesh.attention_server.scheduler import Limits, Scheduler
+
+
+class Bench:
+    """A scheduler whose model answers every completed chunk with token 7."""
+
+    def __init__(self, *, num_blocks: int = 100, caching: bool = True, **limits: int) -> None:
+        sizes = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_waiting": 100, **limits}
+        self.block_size = sizes["block_size"]
+        self.blocks = BlockManager(num_blocks, enable_prefix_caching=caching)
+        self.placed: list[Sequence] = []
+        self.scheduler = Scheduler(
+            Limits(**sizes), self.blocks, on_start=self.placed.append, on_stop=self.placed.remove
+        )
+        self.finished: list[Sequence] = []
+        self.outgrown: list[Sequence] = []
+
+    def add(self, prompt: list[int], max_tokens: int = 4, **options: Any) -> Sequence:
+        tokens = np.zeros(len(prompt) + max_tokens, np.int64)
+        tokens[: len(prompt)] = prompt
+        sequence = Sequence(
+            link=1,
+            handle=0,
+            request_id="r",
+            tokens=tokens,
+            num_prompt=len(prompt),
+            num_tokens=len(prompt),
+            sampling=Sampling(max_tokens=max_tokens),
+            **options,
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        chunks, outgrown = self.scheduler.schedule()
+        for sequence in outgrown:
+            self.outgrown.append(sequence)
+            self.scheduler.remove(sequence)
+        completing = [chunk.sequence for chunk in chunks if chunk.completes]
+        for chunk in chunks:
+            end = chunk.sequence.num_computed + chunk.count
+            assert end <= len(chunk.sequence.blocks) * self.block_size
+        done = [(chunk.sequence, chunk.count) for chunk in chunks]
+        self.scheduler.advance(chunks)
+        for sequence in completing:
+            sequence.append(7)
+            if sequence.num_tokens == len(sequence.tokens):
+                self.finished.append(sequence)
+                self.scheduler.remove(sequence)
+        return done
+
+
+def test_prefill_is_chunked_and_decode_goes_on_beside_it() -> None:
+    bench = Bench()
+    short = bench.add([1, 2, 3])
+    long = bench.add(list(range(10, 40)))
+    assert bench.step() == [(short, 3), (long, 13)]
+    assert bench.step() == [(short, 1), (long, 15)]
+    assert bench.step() == [(short, 1), (long, 2)]
+    assert bench.step() == [(short, 1), (long, 1)]
+
+
+def test_smaller_priority_then_earlier_arrival_goes_first() -> None:
+    bench = Bench(max_num_seqs=1)
+    late = bench.add([1], max_tokens=1, arrival_s=2.0)
+    early = bench.add([2], max_tokens=1, arrival_s=1.0)
+    urgent = bench.add([3], max_tokens=1, priority=-1, arrival_s=3.0)
+    while bench.step():
+        pass
+    assert bench.finished == [urgent, early, late]
+
+
+def test_last_sequence_is_preempted_and_finds_its_blocks_again() -> None:
+    bench = Bench(num_blocks=4)
+    first = bench.add([1] * 7, max_tokens=6, arrival_s=1.0)
+    bench.step()
+    second = bench.add([2] * 4, max_tokens=4, arrival_s=2.0)
+    while bench.step():
+        pass
+    assert bench.finished == [first, second]
+    assert bench.blocks.usage == 0
+    assert bench.placed == []
+
+
+def test_cached_prefix_is_skipped_but_for_the_last_token() -> None:
+    bench = Bench()
+    bench.add([5] * 8, max_tokens=1)
+    bench.step()
+    again = bench.add([5] * 8, max_tokens=1)
+    assert bench.step() == [(again, 4)]
+    assert again.cached_tokens == 4
+    assert (bench.scheduler.counts.prefix_queries, bench.scheduler.counts.prefix_hits) == (16, 4)
+
+
+def test_prompt_that_can_never_fit_is_refused() -> None:
+    bench = Bench(num_blocks=2)
+    with pytest.raises(RefusedError, match="9 tokens can never fit into the KV cache of 8") as refused:
+        bench.add([1] * 9)
+    assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_sequence_that_outgrows_the_cache_is_given_up() -> None:
+    bench = Bench(num_blocks=2)
+    sequence = bench.add([1] * 7, max_tokens=10)
+    while bench.step():
+        pass
+    assert bench.outgrown == [sequence]
+    assert sequence.num_output == 2
+    assert bench.blocks.usage == 0
+
+
+def test_queue_is_bounded() -> None:
+    bench = Bench(max_waiting=1)
+    bench.add([1])
+    with pytest.raises(RefusedError, match=r"attention\.max_waiting") as refused:
+        bench.add([2])
+    assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_scheduling_again_without_advance_gives_the_same_chunks() -> None:
+    bench = Bench()
+    for length in (3, 9, 20):
+        bench.add(list(range(length)))
+    first, _ = bench.scheduler.schedule()
+    again, _ = bench.scheduler.schedule()
+    assert [(chunk.sequence, chunk.count) for chunk in again] == [(chunk.sequence, chunk.count) for chunk in first]
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 16), st.integers(1, 9), st.integers(-1, 1), st.booleans()), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(requests=requests, num_blocks=st.integers(5, 14), budget=st.integers(1, 20), seqs=st.integers(1, 5))
+def test_everything_ends_and_nothing_leaks(
+    requests: list[tuple[int, int, int, bool]], num_blocks: int, budget: int, seqs: int
+) -> None:
+    bench = Bench(num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=seqs)
+    added = []
+    aborted = []
+    for number, (length, max_tokens, priority, abort) in enumerate(requests):
+        sequence = bench.add([number % 3] * length, max_tokens, priority=priority)
+        added.append(sequence)
+        chunks = bench.step()
+        assert sum(count for _, count in chunks) <= budget
+        assert len(chunks) <= seqs
+        if abort and sequence not in bench.finished:
+            aborted.append(sequence)
+            bench.scheduler.remove(sequence)
+    for _ in range(3000):
+        if not bench.step():
+            break
+    assert sorted(map(id, [*bench.finished, *aborted, *bench.outgrown])) == sorted(map(id, added))
+    assert bench.blocks.usage == 0
+    assert bench.placed == []
+    assert (bench.scheduler.num_running, bench.scheduler.num_waiting, bench.scheduler.outstanding_tokens) == (0, 0, 0)

@@ -1,0 +1,243 @@
+"""Mode online against traffic that is steady, skewed, scarce; a solver that fails or hangs; administrators."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import grpc
+import pytest
+
+from expertmesh.balancer.applying import RefusedError
+from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
+from support.balancer_world import World, config, registration
+
+HALF_LIFE = 1000
+EVEN = [1.0] * 8
+SKEWED = [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+"""Experts 0 and 1 are both on the first server."""
+VERY_SKEWED = [9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def world(**balancer: Any) -> World:
+    settings = {"mode": "online", "stats_half_life_tokens": HALF_LIFE, "migration_timeout_s": 10, **balancer}
+    made = World(config(**settings))
+    made.form("a1", "e1", "e2")
+    return made
+
+
+def traffic(
+    w: World, load_E: list[float], windows: int = 1, tokens: float = 2000, layers: tuple[int, ...] = (0, 2)
+) -> None:
+    for _ in range(windows):
+        for layer in layers:
+            w.statistics.count(layer, load_E, tokens)
+        w.advance(1)
+
+
+def loads(w: World) -> int:
+    return sum(len(plan.transfers) for plan in w.heard("a1", "plan"))
+
+
+def test_steady_balanced_traffic_moves_nothing() -> None:
+    w = world()
+    traffic(w, EVEN, windows=10)
+    assert len(w.policy.asked) == 20, "both layers were looked at in every window"
+    assert (loads(w), w.versions()) == (0, {0: 1, 2: 1})
+
+
+def test_skewed_traffic_moves_experts_within_the_budget_then_all_is_quiet() -> None:
+    w = world(max_slots_per_update=2)
+    traffic(w, SKEWED, windows=3)
+    assert w.versions() == {0: 2, 2: 2}
+    assert w.agree()
+    assert all(len(plan.transfers) <= 2 for plan in w.heard("a1", "plan"))
+    servers = {w.slots(0).index(expert) // w.view.slots_per_rank for expert in (0, 1)}
+    assert servers == {0, 1}, "the two popular experts are apart"
+    moved = loads(w)
+    traffic(w, SKEWED, windows=10)
+    assert loads(w) == moved
+    assert "balancedness 0.700 → 1.000" in w.messages("migration_planned")[0]
+
+
+def test_few_tokens_prove_nothing() -> None:
+    w = world()
+    traffic(w, [1.1, 1.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], tokens=400)
+    assert (len(w.policy.asked), loads(w)) == (2, 0)
+    w = world()
+    traffic(w, VERY_SKEWED, tokens=200)
+    assert w.policy.asked == [], "less than a quarter of the half-life"
+
+
+def test_a_layer_is_not_judged_again_before_fresh_tokens() -> None:
+    w = world(max_slots_per_update=2)
+    heavy = [16.0, 8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    traffic(w, heavy, layers=(0,))
+    assert w.versions()[0] == 2
+    w.advance(60, step_s=0.25)
+    assert len(w.policy.asked) == 1
+    w.statistics.count(0, heavy, 99)
+    w.advance(1)
+    assert len(w.policy.asked) == 1
+    w.statistics.count(0, heavy, 1000)
+    w.advance(1)
+    assert len(w.policy.asked) == 2
+
+
+def test_the_best_layer_goes_first_and_the_others_follow() -> None:
+    w = world(layer_updates_per_iter=1)
+    w.hold("e2", slow=True)
+    w.statistics.count(0, SKEWED, 2000)
+    w.statistics.count(2, VERY_SKEWED, 2000)
+    w.advance(1)
+    assert [migration.layer for migration in w.control.migrations] == [2]
+    w.hold("e2", slow=False)
+    w.advance(1)
+    assert [plan.placement.layer for plan in w.heard("a1", "plan")] == [2, 0]
+    assert w.versions() == {0: 2, 2: 2}
+
+
+def test_several_layers_migrate_at_a_time_when_told_so() -> None:
+    w = world(layer_updates_per_iter=2)
+    w.hold("e2", slow=True)
+    traffic(w, SKEWED)
+    assert sorted(migration.layer for migration in w.control.migrations) == [0, 2]
+
+
+def test_nothing_is_evaluated_while_something_migrates() -> None:
+    w = world()
+    w.hold("e2", slow=True)
+    traffic(w, SKEWED)
+    asked = len(w.policy.asked)
+    traffic(w, VERY_SKEWED)
+    assert len(w.policy.asked) == asked
+
+
+def test_a_layer_whose_migration_fails_waits_longer_each_time() -> None:
+    w = world()
+    w.hold("e1", broken=True)
+    starts = []
+    for _ in range(400):
+        before = len(w.heard("a1", "plan"))
+        w.statistics.count(0, SKEWED, 200)
+        w.advance(0.25, step_s=0.25)
+        starts += [w.now] * (len(w.heard("a1", "plan")) - before)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert gaps[:3] == pytest.approx([10, 20, 40], abs=0.8)
+    assert w.versions()[0] == 1
+    assert len(w.messages("migration_aborted")) == len(starts)
+    w.hold("e1", broken=False)
+    w.advance(81, step_s=0.25)
+    traffic(w, SKEWED, layers=(0,))
+    assert w.versions()[0] > 1
+    assert w.agree()
+
+
+@pytest.mark.parametrize("settings", [{"mode": "static"}, {"layer_updates_per_iter": 0}])
+def test_static_means_static(settings: dict[str, Any]) -> None:
+    w = world(**settings)
+    traffic(w, VERY_SKEWED, windows=3)
+    assert w.policy.asked == []
+    assert w.versions() == {0: 1, 2: 1}
+
+
+def test_the_mode_is_switched_at_run_time() -> None:
+    w = world(mode="static")
+    traffic(w, SKEWED)
+    assert w.control.online.set_mode("online", 1) == "static"
+    w.advance(1)
+    assert w.versions() == {0: 2, 2: 2}
+    assert w.control.online.set_mode("static", None) == "online"
+    traffic(w, [1.0, 1.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0], windows=3)
+    assert w.versions() == {0: 2, 2: 2}
+    assert "online → static, 1 layers at a time" in w.messages("mode_changed")[-1]
+
+
+@pytest.mark.parametrize(("mode", "layers"), [("offline", None), ("quick", None), ("online", 0)])
+def test_a_mode_that_is_none_is_refused(mode: str, layers: int | None) -> None:
+    w = world(mode="static")
+    with pytest.raises(RefusedError) as refused:
+        w.control.online.set_mode(mode, layers)
+    assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert w.control.online.mode == "static"
+
+
+def test_a_solver_that_fails_is_an_event_and_is_asked_again_later() -> None:
+    w = world()
+    w.policy.broken = True
+    traffic(w, SKEWED, windows=3)
+    assert w.messages("solver_failed") == ["broken by the test"] * 2
+    w.policy.broken = False
+    w.advance(10)
+    assert w.versions() == {0: 2, 2: 2}
+
+
+def test_a_solver_that_hangs_is_an_event_and_its_answer_is_ignored() -> None:
+    w = world()
+    w.solver_hangs = True
+    traffic(w, SKEWED)
+    w.advance(EVALUATION_TIMEOUT_S + 10, step_s=1.0)
+    assert len(w.messages("solver_late")) == 1
+    assert len(w.effects.jobs) == 1, "no second job behind one that hangs"
+    w.solver_hangs = False
+    w.solve()
+    w.advance(1)
+    assert loads(w) == 0, "it was made for traffic of long ago"
+    traffic(w, SKEWED)
+    assert w.versions() == {0: 2, 2: 2}
+
+
+def test_a_proposal_for_another_view_is_not_carried_out() -> None:
+    w = world()
+    w.solver_hangs = True
+    traffic(w, SKEWED)
+    w.join("a2")
+    w.advance(1)
+    w.solver_hangs = False
+    w.solve()
+    w.advance(1)
+    assert w.view.number == 2
+    assert loads(w) == 0
+    traffic(w, SKEWED)
+    assert w.versions() == {0: 2, 2: 2}
+
+
+def test_few_layers_are_evaluated_at_a_time() -> None:
+    settings = config(mode="online", stats_half_life_tokens=HALF_LIFE)
+    w = World(settings)
+    layers = list(range(10))
+    for server_id in ("a1", "e1", "e2"):
+        made = registration(server_id)
+        made.model.moe_layers[:] = layers
+        w.connect(made)
+    w.advance(1)
+    for layer in layers:
+        w.statistics.count(layer, EVEN, 2000)
+    w.advance(1)
+    assert w.effects.job_sizes == [4, 4, 2]
+
+
+def test_an_apply_comes_before_the_loops_own_ideas() -> None:
+    w = world(layer_updates_per_iter=1)
+    w.solver_hangs = True
+    traffic(w, SKEWED)
+    wanted = [7, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 0, -1, -1, -1, -1]
+    w.apply(0, wanted)
+    w.solver_hangs = False
+    w.solve()
+    w.advance(1)
+    first = w.heard("a1", "plan")[0]
+    assert (first.placement.layer, list(first.placement.slots)) == (0, wanted)
+    assert w.agree()
+
+
+def test_traffic_that_changes_is_followed() -> None:
+    w = world()
+    traffic(w, SKEWED, windows=2)
+    before = w.slots(0)
+    traffic(w, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], windows=4)
+    assert w.slots(0) == before, "balanced traffic is balanced anywhere"
+    hot = [expert for expert in before[:8] if expert >= 0][:2]
+    traffic(w, [9.0 if expert in hot else 1.0 for expert in range(8)], windows=4)
+    assert w.slots(0) != before
+    assert w.agree()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertmesh.balancer.placement_static import CapacityError, Table, place_layer, usable_slots
+
+
+def held(table_RS: Table, num_experts: int) -> np.ndarray:
+    counts_RE = np.zeros((len(table_RS), num_experts), dtype=int)
+    for rank, row in enumerate(table_RS):
+        for expert in row[row >= 0]:
+            counts_RE[rank, expert] += 1
+    return counts_RE
+
+
+def num_loads(old_RS: Table, new_RS: Table, num_experts: int) -> int:
+    return int(((held(new_RS, num_experts) > 0) & ~(held(old_RS, num_experts) > 0)).sum())
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, int, list[int]]:
+    num_experts = draw(st.integers(1, 24))
+    capacities = draw(st.lists(st.integers(1, 24), min_size=1, max_size=6))
+    if usable_slots(num_experts, capacities) < num_experts:
+        capacities.append(num_experts)
+    return num_experts, draw(st.integers(num_experts, 3 * num_experts)), capacities
+
+
+def check(table_RS: Table, num_experts: int, num_slots: int, capacities: list[int]) -> None:
+    counts_RE = held(table_RS, num_experts)
+    assert counts_RE.max() == 1, "two replicas of an expert on one rank"
+    replicas_E = counts_RE.sum(axis=0)
+    assert replicas_E.min() >= 1
+    assert replicas_E.max() - replicas_E.min() <= 1
+    assert replicas_E.sum() == min(num_slots, usable_slots(num_experts, capacities))
+    load_R = counts_RE.sum(axis=1)
+    room_R = np.minimum(capacities, num_experts)
+    assert (load_R <= room_R).all()
+    assert load_R[load_R < room_R].size == 0 or load_R.max() - load_R[load_R < room_R].min() <= 1
+    for rank, capacity in enumerate(capacities):
+        assert (table_RS[rank, capacity:] == -1).all()
+    assert table_RS.shape == (len(capacities), max(capacities))
+
+
+@given(problems())
+def test_a_fresh_placement_is_whole_even_and_deterministic(problem: tuple[int, int, list[int]]) -> None:
+    table_RS = place_layer(*problem)
+    check(table_RS, *problem)
+    assert np.array_equal(table_RS, place_layer(*problem))
+    assert np.array_equal(table_RS, place_layer(*problem, table_RS)), "nothing changed, nothing moves"
+
+
+@given(problems(), st.data())
+def test_a_change_of_servers_keeps_the_rules(problem: tuple[int, int, list[int]], data: st.DataObject) -> None:
+    num_experts, num_slots, capacities = problem
+    old_RS = place_layer(*problem)
+    stays = data.draw(st.lists(st.booleans(), min_size=len(capacities), max_size=len(capacities)))
+    kept = [rank for rank, stay in enumerate(stays) if stay]
+    joining = [*data.draw(st.lists(st.integers(1, 24), max_size=2)), num_experts]
+    new_capacities = [capacities[rank] for rank in kept] + joining
+    width = max(new_capacities)
+    current_RS = np.full((len(new_capacities), width), -1, dtype=np.int32)
+    for row, rank in enumerate(kept):
+        current_RS[row, : min(width, old_RS.shape[1])] = old_RS[rank, :width]
+    new_RS = place_layer(num_experts, num_slots, new_capacities, current_RS)
+    check(new_RS, num_experts, num_slots, new_capacities)
+    assert np.array_equal(new_RS, place_layer(num_experts, num_slots, new_capacities, new_RS))
+    stayed = (new_RS == current_RS) & (new_RS >= 0)
+    counts = held(np.where(stayed, new_RS, -1), num_experts)
+    both = (held(new_RS, num_experts) > 0) & (held(current_RS, num_experts) > 0)
+    assert np.array_equal(counts > 0, both), "an expert that stays on a rank stays in its slot"
+
+
+def test_the_first_placement_is_linear() -> None:
+    assert place_layer(8, 8, [4, 4, 4]).tolist() == [[0, 1, 2, -1], [3, 4, 5, -1], [6, 7, -1, -1]]
+
+
+def test_a_lost_rank_costs_only_its_own_experts() -> None:
+    old_RS = place_layer(32, 32, [16, 16, 16])
+    current_RS = old_RS[[0, 2]]
+    new_RS = place_layer(32, 32, [16, 16], current_RS)
+    assert num_loads(current_RS, new_RS, 32) == 11
+
+
+def test_a_joining_rank_loads_only_its_own_share() -> None:
+    old_RS = place_layer(32, 32, [16, 16, 16])
+    current_RS = np.vstack([old_RS, np.full((1, 16), -1, dtype=np.int32)])
+    new_RS = place_layer(32, 32, [16] * 4, current_RS)
+    assert num_loads(current_RS, new_RS, 32) == 8
+
+
+def test_replicas_cover_a_lost_rank_without_loading() -> None:
+    old_RS = place_layer(8, 16, [8, 8, 8])
+    survivors_RS = old_RS[1:]
+    assert held(survivors_RS, 8).sum(axis=0).min() >= 1
+
+
+def test_uneven_servers_fill_to_their_room() -> None:
+    table_RS = place_layer(8, 12, [2, 8, 8])
+    check(table_RS, 8, 12, [2, 8, 8])
+    assert (table_RS >= 0).sum(axis=1).tolist() == [2, 5, 5]
+
+
+def test_too_little_room_is_refused() -> None:
+    with pytest.raises(CapacityError, match="7 usable slots"):
+        place_layer(8, 8, [4, 3])
+    with pytest.raises(CapacityError):
+        place_layer(8, 8, [7, 0])
+
+
+def test_room_beyond_the_experts_is_of_no_use() -> None:
+    assert usable_slots(4, [100, 2]) == 6

@@ -1,0 +1,532 @@
+"""The loop, stepped through whole stories with a clock that jumps and effects that are recorded."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from expertmesh.balancer.actual import Phase
+from expertmesh.balancer.door import Over, Refused, Welcomed
+from support.balancer_world import World, config, registration
+
+# Formation.
+
+
+def test_the_first_view_waits_for_all_configured_servers_and_says_so() -> None:
+    world = World(config(attention=1, experts=2))
+    world.join("r1", "e2", "a1")
+    world.advance(5)
+    assert world.view.number == 0
+    assert "1 of 1 attention halves and 1 of 2 expert halves" in world.heard("r1", "pause")[-1].reason
+    world.join("e1")
+    world.advance(1)
+    assert world.phase is Phase.SERVING
+    assert world.ranks == ["a1", "e1", "e2"]
+    assert world.view.number == 1
+    assert [rank.rank for rank in world.view.ranks] == [0, 1, 2]
+    assert (world.view.slots_per_rank, world.view.store_address) == (8, "127.0.0.1:9")
+    assert [layer.layer for layer in world.view.placement] == [0, 2]
+    assert [layer.version for layer in world.view.placement] == [1, 1]
+    assert world.effects.published == ["formation"]
+
+
+def test_formation_takes_what_is_there_after_its_time_out() -> None:
+    world = World(config(attention=2, experts=3, formation_timeout_s=10))
+    world.join("a1", "e1")
+    world.advance(9)
+    assert world.view.number == 0
+    world.advance(2)
+    assert world.phase is Phase.SERVING
+    assert world.ranks == ["a1", "e1"]
+
+
+def test_both_ranks_count_for_both_halves_and_come_first() -> None:
+    world = World(config(attention=1, experts=1).model_copy(update={"both_servers": 1}))
+    world.form("e1", "b1", "a1")
+    assert world.ranks == ["a1", "b1", "e1"]
+
+
+def test_only_ranks_get_the_secret() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2", "r1")
+    assert world.heard("a1", "view")[0].secret == b"secret-1"
+    assert world.heard("r1", "view")[0].secret == b""
+    world.join("r2")
+    assert world.heard("r2", "view")[0].number == 1, "a router that joins later hears of the view at once"
+
+
+def test_num_slots_makes_replicas_and_too_little_room_makes_fewer() -> None:
+    settings = config(experts=2)
+    settings = settings.model_copy(update={"expert": settings.expert.model_copy(update={"num_slots": 16})})
+    world = World(settings)
+    world.form("a1", "e1", "e2")
+    assert world.experts() == {"e1": set(range(8)), "e2": set(range(8))}
+    world.disconnect("e2")
+    world.report_broken("a1", "e2")
+    world.advance(1)
+    assert world.experts() == {"e1": set(range(8))}
+    assert world.phase is Phase.SERVING
+
+
+# Joins and leaves.
+
+
+def test_joins_within_the_settling_time_become_one_view_and_experts_stay() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    before = world.experts()
+    world.join("e3")
+    world.advance(0.04)
+    world.join("a2")
+    world.advance(1)
+    assert world.view.number == 2
+    assert world.ranks == ["a1", "a2", "e1", "e2", "e3"]
+    after = world.experts()
+    assert after["e1"] < before["e1"]
+    assert after["e2"] < before["e2"]
+    assert [layer.version for layer in world.view.placement] == [2, 2]
+    assert world.effects.published[-1] == "join"
+
+
+def test_a_join_of_an_attention_server_leaves_the_placement_version() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.join("a2")
+    world.advance(1)
+    assert (world.view.number, [layer.version for layer in world.view.placement]) == (2, [1, 1])
+
+
+def test_a_join_waits_while_a_view_forms() -> None:
+    world = World(config())
+    world.join("a1", "e1")
+    world.connect(registration("e2"))
+    world.hold("e2", lazy=True)
+    world.advance(1)
+    assert world.phase is Phase.FORMING
+    world.join("e3")
+    world.advance(1)
+    assert world.view.number == 1
+    world.hold("e2", lazy=False)
+    world.advance(1)
+    assert (world.view.number, world.phase) == (2, Phase.SERVING)
+
+
+def test_leaving_publishes_a_view_without_the_server_which_hears_of_it() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.leave("e1")
+    assert world.state("e1") == "DRAINING"
+    world.advance(0.2)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+    assert [view.number for view in world.heard("e1", "view")] == [1, 2]
+    assert world.heard("e1", "view")[-1].secret == b""
+    world.disconnect("e1")
+    assert world.actual.members.get("e1") is None
+    assert "server_left" in world.kinds()
+    assert "server_lost" not in world.kinds()
+    assert world.effects.published[-1] == "leave"
+
+
+def test_the_last_attention_server_leaving_pauses_and_a_new_one_resumes() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.leave("a1")
+    world.advance(0.2)
+    assert "no attention server" in world.heard("a1", "pause")[-1].reason
+    world.disconnect("a1")
+    world.join("a2")
+    world.advance(1)
+    assert (world.phase, world.ranks) == (Phase.SERVING, ["a2", "e1", "e2"])
+
+
+# Death.
+
+
+def test_a_broken_stream_alone_changes_nothing_within_the_lease() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.disconnect("e1")
+    world.advance(2.5)
+    assert world.view.number == 1
+    assert isinstance(world.rejoin("e1"), Welcomed)
+    world.advance(5)
+    assert (world.view.number, world.phase) == (1, Phase.SERVING)
+    assert world.heard("e1", "view") == [], "it runs the view already"
+
+
+def test_a_broken_stream_ends_the_membership_with_the_lease() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.disconnect("e1")
+    world.advance(3.3)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+    assert world.state("e1") == "LOST"
+    assert world.effects.published[-1] == "death"
+
+
+def test_a_killed_server_is_gone_at_once_when_a_rank_reports_the_view_broken() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.disconnect("e1")
+    world.report_broken("a1", "e1")
+    world.advance(0.1)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+
+
+def test_the_report_may_come_before_the_stream_ends() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.hold("e1", hung=True)
+    world.report_broken("a1", "e1")
+    world.advance(0.2)
+    assert world.view.number == 1, "a suspect gets the chance to show that it lives"
+    world.disconnect("e1")
+    world.advance(0.1)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+
+
+def test_a_hung_server_is_fenced_when_its_lease_ends_and_rejoins_as_new() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.hold("e1", hung=True)
+    world.advance(1)
+    world.report_broken("a1", "e1")
+    world.advance(1)
+    assert world.view.number == 1, "no view is tried with a suspect that is silent"
+    world.advance(2)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+    assert "silent" in world.heard("e1", "fenced")[0].reason
+    assert world.servers["e1"].session in world.effects.closed
+    zombie = world.rejoin("e1")
+    assert isinstance(zombie, Over)
+    assert world.heard("e1", "welcome")
+    assert world.heard("e1", "fenced")
+    world.join("e1", incarnation="2")
+    world.advance(1)
+    assert (world.view.number, world.ranks) == (3, ["a1", "e1", "e2"])
+
+
+def test_losing_capacity_pauses_everybody_and_its_return_resumes() -> None:
+    world = World(config(experts=2))
+    world.join("e1", "e2", num_slots=4)
+    world.join("r1")
+    world.form("a1")
+    world.disconnect("e2")
+    world.report_broken("a1", "e2")
+    world.advance(0.2)
+    assert world.phase is Phase.NONE
+    for server_id in ("a1", "e1", "r1"):
+        assert "room for 4 of the model's 8 experts" in world.heard(server_id, "pause")[-1].reason
+    world.join("e3", num_slots=4)
+    world.advance(0.2)
+    assert (world.view.number, world.phase) == (2, Phase.SERVING)
+    assert world.experts() == {"e1": {0, 1, 2, 3}, "e3": {4, 5, 6, 7}}
+    assert world.heard("r1", "view")[-1].number == 2
+
+
+def test_when_every_server_is_gone_formation_starts_again() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    for server_id in ("a1", "e1", "e2"):
+        world.disconnect(server_id)
+    world.advance(5)
+    assert world.phase is Phase.NONE
+    world.join("a1", "e1", incarnation="2")
+    world.advance(1)
+    assert world.phase is Phase.NONE, "the second expert server is awaited again"
+    world.join("e2", incarnation="2")
+    world.advance(1)
+    assert (world.view.number, world.phase) == (2, Phase.SERVING)
+
+
+def test_a_death_while_a_view_forms_makes_the_next_one_at_once() -> None:
+    world = World(config())
+    world.join("a1", "e1")
+    world.connect(registration("e2"))
+    world.hold("e2", lazy=True)
+    world.advance(0.5)
+    assert world.phase is Phase.FORMING
+    world.disconnect("e2")
+    world.advance(0.1)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e1"])
+
+
+# Broken views.
+
+
+def test_a_broken_view_of_healthy_servers_is_made_anew_ever_more_slowly() -> None:
+    world = World(config(settle_s=0.1, lease_s=3))
+    world.form("a1", "e1", "e2")
+    waits = []
+    for number in range(2, 6):
+        world.report_broken("e1")
+        started = world.now
+        while world.view.number < number:
+            world.advance(0.02)
+        waits.append(world.now - started)
+        world.advance(0.5)
+        assert world.phase is Phase.SERVING
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8], abs=0.05)
+    assert world.effects.published[1:] == ["broken"] * 4
+    assert [layer.version for layer in world.view.placement] == [1, 1]
+
+
+def test_a_server_that_its_peers_name_again_and_again_is_fenced() -> None:
+    world = World(config(experts=3))
+    world.form("a1", "e1", "e2", "e3")
+    for _ in range(3):
+        for reporter in ("a1", "e1", "e2"):
+            world.report_broken(reporter, "e3")
+        world.report_broken("e3", "e1")
+        world.advance(2)
+    assert world.state("e3") == "LOST"
+    assert "server_fenced" in world.kinds()
+    assert world.ranks == ["a1", "e1", "e2"]
+
+
+def test_the_first_to_report_is_not_suspected_for_closing_its_links() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    for _ in range(5):
+        world.report_broken("a1")
+        for reporter in ("e1", "e2"):
+            world.report_broken(reporter, "a1")
+        world.advance(2)
+    assert "server_fenced" not in world.kinds()
+
+
+def test_a_mesh_cut_in_halves_fences_nobody() -> None:
+    world = World(config(attention=2, experts=2))
+    world.form("a1", "a2", "e1", "e2")
+    for _ in range(5):
+        for reporter, others in (("a1", "2"), ("e1", "2"), ("a2", "1"), ("e2", "1")):
+            world.report_broken(reporter, f"a{others}", f"e{others}")
+        world.advance(4)
+    assert "server_fenced" not in world.kinds()
+    assert world.phase is Phase.SERVING
+
+
+def test_a_rank_that_is_late_for_a_view_is_fenced_and_waits_longer_each_time() -> None:
+    world = World(config(experts=3, view_timeout_s=10))
+    world.join("a1", "e1", "e2")
+    world.connect(registration("e3"))
+    world.hold("e3", lazy=True)
+    world.advance(11)
+    assert (world.view.number, world.ranks, world.phase) == (2, ["a1", "e1", "e2"], Phase.SERVING)
+    assert world.heard("e3", "fenced")
+    world.connect(registration("e3", incarnation="2"))
+    world.hold("e3", lazy=True)
+    world.advance(11)
+    assert (world.view.number, world.ranks) == (4, ["a1", "e1", "e2"]), "one more chance, taken at once"
+    world.connect(registration("e3", incarnation="3"))
+    world.advance(5)
+    assert world.view.number == 4, "then it waits"
+    world.advance(6)
+    assert (world.view.number, world.ranks) == (5, ["a1", "e1", "e2", "e3"])
+
+
+def test_when_no_rank_is_ready_in_time_nobody_is_blamed() -> None:
+    world = World(config(view_timeout_s=10))
+    for server_id in ("a1", "e1", "e2"):
+        world.connect(registration(server_id))
+        world.hold(server_id, lazy=True)
+    world.advance(11)
+    assert (world.view.number, world.phase, len(world.ranks)) == (2, Phase.FORMING, 3)
+
+
+def test_a_stream_that_comes_back_without_its_view_means_a_broken_view() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.disconnect("e1")
+    world.hold("e1", ready=0)
+    world.rejoin("e1")
+    world.advance(1)
+    assert (world.view.number, world.phase) == (2, Phase.SERVING)
+
+
+# The door.
+
+
+def test_another_model_is_refused_and_both_fingerprints_are_named() -> None:
+    world = World(config())
+    world.join("a1")
+    verdict = world.connect(registration("e1", fingerprint="other"))
+    assert isinstance(verdict, Refused)
+    assert verdict.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "fingerprint other" in verdict.message
+    assert "runs f" in verdict.message
+    assert world.actual.members.get("e1") is None
+
+
+def test_a_second_server_of_the_same_name_is_refused_while_the_first_lives() -> None:
+    world = World(config(lease_s=3))
+    world.join("e1")
+    verdict = world.actual.register(77, registration("e1", incarnation="2"), world.now)
+    assert isinstance(verdict, Refused)
+    assert verdict.code == grpc.StatusCode.ALREADY_EXISTS
+    world.disconnect("e1")
+    assert isinstance(world.connect(registration("e1", incarnation="2")), Welcomed)
+    assert isinstance(world.connect(registration("e1", incarnation="1")), Over), "the old one is fenced"
+
+
+def test_a_restarted_server_replaces_itself_in_the_view_at_once() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.disconnect("e1")
+    world.join("e1", incarnation="2")
+    world.advance(0.2)
+    assert world.view.number == 2
+    assert [rank.incarnation for rank in world.view.ranks] == ["a1#1", "e1#2", "e2#1"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("server_id", ""), ("incarnation", ""), ("role", 0), ("num_slots", 0), ("fingerprint", ""), ("num_slots", 10**6)],
+)
+def test_a_registration_with_a_mistake_is_refused_by_the_fields_name(field: str, value: object) -> None:
+    made = registration("e1")
+    setattr(made, field, value)
+    verdict = World(config()).actual.register(1, made, 0.0)
+    assert isinstance(verdict, Refused)
+    assert verdict.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert field in verdict.message
+
+
+def test_a_server_that_keeps_trying_is_one_event() -> None:
+    world = World(config())
+    world.join("a1")
+    for _ in range(5):
+        world.connect(registration("e1", fingerprint="other"))
+    assert world.kinds().count("server_refused") == 1
+
+
+# The balancer's own trouble.
+
+
+def test_a_balancer_that_stood_still_fences_nobody() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.now += 20
+    world.settle()
+    world.advance(1)
+    assert (world.view.number, world.phase) == (1, Phase.SERVING)
+
+
+def test_a_restarted_balancer_adopts_the_mesh_without_a_new_view() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2", "r1")
+    placement = list(world.view.placement)
+    world.restart_balancer(down_s=30)
+    assert world.phase is Phase.ADOPTING
+    for server_id in ("e2", "a1", "r1", "e1"):
+        world.rejoin(server_id)
+        world.advance(0.2)
+    assert (world.view.number, world.phase) == (1, Phase.SERVING)
+    assert list(world.view.placement) == placement
+    assert all(world.heard(server_id, "view") == [] for server_id in ("a1", "e1", "e2"))
+    world.advance(10)
+    assert (world.view.number, world.effects.published) == (1, ["formation"])
+    assert world.actual.mesh_id == "m"
+
+
+def test_a_restarted_balancer_refuses_another_model_before_its_servers_are_back() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.restart_balancer()
+    assert isinstance(world.connect(registration("e9", fingerprint="other")), Refused)
+
+
+def test_a_rank_missing_after_a_restart_is_awaited_for_a_lease() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.restart_balancer()
+    world.rejoin("a1")
+    world.rejoin("e1")
+    world.advance(2.5)
+    assert world.phase is Phase.ADOPTING
+    world.advance(1)
+    assert (world.view.number, world.ranks, world.phase) == (2, ["a1", "e1"], Phase.SERVING)
+    assert isinstance(world.rejoin("e2"), Over), "it comes too late, and as a zombie"
+
+
+def test_a_view_that_broke_while_the_balancer_was_away_is_replaced_at_once() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.restart_balancer()
+    for server_id in ("a1", "e1"):
+        world.hold(server_id, ready=0)
+        world.rejoin(server_id)
+        world.report_broken(server_id, "e2")
+    world.advance(0.2)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e1"])
+
+
+def test_a_balancer_without_state_adopts_the_view_that_servers_bring() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.join("a2")
+    world.advance(1)
+    assert world.view.number == 2
+    view = world.view
+    empty = World(config()).actual.durable()
+    world.restart_balancer(state=empty)
+    for server_id in ("a1", "a2", "e1", "e2"):
+        world.rejoin(server_id)
+    world.advance(1)
+    assert world.view == view
+    assert world.phase is Phase.SERVING
+
+
+def test_an_older_state_gives_way_to_the_newer_view_that_servers_bring() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    old_state = world.effects.saved[-1]
+    world.join("a2")
+    world.advance(1)
+    view = world.view
+    world.restart_balancer(state=old_state)
+    for server_id in ("a1", "a2", "e1", "e2"):
+        world.rejoin(server_id)
+    world.advance(1)
+    assert world.view == view
+    assert world.phase is Phase.SERVING
+
+
+def test_a_whole_mesh_started_anew_on_an_old_state_forms_at_once_under_a_new_number() -> None:
+    world = World(config())
+    world.form("a1", "e1", "e2")
+    world.restart_balancer()
+    world.join("a1", "e1", "e2", incarnation="2")
+    world.advance(0.2)
+    assert (world.view.number, world.phase) == (2, Phase.SERVING)
+
+
+def test_the_number_of_a_view_is_never_used_twice() -> None:
+    world = World(config())
+    world.connect(registration("e1", view_number=9))
+    world.form("a1", "e2", "e3")
+    assert world.view.number == 10
+
+
+def test_the_status_says_why_nothing_is_served() -> None:
+    world = World(config())
+    assert "no attention or expert server" in world.actual.why_not_serving()
+    world.join("a1", "e1")
+    world.connect(registration("e2"))
+    world.hold("e2", lazy=True)
+    world.advance(0.5)
+    assert world.actual.why_not_serving() == "view 1 is forming: waiting for e2"
+    assert [world.state(server_id) for server_id in ("a1", "e2")] == ["SERVING", "JOINING"]
+    world.hold("e2", lazy=False)
+    world.advance(0.1)
+    assert world.actual.why_not_serving() == ""
+
+
+def test_lost_servers_are_shown_for_a_while_and_forgotten() -> None:
+    world = World(config(lease_s=3))
+    world.form("a1", "e1", "e2")
+    world.disconnect("e2")
+    world.advance(4)
+    assert world.state("e2") == "LOST"
+    world.advance(305, step_s=1.0)
+    assert world.actual.members.get("e2") is None

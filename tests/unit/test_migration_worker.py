@@ -1,0 +1,426 @@
+"""Migrations on ranks with real slots, a real side group and a lockstep played by the test."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from opentelemetry.trace import NoOpTracer
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
+
+from expertmesh.expert_server.slots import Slots
+from expertmesh.mesh import sidegroup
+from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.migration import MigrationContext, Migrations
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec, load_spec
+from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.telemetry import Metrics, Telemetry, disabled_telemetry
+from expertmesh.mesh.view import ViewInfo
+from expertmesh.v1 import mesh_pb2
+from support.checkpoints import write_checkpoint
+from support.groups import side_groups
+from support.migration import make_plan, make_view
+
+pytestmark = [pytest.mark.slow]
+
+NUM_SLOTS = 6
+LAYERS = (1, 2)
+# Ranks 1 and 2 have slots: experts 0..3 and 4..7, two empty slots each.
+OLD = [0, 1, 2, 3, -1, -1, 4, 5, 6, 7, -1, -1]
+# A swap between the ranks, one inside rank 1, a replica from rank 1 on rank 2, and one slot emptied.
+NEW = [4, 2, 1, 3, 0, -1, 0, 5, 6, 7, 3, -1]
+EMPTIED = [4, 2, 1, -1, 0, -1, 0, 5, 6, 7, 3, -1]
+
+STAGED, COMMITTED, FAILED = (
+    mesh_pb2.MIGRATION_PHASE_STAGED,
+    mesh_pb2.MIGRATION_PHASE_COMMITTED,
+    mesh_pb2.MIGRATION_PHASE_FAILED,
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", mlp_only_layers=[0])
+
+
+class FakeCheckpoint(Checkpoint):
+    """Counts the experts that were read; ``hold`` keeps the readers until it is set, ``error`` is raised."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reads: list[tuple[int, int]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.error: Exception | None = None
+
+    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        assert self.hold.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.reads.append((layer, expert))
+        super().copy_expert(spec, layer, expert, gate_up, down)
+
+
+class Rank:
+    """One rank's migrations; ``statuses`` is what it has reported."""
+
+    def __init__(
+        self, path: Path, view: ViewInfo, side: sidegroup.SideGroup | None, placement: dict[int, list[int]]
+    ) -> None:
+        spec = load_spec(ModelConfig(path=path))
+        self.spec = spec
+        self.checkpoint = FakeCheckpoint(path)
+        self.metrics = Metrics(role="both")
+        telemetry = Telemetry(NoOpTracer(), self.metrics)
+        self.slots: Slots | None = None
+        if view.expert_index is not None:
+            self.slots = Slots(spec, self.checkpoint, NUM_SLOTS, self.metrics.slots_loaded, layers_at_a_time=2)
+            first = view.expert_index * NUM_SLOTS
+            self.slots.load({layer: slots[first : first + NUM_SLOTS] for layer, slots in placement.items()})
+            self.checkpoint.reads.clear()
+        self.routing = RoutingTables(view.proto.placement, spec.num_experts, Topology.of(view))
+        self.statuses: list[mesh_pb2.MigrationStatus] = []
+        self.changed = threading.Condition()
+        self.migrations = Migrations(
+            MigrationContext(
+                view=view,
+                num_experts=spec.num_experts,
+                experts=self.slots,
+                routing=self.routing if view.expert_index is None else None,
+                side=side,
+                report=self.report,
+                wake=lambda: None,
+                telemetry=telemetry,
+                silence_s=5.0,
+            )
+        )
+
+    def report(self, message: mesh_pb2.JoinRequest) -> None:
+        with self.changed:
+            self.statuses.append(message.migration)
+            self.changed.notify_all()
+
+    def await_status(self, plan_id: int) -> mesh_pb2.MigrationStatus:
+        """The newest status of a plan, as soon as there is one."""
+
+        def newest() -> mesh_pb2.MigrationStatus | None:
+            return next((status for status in reversed(self.statuses) if status.id == plan_id), None)
+
+        with self.changed:
+            assert self.changed.wait_for(lambda: newest() is not None, 10), "nothing was reported"
+            found = newest()
+        assert found is not None
+        return found
+
+    def hear(self, **message: mesh_pb2.MigrationPlan | mesh_pb2.MigrationCommit | mesh_pb2.MigrationAbort) -> None:
+        self.migrations.hear(mesh_pb2.JoinResponse(**message))  # type: ignore[arg-type]  # one of its fields
+
+    def close(self) -> None:
+        self.checkpoint.hold.set()
+        self.migrations.close()
+        if self.slots is not None:
+            assert self.slots.staging.used == 0
+        assert not self.migrations._thread.is_alive()
+
+
+class Ranks:
+    """An attention rank and two expert ranks in one view."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = HashStore()
+        self.sides = side_groups(2, store=self.store)
+        placement = dict.fromkeys(LAYERS, OLD)
+        view = make_view("aee", placement, num_slots=NUM_SLOTS)
+        self.ranks = [
+            Rank(path, ViewInfo(view.proto, rank), self.sides[rank - 1] if rank else None, placement)
+            for rank in range(3)
+        ]
+        self.ids = itertools.count(1)
+        self.step = 0
+
+    def start(self) -> None:
+        for rank in self.ranks:
+            rank.migrations.start()
+
+    @property
+    def view(self) -> ViewInfo:
+        return self.ranks[0].migrations.view
+
+    def plan(self, layer: int, slots: Sequence[int], **options: bool | float) -> mesh_pb2.MigrationPlan:
+        return make_plan(next(self.ids), self.view, layer, slots, **options)  # type: ignore[arg-type]  # its options
+
+    def announce(self, plan: mesh_pb2.MigrationPlan) -> list[mesh_pb2.MigrationStatus]:
+        """Returns the status of each rank."""
+        for rank in self.ranks:
+            rank.hear(plan=plan)
+        return [rank.await_status(plan.id) for rank in self.ranks]
+
+    def commit(self, *plans: mesh_pb2.MigrationPlan) -> None:
+        for rank in self.ranks:
+            for plan in plans:
+                rank.hear(commit=mesh_pb2.MigrationCommit(id=plan.id))
+        self.agree()
+
+    def agree(self) -> None:
+        """The lockstep and the switch before one step."""
+        agreed = sorted(set.intersection(*(set(rank.migrations.listed()) for rank in self.ranks)))
+        self.step += 1
+        for rank in self.ranks:
+            rank.migrations.switch(agreed, self.step)
+
+    def migrate(self, layer: int, slots: Sequence[int], **options: bool | float) -> list[mesh_pb2.MigrationStatus]:
+        plan = self.plan(layer, slots, **options)
+        statuses = self.announce(plan)
+        assert [status.phase for status in statuses] == [STAGED] * 3, statuses
+        self.commit(plan)
+        self.assert_runs(layer, slots)
+        return statuses
+
+    def assert_runs(self, layer: int, slots: Sequence[int]) -> None:
+        """Every rank says so, and every slot computes with its expert's weights."""
+        checkpoint = Checkpoint(self.path)
+        for rank in self.ranks:
+            running = next(p for p in rank.migrations.view.proto.placement if p.layer == layer)
+            assert list(running.slots) == list(slots)
+            if rank.slots is None:
+                continue
+            index = rank.migrations.view.expert_index
+            assert index is not None
+            own = list(slots[index * NUM_SLOTS : (index + 1) * NUM_SLOTS])
+            assert list(rank.slots.slots(layer)) == own
+            for slot, expert in enumerate(own):
+                parts = rank.slots.read(layer, slot)
+                if expert == -1:
+                    assert all(part.isnan().all() for part in parts)
+                else:
+                    wanted = checkpoint.expert(rank.spec, layer, expert)
+                    assert all(torch.equal(part, want) for part, want in zip(parts, wanted, strict=True))
+
+    def reads(self) -> list[tuple[int, int]]:
+        return sorted(itertools.chain.from_iterable(rank.checkpoint.reads for rank in self.ranks))
+
+    def close(self) -> None:
+        threads = [threading.Thread(target=rank.close) for rank in self.ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.fixture
+def ranks(path: Path) -> Iterator[Ranks]:
+    made = Ranks(path)
+    made.start()
+    yield made
+    made.close()
+
+
+def counted(rank: Rank, family: str, **labels: str) -> float:
+    return float(getattr(rank.metrics, family).labels(**labels).read())
+
+
+def test_weights_come_from_peers_and_from_own_slots(ranks: Ranks) -> None:
+    statuses = ranks.migrate(1, NEW)
+    assert ranks.reads() == []
+    bytes_of_expert = ranks.ranks[0].spec.bytes_per_expert
+    assert [status.bytes for status in statuses] == [0, 4 * bytes_of_expert, 2 * bytes_of_expert]
+    ranks.assert_runs(2, OLD)
+    assert ranks.view.versions == {1: 2, 2: 1}
+    for rank in ranks.ranks:
+        status = rank.await_status(1)
+        assert (status.phase, status.step) == (COMMITTED, 1)
+    ranks.migrate(1, EMPTIED)
+    ranks.migrate(1, OLD)  # expert 3's slot was blank: it comes back from its replica
+    assert ranks.reads() == []
+    routing = ranks.ranks[0].routing[1]
+    assert routing.choose(torch.tensor([[3, 5]]), 0).tolist() == [[3, 7]]
+
+
+def test_routing_follows_at_the_switch_and_not_before(ranks: Ranks) -> None:
+    moved = [1, 0, *OLD[2:]]
+    plan = ranks.plan(1, moved)
+    ranks.announce(plan)
+    chosen = torch.tensor([[0, 1]])
+    assert ranks.ranks[0].routing[1].choose(chosen, 0).tolist() == [[0, 1]]
+    ranks.commit(plan)
+    assert ranks.ranks[0].routing[1].choose(chosen, 0).tolist() == [[1, 0]]
+
+
+def test_weights_come_from_the_checkpoint_when_the_plan_says_so(ranks: Ranks) -> None:
+    statuses = ranks.migrate(2, NEW, from_checkpoint=True)
+    assert ranks.reads() == [(2, 0), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert [status.from_checkpoint for status in statuses] == [0, 0, 0]  # nothing had to fall back
+
+
+def test_two_layers_at_a_time_and_one_step_for_both(ranks: Ranks) -> None:
+    plans = [ranks.plan(1, NEW), ranks.plan(2, NEW)]
+    for plan in plans:
+        for rank in ranks.ranks:
+            rank.hear(plan=plan)
+    for plan, rank in itertools.product(plans, ranks.ranks):
+        assert rank.await_status(plan.id).phase == STAGED
+    ranks.commit(*reversed(plans))
+    ranks.assert_runs(1, NEW)
+    ranks.assert_runs(2, NEW)
+
+
+def test_nobody_switches_while_one_rank_has_not_heard(ranks: Ranks) -> None:
+    plan = ranks.plan(1, NEW)
+    ranks.announce(plan)
+    for rank in ranks.ranks[:2]:
+        rank.hear(commit=mesh_pb2.MigrationCommit(id=plan.id))
+    for _ in range(3):
+        ranks.agree()
+    ranks.assert_runs(1, OLD)
+    ranks.ranks[2].hear(commit=mesh_pb2.MigrationCommit(id=plan.id))
+    ranks.agree()
+    ranks.assert_runs(1, NEW)
+
+
+def test_an_abort_changes_nothing_and_frees_the_memory(ranks: Ranks) -> None:
+    plan = ranks.plan(1, NEW)
+    ranks.announce(plan)
+    for rank in ranks.ranks:
+        rank.hear(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="for the test"))
+        rank.hear(commit=mesh_pb2.MigrationCommit(id=plan.id))
+    ranks.agree()
+    ranks.assert_runs(1, OLD)
+    for rank in ranks.ranks:
+        assert rank.await_status(plan.id).phase == FAILED  # the answer to a commit that comes after all
+    ranks.migrate(1, NEW)
+
+
+def test_an_abort_in_the_middle_ends_the_waits(ranks: Ranks) -> None:
+    """Rank 2 never gets the plan: rank 1 waits for its weights, then hears that it is off."""
+    plan = ranks.plan(1, NEW, timeout_s=60.0)
+    for rank in ranks.ranks[:2]:
+        rank.hear(plan=plan)
+    while not ranks.store.check([f"{plan.id}/0"]):
+        pass
+    ranks.ranks[1].hear(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="for the test"))
+    ranks.ranks[0].hear(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="for the test"))
+    statuses = ranks.migrate(1, NEW)
+    assert all(status.from_checkpoint == 0 for status in statuses)  # the side group is as good as new
+    assert ranks.reads() == []
+
+
+def test_a_source_that_never_hears_of_the_plan(ranks: Ranks) -> None:
+    plan = ranks.plan(1, NEW, timeout_s=0.5)
+    for rank in ranks.ranks[:2]:
+        rank.hear(plan=plan)
+    status = ranks.ranks[1].await_status(plan.id)
+    # Expert 4 comes from the checkpoint after half of the time; then nobody takes expert 0 from this rank.
+    assert (1, 4) in ranks.ranks[1].checkpoint.reads
+    assert status.phase == FAILED
+    for rank in ranks.ranks:
+        rank.hear(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="late"))
+    ranks.ranks[1].checkpoint.reads.clear()
+    ranks.migrate(1, NEW)
+    assert ranks.reads() == []
+
+
+def test_damaged_weights_come_from_the_checkpoint(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = sidegroup.checksum, itertools.count()
+    monkeypatch.setattr(sidegroup, "checksum", lambda weights: right(weights) + (next(calls) == 0))
+    statuses = ranks.migrate(1, NEW)
+    assert sum(status.from_checkpoint for status in statuses) == 1
+    assert len(ranks.reads()) == 1
+    assert sum(counted(rank, "migration_fallbacks", cause="checksum") for rank in ranks.ranks) == 1
+
+
+def test_a_broken_side_group_is_replaced_by_the_checkpoint(ranks: Ranks) -> None:
+    ranks.migrate(2, NEW)
+    ranks.sides[0].broken = "for the test"
+    statuses = ranks.migrate(1, NEW)
+    assert [status.from_checkpoint for status in statuses] == [0, 1, 2]
+    assert ranks.reads() == [(1, 0), (1, 3), (1, 4)]
+    ranks.close()  # the worker counts behind the switch
+    assert sum(counted(rank, "migrated_slots", source="checkpoint") for rank in ranks.ranks) == 3
+    assert sum(counted(rank, "migration_fallbacks", cause="called_off") for rank in ranks.ranks) == 3
+    assert [counted(rank, "rank_migrations", outcome="committed") for rank in ranks.ranks] == [2, 2, 2]
+
+
+def test_a_checkpoint_that_cannot_be_read_fails_the_plan_only(ranks: Ranks) -> None:
+    plan = ranks.plan(1, NEW, from_checkpoint=True)
+    ranks.ranks[2].checkpoint.error = OSError("the disk is gone")
+    statuses = ranks.announce(plan)
+    assert [status.phase for status in statuses] == [STAGED, STAGED, FAILED]
+    assert "the disk is gone" in statuses[2].reason
+    for rank in ranks.ranks:
+        rank.hear(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="failed"))
+    ranks.migrate(1, NEW)
+
+
+def test_staging_memory_is_bounded(ranks: Ranks) -> None:
+    slots = ranks.ranks[1].slots
+    assert slots is not None
+    taken = slots.reserve(2 * NUM_SLOTS - 1)
+    plan = ranks.plan(1, NEW, timeout_s=0.2)
+    status = ranks.announce(plan)[1]
+    assert status.phase == FAILED
+    assert "11 of the 12 places are taken" in status.reason
+    slots.release(taken)
+
+
+def test_plans_that_do_not_fit_are_refused_with_a_reason(ranks: Ranks) -> None:
+    plan = ranks.plan(1, NEW)
+    plan.view_number = 99
+    for status in ranks.announce(plan):
+        assert status.phase == FAILED
+        assert "view 99" in status.reason
+    quotas = ranks.plan(1, NEW)
+    quotas.placement.quotas.extend([-1.0] * len(NEW))
+    assert ranks.announce(quotas)[0].phase == FAILED  # the rank that routes
+
+
+def test_a_view_that_ends_in_the_middle(ranks: Ranks) -> None:
+    """The fixture's end checks that threads end and memory is given back."""
+    staged, held = ranks.plan(1, NEW), ranks.plan(2, NEW, from_checkpoint=True)
+    ranks.announce(staged)
+    ranks.ranks[1].checkpoint.hold.clear()
+    for rank in ranks.ranks:
+        rank.hear(plan=held)
+
+
+def test_a_lone_rank_has_no_side_group(path: Path) -> None:
+    view = make_view("b", {layer: [*range(8)] for layer in LAYERS}, num_slots=8)
+    spec = load_spec(ModelConfig(path=path))
+    slots = Slots(spec, Checkpoint(path), 8, Metrics(role="both").slots_loaded)
+    slots.load(view.local_slots())
+    routing = RoutingTables(view.proto.placement, spec.num_experts, Topology.of(view))
+    reported = SimpleNamespace(statuses=[], staged=threading.Event())
+
+    def report(message: mesh_pb2.JoinRequest) -> None:
+        reported.statuses.append(message.migration)
+        reported.staged.set()
+
+    migrations = Migrations(
+        MigrationContext(
+            view=view,
+            num_experts=spec.num_experts,
+            experts=slots,
+            routing=routing,
+            side=None,
+            report=report,
+            wake=lambda: None,
+            telemetry=disabled_telemetry(),
+            silence_s=1.0,
+        )
+    )
+    migrations.start()
+    plan = make_plan(1, view, 1, [7, 6, 5, 4, 3, 2, 1, 0])
+    migrations.hear(mesh_pb2.JoinResponse(plan=plan))
+    assert reported.staged.wait(5)
+    migrations.hear(mesh_pb2.JoinResponse(commit=mesh_pb2.MigrationCommit(id=1)))
+    migrations.switch(migrations.listed(), 3)
+    migrations.close()
+    assert slots.slots(1) == (7, 6, 5, 4, 3, 2, 1, 0)
+    assert [status.phase for status in reported.statuses] == [STAGED, COMMITTED]
+    assert routing[1].choose(torch.tensor([[0, 7]]), 0).tolist() == [[7, 0]]
