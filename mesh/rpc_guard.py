@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -65,11 +65,13 @@ class ExceptionGuard(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(self, method: str, inner: Any) -> Any:
-        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # A coroutine that writes, not a generator: gRPC leaves the generator of a cancelled call to the garbage
+        # collector, so that its ``finally`` runs at any later time, and on a context whose call is gone (a segfault).
+        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             try:
                 async with contextlib.aclosing(inner(request, context)) as responses:
                     async for response in responses:
-                        yield response
+                        await context.write(response)
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:  # noqa: BLE001  # the last line of defence of every handler

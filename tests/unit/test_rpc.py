@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import subprocess
 import time
@@ -72,6 +73,14 @@ class Behaviours:
         finally:
             self.closed.set()
 
+    async def stream_flood(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(1 << 16)
+        finally:
+            self.closed.set()
+            raise RuntimeError("the clean-up failed")
+
     async def write_echo(self, request: bytes, context: Context) -> None:
         await context.write(request)
         await context.write(request)
@@ -89,6 +98,7 @@ class Behaviours:
             "StreamEcho": grpc.stream_stream_rpc_method_handler(self.stream_echo),
             "StreamCrash": stream(self.stream_crash),
             "StreamHang": stream(self.stream_hang),
+            "StreamFlood": stream(self.stream_flood),
             "WriteEcho": stream(self.write_echo),
             "SumRequests": grpc.stream_unary_rpc_method_handler(self.sum_requests),
         }
@@ -240,6 +250,23 @@ async def test_a_client_that_leaves_ends_its_handlers() -> None:
         call.cancel()
         stream.cancel()
         await asyncio.wait_for(asyncio.gather(behaviours.cancelled.wait(), behaviours.closed.wait()), 10)
+
+
+async def test_a_stream_is_closed_by_its_own_call_not_by_the_garbage_collector(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    behaviours = Behaviours()
+    gc.disable()  # a generator that gRPC dropped in mid-write would be closed only by it, on a call that is gone
+    try:
+        async with running(behaviours) as server, open_channel(server.address, NO_TLS) as channel:
+            call = calling(channel.unary_stream, "StreamFlood")(b"")
+            assert await call.read()
+            call.cancel()
+            async with asyncio.timeout(10):
+                await behaviours.closed.wait()
+    finally:
+        gc.enable()
+    assert "StreamFlood failed" in caplog.text
 
 
 async def test_stop_waits_for_the_grace_and_then_cancels() -> None:
