@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import routing_data
 from numpy.typing import NDArray
-from optimality import equal_split_bound, least_fanout
 
+from expertmesh.balancer.simulator.bounds import equal_split_bound, least_fanout
 from expertmesh.balancer.simulator.score import LayerScore, score_locality_first, score_turns
 from expertmesh.balancer.solver import (
     Budget,

@@ -10,11 +10,12 @@ import io
 import json
 import lzma
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from expertmesh.balancer.simulator.bounds import combinadic_sets
 
 Ids = NDArray[np.int16]
 
@@ -23,21 +24,6 @@ def read_npz_xz(path: Path) -> dict[str, NDArray[np.generic]]:
     """The arrays of an xz-compressed ``.npz``; pickles are refused."""
     with np.load(io.BytesIO(lzma.open(path).read()), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
-
-
-def combinadic_sets(num_experts: int, top_k: int) -> Ids:
-    """int16 [C(num_experts, top_k), top_k]: row i is the ascending set whose combinadic rank is i.
-
-    The rank of a < b < c < d is C(a,1) + C(b,2) + C(c,3) + C(d,4).
-    """
-    remaining = np.arange(comb(num_experts, top_k))
-    sets_NK = np.empty((len(remaining), top_k), np.int16)
-    for k in range(top_k, 0, -1):
-        binomial = np.array([comb(member, k) for member in range(num_experts + 1)])
-        member = np.searchsorted(binomial, remaining, side="right") - 1
-        sets_NK[:, k - 1] = member
-        remaining = remaining - binomial[member]
-    return sets_NK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,26 +40,36 @@ def score_loads(slots: Ints, load_E: Floats, topology: Topology) -> LayerScore:
 
 def score_turns(slots: Ints, topk_TK: Ids, topology: Topology) -> LayerScore:
     """The replicas of an expert take turns over the tokens."""
-    num_experts = int(max(topk_TK.max(), slots.max())) + 1
-    homes = [np.flatnonzero(slots == expert) // topology.width for expert in range(num_experts)]
-    count_E = np.array([max(len(home), 1) for home in homes])
-    table_EW = np.array([np.resize(home, count_E.max()) if len(home) else [-1] * count_E.max() for home in homes])
-    turn_TK = _turns(topk_TK, num_experts)
-    rank_TK = np.where(topk_TK >= 0, table_EW[topk_TK, turn_TK % count_E[topk_TK]], -1)
-    return _tally([rank_TK], topology)
+    return tally(route_turns(slots, topk_TK, topology), topology)
 
 
 def score_locality_first(
     slots: Ints, topk_TK: Ids, topology: Topology, num_experts: int, warm_up_TK: Ids
 ) -> LayerScore:
-    """``ReplicaChooser`` over the tokens in their order, step by step, after the steps of ``warm_up_TK``."""
+    """Replicas as ``ReplicaChooser`` chooses them."""
+    return tally(route_locality_first(slots, topk_TK, topology, num_experts, warm_up_TK), topology)
+
+
+def route_turns(slots: Ints, topk_TK: Ids, topology: Topology) -> Ids:
+    """Rank of each choice [T, K], -1 where there is none: the replicas of an expert take turns over the tokens."""
+    num_experts = int(max(topk_TK.max(), slots.max())) + 1
+    homes = [np.flatnonzero(slots == expert) // topology.width for expert in range(num_experts)]
+    count_E = np.array([max(len(home), 1) for home in homes])
+    table_EW = np.array([np.resize(home, count_E.max()) if len(home) else [-1] * count_E.max() for home in homes])
+    turn_TK = _turns(topk_TK, num_experts)
+    return np.where(topk_TK >= 0, table_EW[topk_TK, turn_TK % count_E[topk_TK]], -1)
+
+
+def route_locality_first(slots: Ints, topk_TK: Ids, topology: Topology, num_experts: int, warm_up_TK: Ids) -> Ids:
+    """Rank of each choice [T, K], -1 where there is none: ``ReplicaChooser`` over the tokens in their order, step by
+    step, after the steps of ``warm_up_TK``."""
     held_RE = held_experts(slots.reshape(topology.num_ranks, -1), num_experts)
     chooser = ReplicaChooser(holds_RE=held_RE, node_R=topology.node_R)
     step = max(min(MAX_STEP_TOKENS, len(topk_TK) // MIN_STEPS), 1)
     for start in range(max(len(warm_up_TK) - MIN_STEPS * step, 0), len(warm_up_TK), step):
         chooser.choose(warm_up_TK[start : start + step], start)
-    ranks = [chooser.choose(topk_TK[start : start + step], start) for start in range(0, len(topk_TK), step)]
-    return _tally(ranks, topology)
+    starts = range(0, len(topk_TK), step)
+    return np.concatenate([chooser.choose(topk_TK[start : start + step], start) for start in starts])
 
 
 def _turns(topk_TK: Ids, num_experts: int) -> NDArray[np.int64]:
@@ -72,14 +82,16 @@ def _turns(topk_TK: Ids, num_experts: int) -> NDArray[np.int64]:
     return turn.reshape(topk_TK.shape)
 
 
-def _tally(rank_steps: list[Ids], topology: Topology) -> LayerScore:
+def tally(rank_TK: Ids, topology: Topology) -> LayerScore:
+    """What tokens that go to these ranks make of load and fan-out."""
     load_R = np.zeros(topology.num_ranks)
     ranks = nodes = tokens = 0
-    for rank_TK in rank_steps:
-        chosen_TK = rank_TK >= 0
-        load_R += np.bincount(rank_TK[chosen_TK], minlength=topology.num_ranks)
-        ranks += _distinct(rank_TK, topology.num_ranks)
-        nodes += _distinct(np.where(chosen_TK, topology.node_R[rank_TK], -1), topology.num_nodes)
+    for start in range(0, len(rank_TK), MAX_STEP_TOKENS):  # in parts: a part needs memory for tokens x ranks
+        part_TK = rank_TK[start : start + MAX_STEP_TOKENS]
+        chosen_TK = part_TK >= 0
+        load_R += np.bincount(part_TK[chosen_TK], minlength=topology.num_ranks)
+        ranks += _distinct(part_TK, topology.num_ranks)
+        nodes += _distinct(np.where(chosen_TK, topology.node_R[part_TK], -1), topology.num_nodes)
         tokens += int(chosen_TK.any(axis=1).sum())
     return LayerScore(load_R=load_R, fanout_ranks=ranks / max(tokens, 1), fanout_nodes=nodes / max(tokens, 1))
 
