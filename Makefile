@@ -61,7 +61,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/expertmesh bench serve
 
 bench-balancer: $(VENV)/.installed-dev
-	$(PY) benchmarks/balancer.py
+	PYTHONPATH=benchmarks $(PY) benchmarks/balancer.py
 
 clean:
 	rm -rf $(VENV) .expertmesh build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -104,7 +104,7 @@ class PlacementPolicy(Protocol):
         """A better placement than ``current`` for one layer.
 
         Args:
-            current: global slot → expert in force. As many slots of a rank stay filled as are filled now.
+            current: global slot → expert in force. A filled slot is never emptied.
             max_loads: at most so many slots may be loaded; None = placed afresh.
 
         Raises:

@@ -1,6 +1,6 @@
 """The solver as a ``PlacementPolicy``. Imported on the worker thread only: numba takes a while.
 
-Dimensions: R expert ranks, W slots of a rank in the view's numbering, C filled slots of the fullest rank.
+Dimensions: R expert ranks, W slots of a rank in the view's numbering, C usable slots of the widest rank.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Prop
 from expertmesh.balancer.solver import Budget, LayerPlan, SolverOptions, Topology, evaluate, judge, solve_layer
 
 Ints = NDArray[np.int32]
+Bools = NDArray[np.bool_]
 
 MIN_SAVING = 0.002
 """Weighted visits a token that a loaded slot has to save: below it a search moves slots for nothing."""
 
 
 class SolverPolicy:
-    """Searches jointly for balance and few visits, within the slots that are filled now: room that the operator left
-    empty stays empty, for experts of servers that die."""
+    """Searches jointly for balance and few visits. Empty slots take replicas where those pay; none is emptied.
 
-    def __init__(self, options: SolverOptions | None = None) -> None:
+    Args:
+        max_filled: slots of a layer that may hold an expert, over all ranks; more only where more do already. None =
+            all that there are.
+    """
+
+    def __init__(self, options: SolverOptions | None = None, *, max_filled: int | None = None) -> None:
         self._options = options or SolverOptions()
+        self._max_filled = max_filled
 
     def compile(self) -> None:
         """Have every kernel compiled, or loaded from the cache of an earlier process: two tiny problems."""
@@ -40,9 +46,9 @@ class SolverPolicy:
     ) -> Proposal:
         """See ``PlacementPolicy``."""
         current_RW = np.array(current, np.int32).reshape(len(layout.room_R), layout.width)
-        filled_RW = current_RW >= 0
-        topology = Topology(slots_of_rank=tuple(filled_RW.sum(axis=1).tolist()), node_of_rank=_numbered(layout.node_R))
-        current_S = _compact(current_RW, filled_RW, topology.width)
+        usable_RW = _usable(current_RW >= 0, np.minimum(layout.room_R, len(statistics.load_E)), self._max_filled)
+        topology = Topology(slots_of_rank=tuple(usable_RW.sum(axis=1).tolist()), node_of_rank=_numbered(layout.node_R))
+        current_S = _compact(current_RW, usable_RW, topology.width)
         counts = (statistics.load_E, statistics.coactivation_EE, topology)
         budget = None if max_loads is None else Budget(slots=max_loads, move_cost=MIN_SAVING)
         planned = solve_layer(*counts, self._options, current=current_S, budget=budget)
@@ -57,7 +63,7 @@ class SolverPolicy:
         )
         planned_RW = np.full_like(current_RW, -1)
         planned_RC = planned.slots.reshape(len(layout.room_R), topology.width)
-        planned_RW[filled_RW] = planned_RC[np.arange(topology.width) < topology.room_R[:, None]]
+        planned_RW[usable_RW] = planned_RC[np.arange(topology.width) < topology.room_R[:, None]]
         return Proposal(
             slots=tuple(planned_RW.ravel().tolist()),
             before=_prediction(now),
@@ -74,10 +80,22 @@ def _numbered(nodes: Sequence[str]) -> tuple[int, ...]:
     return tuple(numbers[node] for node in nodes)
 
 
-def _compact(table_RW: Ints, filled_RW: NDArray[np.bool_], width: int) -> Ints:
-    """The filled slots of each rank moved together, int32 [R * C]."""
+def _usable(filled_RW: Bools, room_R: NDArray[np.int64], max_filled: int | None) -> Bools:
+    """The filled slots and the first empty ones of each rank, bool [R, W]: as even over the ranks as their room
+    allows, up to ``max_filled`` in all."""
+    slots_R = filled_RW.sum(axis=1)
+    most = int(room_R.sum()) if max_filled is None else max_filled
+    while slots_R.sum() < most and (slots_R < room_R).any():
+        slots_R[np.where(slots_R < room_R, slots_R, filled_RW.shape[1] + 1).argmin()] += 1
+    added_R = slots_R - filled_RW.sum(axis=1)
+    usable_RW: Bools = filled_RW | (~filled_RW & (np.cumsum(~filled_RW, axis=1) <= added_R[:, None]))
+    return usable_RW
+
+
+def _compact(table_RW: Ints, usable_RW: Bools, width: int) -> Ints:
+    """The usable slots of each rank moved together, int32 [R * C]."""
     table_RC = np.full((len(table_RW), width), -1, np.int32)
-    table_RC[np.arange(width) < filled_RW.sum(axis=1)[:, None]] = table_RW[filled_RW]
+    table_RC[np.arange(width) < usable_RW.sum(axis=1)[:, None]] = table_RW[usable_RW]
     return table_RC.ravel()
 
 

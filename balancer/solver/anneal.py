@@ -9,7 +9,8 @@ over the experts, pairs and triples of the rank: inclusion-exclusion with Kirkwo
 a factor below 1 for the alternating rest. For nodes, whose sets are too large for that series, only the pairs count.
 A pair of replicated experts counts less wherever it meets (``SearchState.credit_E``).
 
-The search is simulated annealing over swaps of two slots and replacements of one replica, then descent. Its random
+The search is simulated annealing over swaps of two slots and replacements of one replica, then descent; an empty slot
+is filled where that pays at once. Its random
 numbers are its own: the same input gives the same output.
 """
 
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 from expertmesh.balancer.solver.compiled import compiled
 from expertmesh.balancer.solver.search_state import (
     SearchState,
+    clear,
+    fill,
     follow_swap,
     refresh_triples,
     replace,
@@ -166,6 +169,22 @@ def _replace_slot(s: SearchState, goal: Goal, room: int, floor: float, r: int, c
 
 
 @compiled
+def _fill_slot(s: SearchState, goal: Goal, room: int, floor: float, r: int, c: int, f: int) -> int:
+    """Put a replica of ``f`` into an empty slot if that is worth ``floor`` or more; returns as ``_swap_slots``."""
+    more = int(not s.was_RE[r, f])
+    if more > max(room, 0):
+        return -99
+    over, gain = -_excess(s, goal), -_one_savings(s, goal, f, -1)
+    fill(s, r, c, f)
+    over += _excess(s, goal)
+    gain += _one_savings(s, goal, f, -1) - goal.triple_weight * goal.rank_weight * s.triples_RC[r, c]
+    if (goal.hard and over > TINY) or gain < floor + goal.excess_weight * over + goal.move_cost * more:
+        clear(s, r, c)
+        return -99
+    return more
+
+
+@compiled
 def _random(seed: Seed) -> float:
     """The next number in [0, 1) of xorshift64* (Vigna 2016)."""
     x = seed[0]
@@ -202,10 +221,12 @@ def anneal(
         temperature *= cooling
         floor = temperature * np.log(1.0 - _random(seed)) if temperature > 0 else TINY
         e = s.table_RC[r, c]
-        if e < 0:
-            continue
         more = -99
-        if s.replicas_E[e] > 1 and _random(seed) < replace_share:
+        if e < 0:
+            f = int(_random(seed) * len(s.load_E))
+            if c < s.room_R[r] and not s.holds_RE[r, f]:
+                more = _fill_slot(s, goal, goal.budget - moved, max(floor, TINY), r, c, f)
+        elif s.replicas_E[e] > 1 and _random(seed) < replace_share:
             f = int(_random(seed) * len(s.load_E))
             if not s.holds_RE[r, f]:
                 more = _replace_slot(s, goal, goal.budget - moved, floor, r, c, f)

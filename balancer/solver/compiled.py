@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, cast
 
@@ -17,8 +18,18 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     No fused or reordered floating-point operations: the same input gives the same output on one kind of CPU.
     """
+    return cast(Callable[P, R], numba.njit(cache=caches(), error_model="numpy", nogil=True)(function))
+
+
+@functools.cache
+def caches() -> bool:
+    """Whether there is a folder for compiled kernels; without one they are compiled in every process."""
     try:
-        kernel = numba.njit(cache=True, error_model="numpy", nogil=True)(function)
-    except RuntimeError:  # no writable cache folder anywhere: compile in every process
-        kernel = numba.njit(error_model="numpy", nogil=True)(function)
-    return cast(Callable[P, R], kernel)
+        numba.njit(cache=True)(_nothing)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _nothing() -> None:
+    pass

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from expertmesh.balancer.solver.compiled import compiled
+
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -46,21 +48,8 @@ def balancedness(load_R: Floats) -> float:
     return float(load_R.mean() / fullest) if fullest > 0 else 1.0
 
 
-def experts_per_token(load_E: Floats, pair_EE: Floats) -> float:
-    """K from the counts alone: of every chosen expert, each token has K - 1 pairs. Diagonal 0."""
-    total = load_E.sum()
-    return 1.0 + float(pair_EE.sum() / total) if total > 0 else 1.0
-
-
-def likeness(load_E: Floats, pair_EE: Floats) -> Floats:
-    """Pair counts over the geometric mean of the two experts' own counts."""
-    root_E = np.sqrt(np.maximum(load_E, 1e-300))
-    likeness_EE: Floats = np.where(load_E > 0, pair_EE / root_E, 0.0) / root_E[:, None]
-    return np.where(load_E[:, None] > 0, likeness_EE, 0.0)
-
-
-def expected_fanout(table_RC: Ints, group_R: Ints, load_E: Floats, pair_EE: Floats) -> float:
-    """Distinct groups of ranks that a token visits, estimated from loads and pair counts (diagonal 0).
+def expected_fanout(table_RC: Ints, group_R: Ints, share_E: Floats, pair_EE: Floats, likeness_EE: Floats) -> float:
+    """Distinct groups of ranks that a token visits, estimated from loads and pair counts.
 
     A group that gets few of a token's experts is visited as inclusion-exclusion says, up to triples that are estimated
     from their pairs. Where it gets many, their number is taken as beta-binomial with the known mean and pair count. A
@@ -68,28 +57,42 @@ def expected_fanout(table_RC: Ints, group_R: Ints, load_E: Floats, pair_EE: Floa
 
     Args:
         group_R: group of each rank: its own index for fan-out in ranks, its node for fan-out in nodes.
+        share_E, pair_EE, likeness_EE: as in ``Problem``.
     """
-    num_experts = len(load_E)
-    per_token = experts_per_token(load_E, pair_EE)
-    tokens = load_E.sum() / per_token
-    if tokens == 0:
-        return 0.0
-    share_GE = np.zeros((int(group_R.max()) + 1, num_experts))
-    np.add.at(share_GE, group_R, replica_shares(table_RC, num_experts))
-    held_GE = (share_GE > 0).astype(np.float64)
-    credit_E = 1.0 / np.sqrt(np.maximum(held_GE.sum(axis=0), 1.0))
-    met_EE = pair_EE * np.outer(credit_E, credit_E) / tokens
-    mean_G = share_GE @ load_E / tokens
-    pairs_G = np.einsum("ge,eg->g", held_GE, met_EE @ held_GE.T)
+    shares_GE = np.zeros((int(group_R.max()) + 1, len(share_E)))
+    np.add.at(shares_GE, group_R, replica_shares(table_RC, len(share_E)))
+    mean_G = shares_GE @ share_E
     few_G = mean_G < FEW
-    visited_G = _beta_binomial_visits(mean_G, pairs_G, max(round(per_token), 1))
-    if few_G.any():
-        like_EE = likeness(load_E, met_EE * tokens)
-        members = [np.flatnonzero(held_E) for held_E in held_GE[few_G]]
-        blocks = [like_EE[np.ix_(experts, experts)] for experts in members]
-        triples_G = np.array([np.einsum("ij,ji->", block @ block, block) / 6 for block in blocks])
-        visited_G[few_G] = np.clip(mean_G - pairs_G / 2, 0.0, None)[few_G] + TRIPLE_WEIGHT * triples_G
+    pairs_G, triples_G = _meetings(shares_GE > 0, few_G, pair_EE, likeness_EE)
+    visited_G = _beta_binomial_visits(mean_G, 2 * pairs_G, max(round(float(share_E.sum())), 1))
+    visited_G[few_G] = np.clip(mean_G - pairs_G, 0.0, None)[few_G] + TRIPLE_WEIGHT * triples_G[few_G]
     return float(np.minimum(visited_G, mean_G).sum())
+
+
+@compiled
+def _meetings(held_GE: Bools, few_G: Bools, pair_EE: Floats, likeness_EE: Floats) -> tuple[Floats, Floats]:
+    """Pairs of a token's experts that meet in each group [G], and for the groups of ``few_G`` estimated triples."""
+    num_groups, num_experts = held_GE.shape
+    credit_E = np.zeros(num_experts)
+    for e in range(num_experts):
+        credit_E[e] = 1.0 / np.sqrt(max(held_GE[:, e].sum(), 1))
+    pairs_G, triples_G = np.zeros(num_groups), np.zeros(num_groups)
+    for group in range(num_groups):
+        held = np.flatnonzero(held_GE[group])
+        for i in range(len(held)):
+            pair_E, like_E = pair_EE[held[i]], likeness_EE[held[i]]
+            pairs = triples = 0.0
+            for j in range(i):
+                credit = credit_E[held[j]]
+                pairs += credit * pair_E[held[j]]
+                if few_G[group]:
+                    both_E, inner = likeness_EE[held[j]], 0.0
+                    for k in range(j):
+                        inner += credit_E[held[k]] ** 2 * like_E[held[k]] * both_E[held[k]]
+                    triples += credit * credit * like_E[held[j]] * inner
+            pairs_G[group] += credit_E[held[i]] * pairs
+            triples_G[group] += credit_E[held[i]] ** 2 * triples
+    return pairs_G, triples_G
 
 
 def _beta_binomial_visits(mean_G: Floats, pairs_G: Floats, top_k: int) -> Floats:

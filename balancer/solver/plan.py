@@ -64,8 +64,9 @@ def describe(table_RC: Ints, problem: Problem, cap: float, current_RC: Ints | No
     fanout_ranks = fanout_nodes = None
     if problem.has_pairs:
         all_ranks = np.arange(topology.num_ranks, dtype=np.int32)
-        fanout_ranks = expected_fanout(table_RC, all_ranks, problem.share_E, problem.pair_EE)
-        fanout_nodes = expected_fanout(table_RC, topology.node_R, problem.share_E, problem.pair_EE)
+        shares = (problem.share_E, problem.pair_EE, problem.likeness_EE)
+        fanout_ranks = expected_fanout(table_RC, all_ranks, *shares)
+        fanout_nodes = expected_fanout(table_RC, topology.node_R, *shares)
     slots = table_RC.reshape(-1)
     return LayerPlan(
         slots=slots,

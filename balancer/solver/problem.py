@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.balancer.solver.expected import experts_per_token, likeness
+from expertmesh.balancer.solver.compiled import compiled
 from expertmesh.balancer.solver.topology import Topology
 
 Ints = NDArray[np.int32]
@@ -22,16 +22,15 @@ class Problem:
     share_E: Floats
     """share of all tokens that choose an expert; sums to the experts of a token"""
     pair_EE: Floats
+    """symmetric, diagonal 0"""
     likeness_EE: Floats
+    """``pair_EE`` over the geometric mean of the two experts' shares"""
+    has_pairs: bool
     topology: Topology
 
     @property
     def num_experts(self) -> int:
         return len(self.load_E)
-
-    @property
-    def has_pairs(self) -> bool:
-        return bool(self.pair_EE.any())
 
 
 def build_problem(load_E: Floats, coactivation_EE: Floats | None, topology: Topology) -> Problem:
@@ -46,28 +45,58 @@ def build_problem(load_E: Floats, coactivation_EE: Floats | None, topology: Topo
     num_experts, total = len(load_E), float(load_E.sum())
     if topology.usable_slots(num_experts) < num_experts:
         raise ValueError(f"{topology.usable_slots(num_experts)} usable slots a layer for {num_experts} experts")
-    pair_EE = np.zeros((num_experts, num_experts))
+    pair_EE, pairs = np.zeros((num_experts, num_experts)), 0.0
     if coactivation_EE is not None and total > 0:
-        pair_EE = _pairs(coactivation_EE, num_experts) / total
+        pair_EE, pairs = _pairs(coactivation_EE, num_experts)
     # Without any load all experts count the same, so that replicas spread evenly.
     load_E = load_E / total if total > 0 else np.full(num_experts, 1.0 / num_experts)
-    per_token = experts_per_token(load_E, pair_EE)
-    share_E, pair_EE = load_E * per_token, pair_EE * per_token
+    # K from the counts alone: of every chosen expert, each token has K - 1 pairs.
+    per_token = 1.0 + pairs / total if total > 0 else 1.0
+    share_E = load_E * per_token
     return Problem(
         load_E=load_E * topology.num_ranks,
         share_E=share_E,
         pair_EE=pair_EE,
-        likeness_EE=likeness(share_E, pair_EE),
+        likeness_EE=_likeness(pair_EE, per_token / total if total > 0 else 0.0, share_E),
+        has_pairs=pairs > 0,
         topology=topology,
     )
 
 
-def _pairs(coactivation_EE: Floats, num_experts: int) -> Floats:
-    pair_EE = np.array(coactivation_EE, np.float64)
-    if pair_EE.shape != (num_experts, num_experts) or not np.isfinite(pair_EE).all() or (pair_EE < 0).any():
-        raise ValueError(f"coactivation_EE must be {num_experts} x {num_experts}, finite, none negative")
-    np.fill_diagonal(pair_EE, 0.0)
-    return (pair_EE + pair_EE.T) / 2
+def _pairs(coactivation_EE: Floats, num_experts: int) -> tuple[Floats, float]:
+    """The pair counts [E, E] made symmetric, diagonal 0, and their sum."""
+    counts_EE = np.ascontiguousarray(coactivation_EE, np.float64)
+    if counts_EE.shape == (num_experts, num_experts):
+        pair_EE, total = _symmetric(counts_EE)
+        if total >= 0:
+            return pair_EE, total
+    raise ValueError(f"coactivation_EE must be {num_experts} x {num_experts}, finite, none negative")
+
+
+@compiled
+def _symmetric(counts_EE: Floats) -> tuple[Floats, float]:
+    """See ``_pairs``; the sum is -1 where a count is negative or not finite."""
+    pair_EE, total, valid = np.zeros_like(counts_EE), 0.0, True
+    for e in range(len(counts_EE)):
+        valid &= 0.0 <= counts_EE[e, e] < np.inf
+        for f in range(e):
+            valid &= 0.0 <= counts_EE[e, f] < np.inf and 0.0 <= counts_EE[f, e] < np.inf
+            pair_EE[e, f] = pair_EE[f, e] = (counts_EE[e, f] + counts_EE[f, e]) / 2
+            total += counts_EE[e, f] + counts_EE[f, e]
+    return pair_EE, total if valid else -1.0
+
+
+@compiled
+def _likeness(pair_EE: Floats, scale: float, share_E: Floats) -> Floats:
+    """``Problem.likeness_EE``, with ``pair_EE`` scaled in place first."""
+    likeness_EE, inverse_E = np.zeros_like(pair_EE), np.zeros_like(share_E)
+    for e in range(len(share_E)):
+        inverse_E[e] = 1.0 / np.sqrt(share_E[e]) if share_E[e] > 0 else 0.0
+    for e in range(len(share_E)):
+        for f in range(len(share_E)):
+            pair_EE[e, f] *= scale
+            likeness_EE[e, f] = pair_EE[e, f] * inverse_E[e] * inverse_E[f]
+    return likeness_EE
 
 
 def check_table(slots: Ints, num_experts: int, topology: Topology) -> Ints:

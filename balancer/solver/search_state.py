@@ -22,6 +22,8 @@ class SearchState(NamedTuple):
 
     table_RC: Ints
     """slot → expert, -1 = empty"""
+    room_R: Ints
+    """slots of each rank; those beyond stay empty"""
     node_R: Ints
     load_E: Floats
     pair_EE: Floats
@@ -54,6 +56,7 @@ class SearchState(NamedTuple):
 @compiled
 def build_state(
     table_RC: Ints,
+    room_R: Ints,
     node_R: Ints,
     num_nodes: int,
     load_E: Floats,
@@ -66,6 +69,7 @@ def build_state(
     num_experts = len(load_E)
     s = SearchState(
         table_RC,
+        room_R,
         node_R,
         load_E,
         pair_EE,
@@ -145,6 +149,29 @@ def replace(s: SearchState, r: int, c: int, f: int) -> None:
         refresh_triples(s, s.homes_ER[e, k])
     for k in range(s.replicas_E[f]):
         refresh_triples(s, s.homes_ER[f, k])
+
+
+@compiled
+def fill(s: SearchState, r: int, c: int, e: int) -> None:
+    """Put one more replica into an empty slot; everything follows."""
+    _count(s, e, -1.0)
+    put_in(s, r, c, e)
+    _count(s, e, 1.0)
+    for k in range(s.replicas_E[e]):
+        refresh_triples(s, s.homes_ER[e, k])
+
+
+@compiled
+def clear(s: SearchState, r: int, c: int) -> None:
+    """Empty the slot of a replica; everything follows."""
+    e = s.table_RC[r, c]
+    _count(s, e, -1.0)
+    take_out(s, r, c)
+    _count(s, e, 1.0)
+    s.triples_RC[r, c] = 0.0
+    refresh_triples(s, r)
+    for k in range(s.replicas_E[e]):
+        refresh_triples(s, s.homes_ER[e, k])
 
 
 @compiled

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh.balancer.solver.anneal import Goal, anneal, total_savings
-from expertmesh.balancer.solver.balance import level, min_max_replicas, pack, relieve
+from expertmesh.balancer.solver.balance import level, min_max_replicas, pack
 from expertmesh.balancer.solver.expected import TRIPLE_WEIGHT, held_experts, rank_loads
 from expertmesh.balancer.solver.plan import LayerPlan, describe
 from expertmesh.balancer.solver.problem import Problem, build_problem, check_table
 from expertmesh.balancer.solver.relabel import keep_slots, relabel
+from expertmesh.balancer.solver.relieve import relieve
 from expertmesh.balancer.solver.search_state import SearchState, build_state
 from expertmesh.balancer.solver.topology import Topology
 
@@ -95,8 +96,8 @@ def solve_layer(
         coactivation_EE: tokens that chose both experts, in the unit of ``load_E``; the diagonal is ignored. None:
             only the load counts.
         current: global slot → expert of the placement in force. The plan keeps in place what it can.
-        budget: incremental mode: improve ``current`` within it. Without one the layer is solved afresh, and
-            ``current`` only decides which rank gets which part.
+        budget: incremental mode: improve ``current`` within it, filling its empty slots where that pays. Without one
+            the layer is solved afresh, and ``current`` only decides which rank gets which part.
 
     Raises:
         ValueError: fewer usable slots than experts, arrays of other shapes, numbers that are negative or not finite,
@@ -146,7 +147,7 @@ def _improve(problem: Problem, options: SolverOptions, cap: float, current_RC: I
     loads = min(budget.loads, UNLIMITED)
     table_RC = current_RC.copy()
     # Load first: a search that may trade it for visits spends a small budget on the visits.
-    relieve(table_RC, problem.load_E, held_RE, cap, loads, budget.move_cost)
+    relieve(table_RC, problem.topology.room_R, problem.load_E, held_RE, cap, loads, budget.move_cost)
     if problem.has_pairs:
         fullest = float(rank_loads(table_RC, problem.load_E).max())
         table_RC = _search(problem, options, table_RC, held_RE, max(cap, fullest), budget.move_cost, loads, 0).table_RC
@@ -180,6 +181,7 @@ def _search(
     topology = problem.topology
     state = build_state(
         table_RC.copy(),
+        topology.room_R,
         topology.node_R,
         topology.num_nodes,
         problem.load_E,

@@ -1,13 +1,18 @@
 """Compile the solver's kernels ahead of need: ``python -m expertmesh.balancer.solver.warm_up``.
 
 The first solve on a machine compiles for about 25 s of CPU time, most of it under Python's lock; from then on the
-kernels come from numba's cache in half a second. A service runs this in a child process before it solves.
+kernels come from numba's cache in half a second. A service runs this in a child process before it solves: it gives way
+to everything else that wants to run.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 
+from expertmesh.balancer.solver.compiled import caches
 from expertmesh.balancer.solver.linear import linear
 from expertmesh.balancer.solver.solve import Budget, SolverOptions, solve_layer
 from expertmesh.balancer.solver.topology import Topology
@@ -24,5 +29,12 @@ def warm_up() -> None:
         solve_layer(load_E, pairs, topology, options, current=current, budget=Budget(slots=2))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if not caches():
+        sys.exit("numba has no folder to keep compiled kernels in: let NUMBA_CACHE_DIR name one that can be written to")
+    os.nice(10)
     warm_up()
+
+
+if __name__ == "__main__":
+    main()

@@ -42,13 +42,26 @@ def cases(draw: st.DrawFn) -> tuple[LayerStatistics, Layout, list[int]]:
 
 
 @settings(max_examples=30)
+@given(cases(), st.sampled_from([None, 3]), st.integers(0, 60))
+def test_no_more_slots_are_filled_than_may_be(case: Any, max_loads: int | None, max_filled: int) -> None:
+    statistics, layout, current = case
+    proposal = SolverPolicy(max_filled=max_filled).propose(statistics, layout, current, max_loads)
+    filled = sum(expert >= 0 for expert in proposal.slots)
+    assert filled <= max(max_filled, sum(expert >= 0 for expert in current))
+    for rank, room in enumerate(layout.room_R):
+        beyond = proposal.slots[rank * layout.width + room : (rank + 1) * layout.width]
+        assert set(beyond) <= {-1}, "a slot that the rank lacks is filled"
+
+
+@settings(max_examples=30)
 @given(cases(), st.sampled_from([None, 0, 1, 3, 8]))
 def test_a_proposal_is_a_placement_within_the_budget(case: Any, max_loads: int | None) -> None:
     statistics, layout, current = case
     proposal = SolverPolicy().propose(statistics, layout, current, max_loads)
     servers = [server for server in layout.server_R for _ in range(layout.width)]
     check_experts(mesh_pb2.LayerPlacement(slots=proposal.slots), servers, len(statistics.load_E))
-    assert [expert >= 0 for expert in proposal.slots] == [expert >= 0 for expert in current]
+    for now, planned in zip(current, proposal.slots, strict=True):
+        assert planned >= 0 or now < 0, "a slot was emptied"
     assert len(plan_transfers(current, proposal.slots, layout)) == proposal.num_loads
     assert max_loads is None or proposal.num_loads <= max_loads
     assert SolverPolicy().propose(statistics, layout, current, max_loads) == proposal
@@ -69,3 +82,35 @@ def test_a_clear_gain_is_worthwhile_and_noise_is_not() -> None:
     assert not SolverPolicy().propose(scarce, layout, current, 4).worthwhile
     even = LayerStatistics(tokens=1400, load_E=np.full(8, 175.0), coactivation_EE=None)
     assert SolverPolicy().propose(even, layout, current, 4).num_loads == 0
+
+
+def test_an_empty_slot_takes_a_replica_of_a_hot_expert_when_that_pays() -> None:
+    layout = Layout(width=5, room_R=(5, 5), node_R=("n", "n"), server_R=("e1", "e2"))
+    current = place_layer(8, 8, [5, 5]).ravel().tolist()
+    assert current == [0, 1, 2, 3, -1, 4, 5, 6, 7, -1]
+    hot_E = np.array([900.0, 100, 100, 100, 100, 100, 100, 100])
+    counts = LayerStatistics(tokens=1600, load_E=hot_E, coactivation_EE=None)
+    found = SolverPolicy().propose(counts, layout, current, 4)
+    assert found.slots.count(0) == 2, "no swap could share out so hot an expert"
+    assert found.worthwhile
+    assert found.before.balancedness == pytest.approx(800 / 1200)
+    assert found.after.balancedness == pytest.approx(1.0)
+    assert found.num_loads <= 2
+    assert SolverPolicy(max_filled=8).propose(counts, layout, current, 4).slots.count(-1) == 2
+    even = LayerStatistics(tokens=1600, load_E=np.full(8, 200.0), coactivation_EE=None)
+    assert SolverPolicy().propose(even, layout, current, 4).slots == tuple(current), "nothing to gain"
+
+
+def test_an_empty_slot_takes_a_replica_that_saves_visits() -> None:
+    layout = Layout(width=5, room_R=(5, 5), node_R=("n", "n"), server_R=("e1", "e2"))
+    current = [0, 1, 2, 3, -1, 4, 5, 6, 7, -1]
+    pairs = [(0, 1), (0, 2), (0, 4), (0, 5), (1, 2), (4, 5), (3, 6), (6, 7), (3, 7)]
+    pair_EE = np.zeros((8, 8))
+    for e, f in pairs:
+        pair_EE[e, f] = pair_EE[f, e] = 300.0
+    counts = LayerStatistics(tokens=2700, load_E=pair_EE.sum(axis=1), coactivation_EE=pair_EE)
+    found = SolverPolicy().propose(counts, layout, current, 2)
+    assert found.slots.count(-1) < 2
+    assert found.after.fanout_ranks is not None
+    assert found.before.fanout_ranks is not None
+    assert found.after.fanout_ranks < found.before.fanout_ranks - 0.05

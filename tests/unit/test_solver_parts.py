@@ -6,6 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from expertmesh.balancer.simulator.score import score_turns
 from expertmesh.balancer.solver import (
@@ -24,8 +25,10 @@ from expertmesh.balancer.solver import (
 )
 from expertmesh.balancer.solver.anneal import Goal, anneal, total_savings
 from expertmesh.balancer.solver.balance import min_max_replicas
+from expertmesh.balancer.solver.expected import held_experts, rank_loads
 from expertmesh.balancer.solver.problem import build_problem
 from expertmesh.balancer.solver.relabel import assign, relabel
+from expertmesh.balancer.solver.relieve import best_change, layer_of, relieve
 from expertmesh.balancer.solver.search_state import SearchState, build_state
 from support.routing import topic_tokens
 
@@ -142,9 +145,8 @@ def searched_state(num_proposals: int) -> tuple[SearchState, SearchState, Goal]:
     before_RE = np.ones((8, 32), np.bool_)
 
     def state() -> SearchState:
-        return build_state(
-            table_RC.copy(), TOPOLOGY.node_R, 2, problem.load_E, problem.pair_EE, problem.likeness_EE, before_RE
-        )
+        places = table_RC.copy(), TOPOLOGY.room_R, TOPOLOGY.node_R, 2
+        return build_state(*places, problem.load_E, problem.pair_EE, problem.likeness_EE, before_RE)
 
     searched = state()
     anneal(searched, goal, num_proposals, 0.05, 0.01, 0.3, np.array([9], np.uint64))
@@ -175,6 +177,49 @@ def test_incremental_search_relieves_the_fullest_rank_first() -> None:
     balanced = [plan.balancedness for plan in plans]
     assert balanced == sorted(balanced)
     assert balanced[-1] > 1.3 * balanced[0]
+
+
+def brute_relief(table_RC: NDArray[np.int32], load_E: NDArray[np.float64]) -> float:
+    """The largest drop of the sum of squares above the mean that one swap, replacement or filling brings per load."""
+
+    def squares(table_RC: NDArray[np.int32]) -> float:
+        return float((np.maximum(rank_loads(table_RC, load_E) - load_E.sum() / len(table_RC), 0) ** 2).sum())
+
+    top = int(rank_loads(table_RC, load_E).argmax())
+    cells = [(r, c) for r in range(table_RC.shape[0]) for c in range(table_RC.shape[1])]
+    found = [0.0]
+    for r, c in cells:
+        for e in range(len(load_E)):
+            trial_RC = table_RC.copy()
+            trial_RC[r, c] = e
+            gives_way = r != top if table_RC[r, c] < 0 else (table_RC == table_RC[r, c]).sum() > 1
+            if gives_way and e not in table_RC[r] and (r == top or e in table_RC[top]):
+                found.append(squares(table_RC) - squares(trial_RC))
+        for d in range(table_RC.shape[1]):
+            e, f = table_RC[top, d], table_RC[r, c]
+            if r != top and min(e, f) >= 0 and e not in table_RC[r] and f not in table_RC[top]:
+                trial_RC = table_RC.copy()
+                trial_RC[top, d], trial_RC[r, c] = f, e
+                found.append((squares(table_RC) - squares(trial_RC)) / 2)
+    return max(found)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_first_change_relieves_as_much_as_any(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    topology = Topology.even(num_slots=16, num_ranks=4)
+    load_E = rng.gamma(0.6, 100, 10)
+    current_RC = solve_layer(rng.permutation(load_E), None, topology).slots.reshape(4, 4)
+    for r in range(seed % 4):  # room for fillings
+        replicas_E = np.bincount(current_RC[current_RC >= 0], minlength=10)
+        current_RC[r, [c for c in range(4) if replicas_E[current_RC[r, c]] > 1][:1]] = -1
+    load_E *= 4 / load_E.sum()
+    layer = layer_of(current_RC.copy(), topology.room_R, load_E, held_experts(current_RC, 10))
+    assert best_change(layer, 2, 0.0).gain == pytest.approx(brute_relief(current_RC, load_E), abs=1e-9)
+    changed_RC = current_RC.copy()
+    moved = relieve(changed_RC, topology.room_R, load_E, layer.was_RE, 1.0, 3, 0.0)
+    assert moved <= 3
+    assert rank_loads(changed_RC, load_E).max() <= rank_loads(current_RC, load_E).max() + 1e-12
 
 
 def test_noise_moves_nothing_and_a_shift_does() -> None:
