@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -67,22 +67,34 @@ class EvaluationWorker:
 
     Args:
         make_policy: called on the thread at ``warm_up`` or the first job: it may take long.
+        prepare: awaited before that, at every job: what can be done without the thread.
     """
 
-    def __init__(self, make_policy: Callable[[], PlacementPolicy]) -> None:
+    def __init__(
+        self, make_policy: Callable[[], PlacementPolicy], prepare: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._make_policy = make_policy
+        self._prepare = prepare
         self._policy: PlacementPolicy | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement")
+        self._warming: asyncio.Task[None] | None = None
 
     async def ask(self, job: Job) -> Answer:
         """
         Raises:
             Exception: whatever the policy raised beside ValueError, which becomes a refusal.
         """
+        if self._prepare is not None:
+            await self._prepare()
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._answer, job)
 
     def warm_up(self) -> None:
         """Make the policy already, so that the first job does not have to wait for it. A failure is the first job's."""
+        self._warming = asyncio.create_task(self._warm(), name="warm-placement-policy")
+
+    async def _warm(self) -> None:
+        if self._prepare is not None:
+            await self._prepare()
         self._pool.submit(self._ready_policy)
 
     def _answer(self, job: Job) -> Answer:
@@ -93,8 +105,11 @@ class EvaluationWorker:
             self._policy = self._make_policy()
         return self._policy
 
-    def close(self) -> None:
-        """Waits for nothing: a solve that runs ends by itself, and nobody hears of it."""
+    async def close(self) -> None:
+        """Waits for no solve: one that runs ends by itself, and nobody hears of it."""
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -128,12 +143,12 @@ class Evaluations:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-def solver_policy() -> PlacementPolicy:
-    """The solver of this package, compiled."""
+def solver_policy(max_filled: int | None = None) -> PlacementPolicy:
+    """The solver of this package, compiled; ``max_filled``: slots of a layer that may hold an expert."""
     from expertmesh.balancer.policy_solver import SolverPolicy
 
     started_s = time.monotonic()
-    policy = SolverPolicy()
+    policy = SolverPolicy(max_filled=max_filled)
     policy.compile()
     log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
     return policy

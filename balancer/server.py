@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
 
 from expertmesh.balancer.actual import LIVE, Actual
+from expertmesh.balancer.compiling import KernelCompiler
 from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, solver_policy
 from expertmesh.balancer.events import EventLog
@@ -120,10 +123,10 @@ class Driver:
         while True:
             self._woken.clear()
             self._tick_until_done()
-            try:
-                await asyncio.wait_for(self._woken.wait(), self._reconciler.due_in_s(time.monotonic()))
-            except TimeoutError:
-                continue
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._reconciler.due_in_s(time.monotonic())):
+                    await self._woken.wait()
 
     def _tick_until_done(self) -> None:
         action: str | None = ""
@@ -195,7 +198,8 @@ async def _serve(
     state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
     events, metrics = EventLog(time.time, state.events), telemetry.metrics
     sessions, saver = Sessions(), StateSaver(file, events)
-    worker = EvaluationWorker(solver_policy)
+    compiler = KernelCompiler()
+    worker = EvaluationWorker(partial(solver_policy, config.expert.num_slots), compiler.finished)
     evaluations = Evaluations(worker)
     outside = Outside(sessions, saver, evaluations, metrics)
     actual = Actual(config.balancer, effects=outside, events=events, state=state)
@@ -260,7 +264,8 @@ async def _serve(
         sessions.close_all()
         await server.stop(_STOP_GRACE_S)
         await evaluations.close()
-        worker.close()
+        await worker.close()
+        await compiler.close()
         saver.ask(actual.durable())
         await saver.flush()
 

@@ -65,7 +65,10 @@ class AttentionConfig(Section):
 class ExpertConfig(Section):
     servers: int = Field(3, ge=0)
     num_slots: int | None = Field(
-        None, ge=1, description="slots a layer that hold an expert, over all servers; unset = the model's experts"
+        None,
+        ge=1,
+        description="slots a layer that hold an expert, over all servers; unset = the model's experts, and in mode "
+        "`online` replicas in the rest of the room where they pay",
     )
     slots_per_server: int | None = Field(
         None,

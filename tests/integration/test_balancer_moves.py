@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.balancer.compiling import KernelCompiler
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
@@ -82,7 +83,8 @@ async def counted(stub: admin_pb2_grpc.AdminServiceStub, tokens: float) -> None:
 @pytest.fixture(autouse=True)
 def swap_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver would have to be compiled."""
-    monkeypatch.setattr("expertmesh.balancer.server.solver_policy", SwapPolicy)
+    monkeypatch.setattr("expertmesh.balancer.server.solver_policy", lambda _: SwapPolicy())
+    monkeypatch.setattr("expertmesh.balancer.server.KernelCompiler", lambda: KernelCompiler(("true",)))
 
 
 async def test_mode_online_moves_what_the_statistics_ask_for(tmp_path: Path) -> None:

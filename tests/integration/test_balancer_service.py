@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -49,6 +50,22 @@ def _store_round_trip(address: str) -> bytes:
     store.set("view/1/key", "hello")
     value: bytes = store.get("view/1/key")
     return value
+
+
+async def test_a_balancer_that_is_compiling_its_solver_serves_and_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "expertmesh.balancer.compiling")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))  # a new installation: it compiles for half a minute
+    async with balancer(config(tmp_path, mode="online")) as address, rpc.open_channel(address, TlsConfig()) as channel:
+        for stream in (await join(channel, "a1", "e1", "e2")).values():
+            await stream.next_view()
+        await wait_serving(channel, 1)
+        ended_s = time.monotonic() + 5
+    assert time.monotonic() < ended_s
+    started = [r.getMessage() for r in caplog.records]
+    assert len(started) == 1, "it had compiled before it was told to stop"
+    assert not Path("/proc", started[0].rsplit(" ", 1)[1]).exists()
 
 
 async def test_a_cut_stream_and_a_broken_view_make_the_next_view(tmp_path: Path) -> None:
