@@ -152,3 +152,12 @@ def solver_policy(max_filled: int | None = None) -> PlacementPolicy:
     policy.compile()
     log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
     return policy
+
+
+def eplb_policy(max_filled: int | None = None) -> PlacementPolicy:
+    """DeepSeek's EPLB, ready to run; ``max_filled`` as for ``solver_policy``."""
+    from expertmesh.balancer.policy_eplb import EplbPolicy
+
+    policy = EplbPolicy(max_filled=max_filled)
+    policy.compile()
+    return policy

@@ -44,6 +44,9 @@ class StatisticsSource(Protocol):
     def layer_statistics(self, layer: int) -> LayerStatistics | None:
         """A snapshot; None while nothing was counted."""
 
+    def layer_load(self, layer: int) -> Floats | None:
+        """The ``load_E`` of that snapshot alone, which costs little."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -105,7 +108,8 @@ class PlacementPolicy(Protocol):
 
         Args:
             current: global slot → expert in force. A filled slot is never emptied.
-            max_loads: at most so many slots may be loaded; None = placed afresh.
+            max_loads: at most so many slots may be loaded; None = placed afresh. A policy that cannot improve a
+                placement step by step does not keep it, and says so.
 
         Raises:
             ValueError: the statistics or the placement are not ones of this layer.

@@ -46,9 +46,11 @@ class SolverPolicy:
     ) -> Proposal:
         """See ``PlacementPolicy``."""
         current_RW = np.array(current, np.int32).reshape(len(layout.room_R), layout.width)
-        usable_RW = _usable(current_RW >= 0, np.minimum(layout.room_R, len(statistics.load_E)), self._max_filled)
-        topology = Topology(slots_of_rank=tuple(usable_RW.sum(axis=1).tolist()), node_of_rank=_numbered(layout.node_R))
-        current_S = _compact(current_RW, usable_RW, topology.width)
+        usable_RW = usable_slots(current_RW >= 0, np.minimum(layout.room_R, len(statistics.load_E)), self._max_filled)
+        topology = Topology(
+            slots_of_rank=tuple(usable_RW.sum(axis=1).tolist()), node_of_rank=node_numbers(layout.node_R)
+        )
+        current_S = compact(current_RW, usable_RW, topology.width)
         counts = (statistics.load_E, statistics.coactivation_EE, topology)
         budget = None if max_loads is None else Budget(slots=max_loads, move_cost=MIN_SAVING)
         planned = solve_layer(*counts, self._options, current=current_S, budget=budget)
@@ -66,8 +68,8 @@ class SolverPolicy:
         planned_RW[usable_RW] = planned_RC[np.arange(topology.width) < topology.room_R[:, None]]
         return Proposal(
             slots=tuple(planned_RW.ravel().tolist()),
-            before=_prediction(now),
-            after=_prediction(planned),
+            before=prediction_of(now),
+            after=prediction_of(planned),
             gain=verdict.gain,
             noise=verdict.noise,
             worthwhile=verdict.worthwhile,
@@ -75,12 +77,13 @@ class SolverPolicy:
         )
 
 
-def _numbered(nodes: Sequence[str]) -> tuple[int, ...]:
+def node_numbers(nodes: Sequence[str]) -> tuple[int, ...]:
+    """Nodes numbered in the order in which they are named first."""
     numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
     return tuple(numbers[node] for node in nodes)
 
 
-def _usable(filled_RW: Bools, room_R: NDArray[np.int64], max_filled: int | None) -> Bools:
+def usable_slots(filled_RW: Bools, room_R: NDArray[np.int64], max_filled: int | None) -> Bools:
     """The filled slots and the first empty ones of each rank, bool [R, W]: as even over the ranks as their room
     allows, up to ``max_filled`` in all."""
     slots_R = filled_RW.sum(axis=1)
@@ -92,12 +95,13 @@ def _usable(filled_RW: Bools, room_R: NDArray[np.int64], max_filled: int | None)
     return usable_RW
 
 
-def _compact(table_RW: Ints, usable_RW: Bools, width: int) -> Ints:
+def compact(table_RW: Ints, usable_RW: Bools, width: int) -> Ints:
     """The usable slots of each rank moved together, int32 [R * C]."""
     table_RC = np.full((len(table_RW), width), -1, np.int32)
     table_RC[np.arange(width) < usable_RW.sum(axis=1)[:, None]] = table_RW[usable_RW]
     return table_RC.ravel()
 
 
-def _prediction(plan: LayerPlan) -> Prediction:
+def prediction_of(plan: LayerPlan) -> Prediction:
+    """What the solver expects of a placement."""
     return Prediction(balancedness=plan.balancedness, fanout_ranks=plan.fanout_ranks, fanout_nodes=plan.fanout_nodes)

@@ -17,7 +17,7 @@ import grpc
 from expertmesh.balancer.actual import LIVE, Actual
 from expertmesh.balancer.compiling import KernelCompiler
 from expertmesh.balancer.control import PlacementControl
-from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, solver_policy
+from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Stage
 from expertmesh.balancer.placement_admin import PlacementAdmin
@@ -199,7 +199,8 @@ async def _serve(
     events, metrics = EventLog(time.time, state.events), telemetry.metrics
     sessions, saver = Sessions(), StateSaver(file, events)
     compiler = KernelCompiler()
-    worker = EvaluationWorker(partial(solver_policy, config.expert.num_slots), compiler.finished)
+    make_policy = eplb_policy if config.balancer.policy == "eplb" else solver_policy
+    worker = EvaluationWorker(partial(make_policy, config.expert.num_slots), compiler.finished)
     evaluations = Evaluations(worker)
     outside = Outside(sessions, saver, evaluations, metrics)
     actual = Actual(config.balancer, effects=outside, events=events, state=state)

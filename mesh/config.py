@@ -85,6 +85,11 @@ class BalancerConfig(Section):
     address: str | None = Field(None, description="where servers find it; unset = host:port")
     state_dir: Path | None = Field(None, description="durable state; unset = .expertmesh/<mesh name>")
     mode: Literal["static", "offline", "online"] = "static"
+    policy: Literal["solver", "eplb"] = Field(
+        "solver",
+        description="what places experts: the mesh's own solver (load and co-activation), or DeepSeek's EPLB (load "
+        "alone; it always places a layer afresh, so `max_slots_per_update` does not bind it)",
+    )
     placement_file: Path | None = Field(None, description="what mode `offline` starts from")
     layer_updates_per_iter: int = Field(2, ge=0, description="layers that migrate at a time; 0 = as mode `static`")
     stats_interval_s: float = Field(2.0, gt=0, description="attention servers report routing statistics this often")

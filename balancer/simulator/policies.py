@@ -48,8 +48,9 @@ def _eplb(load_LE: Floats, pair_LEE: Floats | None, topology: Topology) -> Ints:
 
 
 def _eplb_hierarchical(load_LE: Floats, pair_LEE: Floats | None, topology: Topology) -> Ints:
-    nodes = topology.num_nodes
-    return eplb_hierarchical(load_LE, topology.num_slots, topology.num_ranks, nodes, num_groups=nodes).astype(np.int32)
+    # Every expert is a group of its own: a trace does not say whether its model chooses by groups.
+    mesh = (topology.num_slots, topology.num_ranks, topology.num_nodes)
+    return eplb_hierarchical(load_LE, *mesh, num_groups=load_LE.shape[1]).astype(np.int32)
 
 
 def _load_only(load_LE: Floats, pair_LEE: Floats | None, topology: Topology) -> Ints:
