@@ -22,7 +22,7 @@ from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, Job, La
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Outcome
 from expertmesh.balancer.noise import Dispersion
-from expertmesh.balancer.policy import Layout, Proposal, StatisticsSource
+from expertmesh.balancer.policy import Floats, Layout, Proposal, StatisticsSource
 from expertmesh.mesh.config import BalancerConfig
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,19 @@ class Online:
             slots=tuple(placement.slots),
             statistics=replace(statistics, dispersion=self._state(layer).dispersion.value),
         )
+
+    def known_loads(self) -> dict[int, Floats]:
+        """Layer → load_E of the layers that enough tokens were counted for, in mode online: what a view's placement
+        may start from. In the other modes placements do not depend on traffic."""
+        if self.mode != "online":
+            return {}
+        enough = ENOUGH_SHARE * self._config.stats_half_life_tokens
+        known = {
+            layer: self._statistics.layer_load(layer)
+            for layer in self._actual.model.moe_layers
+            if self._statistics.tokens_seen(layer) >= enough
+        }
+        return {layer: load_E for layer, load_E in known.items() if load_E is not None}
 
     # Choice.
 

@@ -1,4 +1,5 @@
-"""Static placement of one layer: as even as the servers' room allows, moving as little as possible.
+"""Static placement of one layer: as even as the servers' room allows, moving as little as possible. It is also what the
+placement of a view starts from, with replicas by load where loads are known.
 
 Dimensions: R expert ranks, S slots a rank in the global numbering, E experts.
 """
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 Table = NDArray[np.int32]
 Held = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 
 class CapacityError(ValueError):
@@ -23,17 +25,27 @@ def usable_slots(num_experts: int, capacities: Sequence[int]) -> int:
     return sum(min(capacity, num_experts) for capacity in capacities)
 
 
-def place_layer(num_experts: int, num_slots: int, capacities: Sequence[int], current_RS: Table | None = None) -> Table:
+def place_layer(
+    num_experts: int,
+    num_slots: int,
+    capacities: Sequence[int],
+    current_RS: Table | None = None,
+    load_E: Floats | None = None,
+) -> Table:
     """Slot → expert for every expert rank.
 
-    Every expert gets a slot; replica counts differ by at most one; ranks hold equally many experts as far as their
-    room allows; no rank holds an expert twice. What ``current_RS`` has stays in its slot unless that would break one
-    of these. The same arguments give the same table.
+    Every expert gets a slot; ranks hold equally many experts as far as their room allows; no rank holds an expert
+    twice. What ``current_RS`` has stays in its slot unless that would break one of these. The same arguments give the
+    same table.
+
+    Without loads replica counts differ by at most one. With them the replicas that are there stay, the least useful
+    ones go where slots are short, and the rest of the slots goes to the experts whose replicas carry most.
 
     Args:
         num_slots: slots to fill over all ranks; cut to what the ranks can hold.
         capacities: room of each of the R ranks.
         current_RS: what the ranks hold now, -1 = empty; any width.
+        load_E: load of each expert in any unit, none negative; without ``current_RS`` it counts for nothing.
 
     Returns:
         int32 [R, max(capacities)], -1 = empty.
@@ -50,9 +62,13 @@ def place_layer(num_experts: int, num_slots: int, capacities: Sequence[int], cur
     quota_R = _even_quotas(num_slots, np.minimum(capacities, num_experts), current_RE.sum(axis=1))
     if not current_RE.any():
         wanted_RE = _linear(num_experts, quota_R)
+    elif load_E is not None and load_E.any():
+        replicas_E = _held_replicas(num_slots, current_RE.sum(axis=0), load_E)
+        wanted_RE = _thin_out(current_RE, quota_R, replicas_E, load_E / replicas_E)
+        _fill_by_load(wanted_RE, quota_R, load_E)
     else:
         replicas_E = _even_replicas(num_slots, current_RE.sum(axis=0))
-        wanted_RE = _thin_out(current_RE, quota_R, replicas_E)
+        wanted_RE = _thin_out(current_RE, quota_R, replicas_E, np.zeros(num_experts))
         _complete(wanted_RE, quota_R, replicas_E)
     return _to_slots(wanted_RE, capacities, current_RS)
 
@@ -86,6 +102,48 @@ def _even_replicas(num_slots: int, held_E: NDArray[np.int64]) -> NDArray[np.int6
     return replicas_E
 
 
+def _held_replicas(num_slots: int, held_E: NDArray[np.int64], load_E: Floats) -> NDArray[np.int64]:
+    """Replicas of each expert: those that are there, one at least; while those are too many for the slots, the ones go
+    that leave the smallest load a replica."""
+    replicas_E = np.maximum(held_E, 1)
+    while replicas_E.sum() > num_slots:
+        replicas_E[np.where(replicas_E > 1, load_E / np.maximum(replicas_E - 1, 1), np.inf).argmin()] -= 1
+    return replicas_E
+
+
+def _fill_by_load(held_RE: Held, quota_R: NDArray[np.int64], load_E: Floats) -> None:
+    """Fill the quotas up in place, among others with every expert that is missing; none that is there makes way."""
+    room_R = quota_R - held_RE.sum(axis=1)
+    added, share_E = _additions(held_RE, int(room_R.sum()), load_E)
+    for expert in added:
+        _add_to_lightest(held_RE, room_R, int(expert), share_E)
+    while room_R.any():  # the ranks with room had some of these already
+        share_E = load_E / held_RE.sum(axis=0)
+        lacking_E = (~held_RE & (room_R > 0)[:, None]).any(axis=0)
+        _add_to_lightest(held_RE, room_R, int(np.where(lacking_E, share_E, -1.0).argmax()), share_E)
+
+
+def _additions(held_RE: Held, room: int, load_E: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """``room`` experts to add, the heaviest replicas first: the missing ones, and where a replica carries most; and
+    the load of a replica [E] that results."""
+    held_E = held_RE.sum(axis=0)
+    replicas_E = np.maximum(held_E, 1)
+    for _ in range(room - int((held_E == 0).sum())):
+        replicas_E[np.where(replicas_E < len(held_RE), load_E / replicas_E, -1.0).argmax()] += 1
+    share_E = load_E / replicas_E
+    added = np.repeat(np.arange(len(load_E)), replicas_E - held_E)
+    return added[np.argsort(-share_E[added], kind="stable")], share_E
+
+
+def _add_to_lightest(held_RE: Held, room_R: NDArray[np.int64], expert: int, share_E: Floats) -> None:
+    """Where there is room for it; nowhere if every rank with room holds it."""
+    takes_R = (room_R > 0) & ~held_RE[:, expert]
+    if takes_R.any():
+        rank = np.where(takes_R, held_RE @ share_E, np.inf).argmin()
+        held_RE[rank, expert] = True
+        room_R[rank] -= 1
+
+
 def _linear(num_experts: int, quota_R: NDArray[np.int64]) -> Held:
     """Experts 0, 1, 2, ... in order over the ranks, again from 0 for replicas: no rank sees an expert twice, since
     none takes more than E in a row."""
@@ -96,16 +154,19 @@ def _linear(num_experts: int, quota_R: NDArray[np.int64]) -> Held:
     return held_RE
 
 
-def _thin_out(current_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64]) -> Held:
-    """The part of ``current_RE`` that fits the quotas: surplus goes first where both rank and expert have too much."""
+def _thin_out(current_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64], share_E: Floats) -> Held:
+    """The part of ``current_RE`` that fits the quotas: surplus goes first where both rank and expert have too much.
+
+    Of equal experts a rank gives the lightest away, so that the heavy ones can get replicas elsewhere.
+    """
     kept_RE = current_RE.copy()
     for rank in np.argsort(-(current_RE.sum(axis=1) - quota_R), kind="stable"):
         surplus_E = np.maximum(kept_RE.sum(axis=0) - replicas_E, 0)
         held = np.flatnonzero(kept_RE[rank])
         over = len(held) - int(quota_R[rank])
         if over > 0:
-            # Highest surplus first, then the highest expert id.
-            kept_RE[rank, held[np.lexsort((-held, -surplus_E[held]))[:over]]] = False
+            # Highest surplus first, then the lightest, then the highest expert id.
+            kept_RE[rank, held[np.lexsort((-held, share_E[held], -surplus_E[held]))[:over]]] = False
     for expert in np.flatnonzero(kept_RE.sum(axis=0) > replicas_E):
         holders = np.flatnonzero(kept_RE[:, expert])
         fullest = holders[np.argsort(-kept_RE[holders].sum(axis=1), kind="stable")]

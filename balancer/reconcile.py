@@ -49,6 +49,7 @@ class Reconciler:
         self._events = events
         self._store_address = store_address
         self._initial = initial
+        self._known_loads = control.online.known_loads
         self._suspicions = Suspicions()
         self._strikes = Strikes(config.balancer.view_timeout_s)
         self._num_retries = 0  # views of the same members in a row
@@ -276,6 +277,7 @@ class Reconciler:
             fingerprint=actual.fingerprint,
             ledger=actual.ledger,
             initial=self._initial,
+            loads=self._known_loads(),
         )
         view = next_view(candidates, plan, actual.view)
         if isinstance(view, NoView):

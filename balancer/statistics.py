@@ -141,6 +141,11 @@ class Statistics:
             tokens=counts.tokens, load_E=counts.load_E.copy(), coactivation_EE=self._square(counts.pairs_P)
         )
 
+    def layer_load(self, layer: int) -> Floats | None:
+        """Decayed load of each expert; None while nothing was counted."""
+        counts = self._layers.get(layer)
+        return None if counts is None else counts.load_E.copy()
+
     def _square(self, pairs_P: Floats) -> Floats:
         square_EE = np.zeros((self._num_experts, self._num_experts))
         square_EE[np.triu_indices(self._num_experts, 1)] = pairs_P

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,13 +12,13 @@ from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.placement_rules import PlacementError, arrange
 from expertmesh.balancer.placement_static import Table, place_layer, usable_slots
-from expertmesh.balancer.policy import Layout
+from expertmesh.balancer.policy import Floats, Layout
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.view import HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
 
-PlaceLayer = Callable[[int, int, Sequence[int], Table | None], Table]
-"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS) → table_RS."""
+PlaceLayer = Callable[[int, int, Sequence[int], Table | None, Floats | None], Table]
+"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS, load_E) → table_RS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,7 @@ class ViewPlan:
     fingerprint: str = ""  # of the members' model
     ledger: Ledger = field(default_factory=Ledger)
     initial: PlacementFile | None = None  # for a view whose ranks hold nothing yet
+    loads: Mapping[int, Floats] = field(default_factory=dict)  # layer → load_E, where it is known
 
 
 def still_missing(config: MeshConfig, members: Sequence[Member]) -> str | None:
@@ -125,9 +126,8 @@ def _place(
     old_layers = {layer.layer: layer for layer in previous.placement}
     old_hosts = {(rank.server_id, rank.incarnation): i for i, rank in enumerate(_hosts(previous))}
     came_from = [old_hosts.get((rank.server_id, rank.incarnation)) for rank in _hosts(view)]
-    num_slots = max(plan.num_slots or 0, model.num_experts)
     moved = came_from != list(range(len(old_hosts))) or view.slots_per_rank != previous.slots_per_rank
-    solved: dict[bytes, Table] = {}
+    solved: dict[tuple[bytes, bytes | None], Table] = {}
     for layer in model.moe_layers:
         old = old_layers.get(layer)
         if old is not None and not moved:  # as good as it was, and perhaps made with care
@@ -135,11 +135,20 @@ def _place(
             view.placement.add(layer=layer, version=version, slots=old.slots, quotas=old.quotas)
             continue
         current_RS = _current(old, previous, view.slots_per_rank, came_from)
-        key = current_RS.tobytes()
+        load_E = plan.loads.get(layer)
+        key = current_RS.tobytes(), None if load_E is None else load_E.tobytes()
         if key not in solved:
-            solved[key] = place(model.num_experts, num_slots, capacities, current_RS)
+            num_slots = max(_wanted_slots(plan, current_RS, load_E), model.num_experts)
+            solved[key] = place(model.num_experts, num_slots, capacities, current_RS, load_E)
         version = plan.ledger.next_version(layer, 0 if old is None else old.version, changes=True)
         view.placement.add(layer=layer, version=version, slots=solved[key].ravel().tolist())
+
+
+def _wanted_slots(plan: ViewPlan, current_RS: Table, load_E: Floats | None) -> int:
+    """Slots to fill. Where replicas go by load and the number is left open, those that are there are kept."""
+    if plan.num_slots is not None or load_E is None:
+        return plan.num_slots or 0
+    return int((current_RS >= 0).sum())
 
 
 def _place_as(view: mesh_pb2.View, model: mesh_pb2.ModelShape, file: PlacementFile, fingerprint: str) -> str | None:

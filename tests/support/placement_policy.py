@@ -32,6 +32,9 @@ class FixedStatistics:
         load_E = self._load[layer]
         return LayerStatistics(tokens=float(load_E.sum()), load_E=load_E, coactivation_EE=None)
 
+    def layer_load(self, layer: int) -> Floats | None:
+        return self._load.get(layer)
+
 
 class SwapPolicy:
     """Swaps the two experts that lower the fullest rank most, as long as that is so. No replicas.
