@@ -73,8 +73,10 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
 	$(PIP) install --quiet -c constraints-cpu.txt -e .
+	$(PY) -m expertmesh.kernels.warm_up  # compiles the CPU kernels once, so that no server's start does
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints-cpu.txt
 	$(PIP) install --quiet -c constraints-cpu.txt -e '.[dev]'
+	$(PY) -m expertmesh.kernels.warm_up
 	@touch $@ $(VENV)/.installed

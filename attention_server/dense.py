@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from expertmesh.attention_server.host import MAX_TOKENS, HostLayer
 from expertmesh.attention_server.linear import Linear
 from expertmesh.attention_server.paged import PagedKvCache, StepIndex
 from expertmesh.mesh.halves import Routes
@@ -31,14 +33,19 @@ class Layer:
     router_EH: torch.Tensor | None
     gate_up: Linear | None
     down: Linear | None
+    host: HostLayer | None
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What all layers of a step share: ``rotation_T1R`` complex64 [T, 1, D/2] turns the tokens' queries and keys."""
+    """What all layers of a step share: ``rotation_T1R`` complex64 [T, 1, D/2] turns the tokens' queries and keys.
+
+    ``rotation_TD``: the same as cosine and sine side by side.
+    """
 
     index: StepIndex
     rotation_T1R: torch.Tensor
+    rotation_TD: np.ndarray
 
 
 class DenseModel:
@@ -56,30 +63,51 @@ class DenseModel:
         self._embed_VH = tensors["embed"]
         self._norm_H = tensors["norm"]
         self._lm_head = Linear(tensors.get("lm_head", self._embed_VH))
-        self._layers = [_load_layer(spec, checkpoint.layer_tensors(spec, layer)) for layer in range(spec.num_layers)]
+        self._layers = [
+            _load_layer(spec, checkpoint.layer_tensors(spec, layer), kv_cache.layer(layer))
+            for layer in range(spec.num_layers)
+        ]
         self._rotation_PR = _rotations(spec)
         self._eps = torch.tensor(spec.rms_norm_eps)
 
+    @property
+    def max_decode_tokens(self) -> int:
+        """Steps of one token a sequence go through the compiled kernels up to so many; 0 = never."""
+        return MAX_TOKENS if all(layer.host is not None for layer in self._layers) else 0
+
     def context(self, index: StepIndex) -> StepContext:
-        return StepContext(index, self._rotation_PR.index_select(0, index.position_T).unsqueeze(1))
+        rotation_TR = self._rotation_PR.index_select(0, index.position_T)
+        rotation_TD = torch.view_as_real(rotation_TR).view(len(rotation_TR), -1).numpy()
+        return StepContext(index, rotation_TR.unsqueeze(1), rotation_TD)
 
     def embed(self, token_T: torch.Tensor) -> torch.Tensor:
         """The residual stream x[T, H] of int64 token ids, in memory of its own."""
         return self._embed_VH.index_select(0, token_T)
 
     def attention(self, layer: int, x_TH: torch.Tensor, context: StepContext) -> torch.Tensor:
-        """The residual stream after the layer's attention."""
+        """The residual stream after the layer's attention; in x's memory or in new."""
         spec, weights = self._spec, self._layers[layer]
+        if context.index.decode is not None:
+            assert weights.host is not None, "the step was built for the compiled kernels"
+            weights.host.attend(x_TH, context.rotation_TD, context.index.decode, spec.rms_norm_eps)
+            return x_TH
         normed_TH = self._rms_norm(x_TH, weights.input_norm_H)
         qkv_THD = weights.qkv(normed_TH).view(x_TH.shape[0], -1, spec.head_dim)
         self._norm_and_rotate(qkv_THD[:, : -spec.num_kv_heads], weights.qk_norm_CD, context.rotation_T1R)
         answer_TC = self._kv_cache.attend(layer, qkv_THD, context.index)
         return weights.o(answer_TC).add_(x_TH)
 
-    def routed_input(self, layer: int, x_TH: torch.Tensor) -> tuple[torch.Tensor, Routes]:
-        """Input of a MoE layer's experts and where each token goes, as transformers' ``Qwen3MoeTopKRouter``."""
+    def routed_input(self, layer: int, x_TH: torch.Tensor, *, compiled: bool = True) -> tuple[torch.Tensor, Routes]:
+        """Input of a MoE layer's experts and where each token goes, as transformers' ``Qwen3MoeTopKRouter``.
+
+        ``compiled``: through the compiled kernel where it serves.
+        """
         weights = self._layers[layer]
         assert weights.router_EH is not None, f"layer {layer} has no experts"
+        if compiled and weights.host is not None and x_TH.shape[0] <= MAX_TOKENS:
+            return weights.host.gate(
+                x_TH, self._spec.top_k, normalise=self._spec.norm_topk_prob, epsilon=self._spec.rms_norm_eps
+            )
         normed_TH = self._rms_norm(x_TH, weights.post_attention_norm_H)
         logits_TE = F.linear(normed_TH, weights.router_EH)
         weight_TK, expert_TK = logits_TE.softmax(-1, dtype=torch.float32).topk(self._spec.top_k)
@@ -145,17 +173,29 @@ def _join_qkv(parts: Mapping[str, torch.Tensor], kind: str, head_dim: int) -> to
     return torch.cat([q, k, parts[f"v_{kind}"]])
 
 
-def _load_layer(spec: ModelSpec, parts: Mapping[str, torch.Tensor]) -> Layer:
+def _load_layer(spec: ModelSpec, parts: Mapping[str, torch.Tensor], cache_NKD: torch.Tensor) -> Layer:
     dim = spec.head_dim
     q_norm_D, k_norm_D = _pair_features(parts["q_norm"], dim), _pair_features(parts["k_norm"], dim)
     is_dense = "gate_proj" in parts
+    qkv = Linear(_join_qkv(parts, "proj", dim), _join_qkv(parts, "bias", dim) if spec.attention_bias else None)
+    o = Linear(parts["o_proj"], parts.get("o_bias"))
+    qk_norm_CD = torch.cat([q_norm_D.expand(spec.num_heads, dim), k_norm_D.expand(spec.num_kv_heads, dim)])
     return Layer(
         input_norm_H=parts["input_norm"],
-        qkv=Linear(_join_qkv(parts, "proj", dim), _join_qkv(parts, "bias", dim) if spec.attention_bias else None),
-        qk_norm_CD=torch.cat([q_norm_D.expand(spec.num_heads, dim), k_norm_D.expand(spec.num_kv_heads, dim)]),
-        o=Linear(parts["o_proj"], parts.get("o_bias")),
+        qkv=qkv,
+        qk_norm_CD=qk_norm_CD,
+        o=o,
         post_attention_norm_H=parts["post_attention_norm"],
         router_EH=parts.get("router"),
         gate_up=Linear(torch.cat([parts["gate_proj"], parts["up_proj"]])) if is_dense else None,
         down=Linear(parts["down_proj"]) if is_dense else None,
+        host=HostLayer.of(
+            input_norm_H=parts["input_norm"],
+            qkv=qkv,
+            qk_norm_CD=qk_norm_CD,
+            cache_NKD=cache_NKD,
+            output=o,
+            post_attention_norm_H=parts["post_attention_norm"],
+            router_EH=parts.get("router"),
+        ),
     )

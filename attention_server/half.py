@@ -79,6 +79,7 @@ class ServingHalf:
             dtype=spec.dtype,
         )
         self._model = DenseModel(spec, checkpoint, cache)
+        self._max_decode_tokens = self._model.max_decode_tokens
         self._sampler = Sampler(spec.vocab_size, config.max_num_seqs)
         blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
         self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
@@ -111,7 +112,6 @@ class ServingHalf:
             log.info("not serving: %s", reason or "no view")
         self.engine.set_serving(serving)
 
-    @torch.inference_mode()
     def prepare(self) -> int:
         chunks, changed = self.engine.prepare()
         if changed:
@@ -121,25 +121,21 @@ class ServingHalf:
     def traceparent(self) -> str:
         return self._step.traceparent if self._step is not None else ""
 
-    @torch.inference_mode()
     def begin(self) -> None:
         if self._step is not None:
             self._x_TH = self._model.embed(self._step.token_T)
             self._advance(0)
 
-    @torch.inference_mode()
     def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
         if self._step is None:
             return self._nothing()
         return self._model.routed_input(layer, self._x_TH)
 
-    @torch.inference_mode()
     def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
         if self._step is not None:
             self._x_TH += out_TH
             self._advance(layer + 1)
 
-    @torch.inference_mode()
     def finish(self) -> None:
         step = self._step
         if step is None:
@@ -186,7 +182,12 @@ class ServingHalf:
         positions = np.array([sequence.num_output for sequence in sequences])
         last_tokens = (np.cumsum(counts) - 1)[completes]
         index = build_step_index(
-            starts, counts, self._blocks_RB[rows], block_size=self._block_size, dtype=self._spec.dtype
+            starts,
+            counts,
+            self._blocks_RB[rows],
+            block_size=self._block_size,
+            dtype=self._spec.dtype,
+            max_decode_tokens=self._max_decode_tokens,
         )
         return Step(
             chunks=chunks,

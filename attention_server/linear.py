@@ -28,6 +28,15 @@ class Linear:
         small = weight_OI.numel() * weight_OI.itemsize <= _SMALL_BYTES
         self._plain_OI = weight_OI if self._packed is None or small else None
 
+    @property
+    def plain(self) -> torch.Tensor | None:
+        """The weight [O, I] as it was given, where it is small enough to be kept beside the packed one."""
+        return self._plain_OI
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias_O
+
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         if self._plain_OI is not None and (self._packed is None or x_TI.shape[0] < _FEW_ROWS):
             return F.linear(x_TI, self._plain_OI, self._bias_O)

@@ -42,28 +42,51 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeIndex:
+    """Instead of groups, for the compiled kernels: ``length_T`` int64, a token's context with itself; block tables."""
+
+    length_T: np.ndarray
+    blocks_TB: np.ndarray
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepIndex:
-    """Where the tokens of a step stand: ``position_T`` in their sequences, ``cache_T`` in the cache; int64."""
+    """Where the tokens of a step stand: ``position_T`` in their sequences, ``cache_T`` in the cache; int64.
+
+    A step has ``groups``, or ``decode`` where the compiled kernels run it.
+    """
 
     position_T: torch.Tensor
     cache_T: torch.Tensor
     groups: tuple[Group, ...]
+    decode: DecodeIndex | None = None
 
 
 def build_step_index(
-    starts: np.ndarray, counts: np.ndarray, blocks_SB: np.ndarray, *, block_size: int, dtype: torch.dtype
+    starts: np.ndarray,
+    counts: np.ndarray,
+    blocks_SB: np.ndarray,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    max_decode_tokens: int = 0,
 ) -> StepIndex:
     """Index tensors of a step.
 
     Args:
         starts, counts: int64 [S]; sequence s computes the tokens at positions starts[s] .. starts[s] + counts[s] - 1.
             Sequences must come with ``counts`` ascending, which keeps a group's tokens together.
+        max_decode_tokens: a step of no more sequences, one token each, is left to the compiled kernels.
         blocks_SB: the sequences' block tables; entries beyond a sequence's end may hold any valid block.
     """
     ends = np.cumsum(counts)
     token_sequence = np.repeat(np.arange(len(counts)), counts)
     position = np.arange(ends[-1]) + (starts - (ends - counts))[token_sequence]
     cache = blocks_SB[token_sequence, position // block_size] * block_size + position % block_size
+    if counts[-1] == 1 and len(counts) <= max_decode_tokens:
+        decode = DecodeIndex(starts + 1, blocks_SB, block_size)
+        return StepIndex(torch.from_numpy(position), torch.from_numpy(cache), (), decode)
     groups = tuple(
         _build_group(first, last, starts, counts, ends, blocks_SB, block_size, dtype)
         for first, last in _split(starts + counts, counts)
@@ -129,6 +152,10 @@ class PagedKvCache:
         # Zeros: masked positions are multiplied by 0 and must be finite. Pages that nobody used take no memory.
         self._layers = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
         self._num_kv_heads = num_kv_heads
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """One layer's keys and values, [N, 2K, D]."""
+        return self._layers[layer]
 
     def attend(self, layer: int, qkv_THD: torch.Tensor, index: StepIndex) -> torch.Tensor:
         """Store the step's keys and values, then answer its queries.

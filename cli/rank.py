@@ -13,6 +13,7 @@ import torch
 
 from expertmesh.attention_server.server import AttentionServer
 from expertmesh.expert_server.server import ExpertServer
+from expertmesh.kernels.warm_up import warm_up
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
@@ -54,6 +55,7 @@ async def serve_rank(
     started_s = time.monotonic()
     spec = load_spec(config.model)
     checkpoint = Checkpoint(spec.path)
+    await asyncio.to_thread(warm_up, attention=role != "expert", experts=role != "attention")
     attention = AttentionServer(config, spec, checkpoint, telemetry) if role != "expert" else None
     experts = ExpertServer(config, spec, checkpoint, telemetry) if role != "attention" else None
     log.info("loaded %s (%s) in %.1f s", spec.name, spec.family, time.monotonic() - started_s)

@@ -9,12 +9,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from expertmesh.kernels.host_mlp import host_expert_mlp
+
 GROUPED_MM_ALIGNMENT_BYTES = 16
 """grouped_mm refuses matrices whose rows do not start at multiples of it."""
 
 PADDED_MAX_WORK = 2**24
 """On the CPU, bfloat16 grouped_mm pays some 30 µs a group: while S·C·I·H is no more than this, the padded bmm is faster
 (3 × at 16 rows of 11 slots with H = 256, I = 56; even at 1000 rows). With large experts it never is."""
+
+HOST_ROWS, HOST_ROWS_SMALL, HOST_SMALL_BYTES = 4, 32, 2**20
+"""Up to so many rows a slot the compiled kernel is faster on the CPU: it reads a weight once for four rows, which costs
+little while a slot's weights stay in the cache."""
 
 
 def grouped_expert_mlp(
@@ -24,24 +30,51 @@ def grouped_expert_mlp(
 
     The first ``counts_S[0]`` rows belong to slot 0, the next ``counts_S[1]`` to slot 1, and so on; the counts sum to
     N. A count may be 0, and so may N. float32 and bfloat16; as in transformers, matrix products round to that dtype.
+    On a GPU ``grouped_mlp_gpu`` does it, which takes more: buffers with room, gaps between slots.
 
     A row's result does not depend on the other rows' values. It may differ in the last bits with their number, because
     the matrix product picks its summation order by the number of rows.
 
     Args:
         rows_NH: the rows, contiguous.
-        counts_S: int64, on the CPU or the rows' device; the host reads it only where rows get padded.
+        counts_S: int32 or int64 on the rows' device; the host reads it only where rows get padded, on the CPU.
         gate_up_SFH: weights, contiguous.
         down_SHI: weights, contiguous.
 
     Returns:
         y_NH in the rows' dtype.
     """
+    if _few_rows(rows_NH, gate_up_SFH):
+        y_NH = torch.empty_like(rows_NH)
+        host_expert_mlp(rows_NH.numpy(), counts_S.numpy(), gate_up_SFH.numpy(), down_SHI.numpy(), y_NH.numpy())
+        return y_NH
+    if rows_NH.is_cuda:
+        # Imported here: Triton is there only where a GPU is.
+        from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
+
+        return grouped_expert_mlp_gpu(rows_NH, counts_S, gate_up_SFH, down_SHI)
     if _needs_padding(rows_NH, down_SHI.shape[-1]) or _padding_pays(rows_NH, counts_S, down_SHI):
         return _padded_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)
-    offsets_S = counts_S.cumsum(0, dtype=torch.int32).to(rows_NH.device)
+    return library_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)
+
+
+def library_expert_mlp(
+    rows_NH: torch.Tensor, counts_S: torch.Tensor, gate_up_SFH: torch.Tensor, down_SHI: torch.Tensor
+) -> torch.Tensor:
+    """The same through torch's grouped matrix product, whose rows must start at multiples of 16 bytes.
+
+    On a GPU nothing is synchronised; N may exceed the sum of the counts, and rows beyond it are left undefined.
+    """
+    offsets_S = counts_S.cumsum(0, dtype=torch.int32)
     hidden_NF = F.grouped_mm(rows_NH, gate_up_SFH.transpose(1, 2), offs=offsets_S)
     return F.grouped_mm(_swiglu(hidden_NF), down_SHI.transpose(1, 2), offs=offsets_S)
+
+
+def _few_rows(rows_NH: torch.Tensor, gate_up_SFH: torch.Tensor) -> bool:
+    if not rows_NH.is_cpu or rows_NH.dtype != torch.float32:
+        return False
+    is_small = gate_up_SFH[0].nbytes <= HOST_SMALL_BYTES
+    return rows_NH.shape[0] <= gate_up_SFH.shape[0] * (HOST_ROWS_SMALL if is_small else HOST_ROWS)
 
 
 def _needs_padding(rows_NH: torch.Tensor, expert_width: int) -> bool:

@@ -6,7 +6,8 @@ receive for as many rows as the sender has tokens, and gloo accepts a shorter me
 the weighted sums over the receiver's slots, so both directions move a token once per rank pair, however many of its
 experts live there.
 
-The index arithmetic is NumPy's: at the sizes of a decode step an operation of it costs a third of one of torch's.
+The index work is done by compiled kernels (``kernels.host_exchange``): a decode step's few rows are moved in less time
+than one torch operator takes to start.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from expertmesh.kernels.host_exchange import host_count, host_expand, host_pack, host_sum, host_weighted_sum
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
 from expertmesh.mesh.errors import DataPlaneError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.int32]
 
 _DISPATCH_TAG = 1
 _COMBINE_TAG = 2
@@ -52,15 +58,15 @@ class CollectiveHandle:
     """What combine needs of its dispatch.
 
     ``token_N``: int64 [n over all destinations], the sender's token of each row it sent, by destination.
-    ``sent``: rows sent to each expert rank. ``row_M`` / ``weight_M1``: for each expanded row, the received row it came
+    ``sent``: rows sent to each expert rank. ``row_M`` / ``weight_M``: for each expanded row, the received row it came
     from and its factor. ``received``: (source rank, rows that came from it).
     """
 
     num_tokens: int
-    token_N: torch.Tensor | None
+    token_N: Ints | None
     sent: list[int]
-    row_M: torch.Tensor
-    weight_M1: torch.Tensor
+    row_M: Ints
+    weight_M: Floats
     received: list[tuple[int, int]]
 
 
@@ -96,8 +102,12 @@ class CollectivePlane:
         self._sends: list[_Transfer] = []
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._no_tokens = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
-        self._no_rows = torch.empty(0, dtype=torch.int64)
-        self._inbox: dict[int, torch.Tensor] = {}
+        self.nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+        # Static memory: no step allocates a message. Pages that no step has touched take none.
+        rows = shape.max_num_tokens + 1 if self._expert_index is not None else 0
+        self._inbox_RMW = np.empty((shape.size, rows, shape.row_words), np.int32)
+        self._inbox = torch.from_numpy(self._inbox_RMW)
+        self._outbox_MW = np.empty((0, shape.row_words), np.int32)
 
     def dispatch(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
@@ -106,16 +116,16 @@ class CollectivePlane:
         num_tokens = x_TH.shape[0]
         assert num_tokens == exchange.tokens[self._shape.rank], "the exchange announces other tokens than it is given"
         if not num_tokens:
-            return _PendingDispatch(self, exchange, sources, None, 0, None, [])
-        token_N, sent, own_rows = self._send_tokens(x_TH, slot_TK, weight_TK, exchange)
-        return _PendingDispatch(self, exchange, sources, own_rows, num_tokens, token_N, sent)
+            return _PendingDispatch(self, exchange, sources, 0, None, [])
+        token_N, sent = self._send_tokens(x_TH, slot_TK, weight_TK, exchange)
+        return _PendingDispatch(self, exchange, sources, num_tokens, token_N, sent)
 
     def combine(self, y_NH: torch.Tensor, handle: CollectiveHandle) -> _PendingCombine:
         shape = self._shape
         arrivals: list[tuple[_Transfer, torch.Tensor]] = []
         back_NH = None
         if handle.token_N is not None:
-            back_NH = torch.empty(handle.token_N.shape[0], shape.hidden_size, dtype=shape.dtype)
+            back_NH = torch.empty(len(handle.token_N), shape.hidden_size, dtype=shape.dtype)
             arrivals = self._post_returns(back_NH, handle.sent)
         own_sum = None
         if handle.received:
@@ -124,107 +134,87 @@ class CollectivePlane:
 
     def close(self) -> None:
         self._sends.clear()
-        self._inbox.clear()
         self._group = None
 
     # -- sending side -------------------------------------------------------------------------------------------
 
     def _send_tokens(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
-    ) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
+    ) -> tuple[Ints, list[int]]:
         self._finish_sends()
         shape = self._shape
-        slots = slot_TK.numpy()
-        # Choices that go nowhere have home -1, the last column, which is cut off.
-        visits_TR = np.zeros((len(slots), len(shape.expert_ranks) + 1), dtype=np.bool_)
-        visits_TR[np.arange(len(slots))[:, None], slots // shape.slots_per_rank] = True
-        rank_N, token_N = np.nonzero(visits_TR[:, :-1].T)
-        sent: list[int] = np.bincount(rank_N, minlength=len(shape.expert_ranks)).tolist()
-        message_W = np.empty((len(token_N) + len(sent), shape.row_words), dtype=np.int32)
-        row_N = np.arange(1, len(token_N) + 1) + rank_N  # behind the heads of its own and all earlier destinations
-        words, top_k = shape.hidden_words, shape.top_k
-        message_W[row_N, :words] = self._words(x_TH)[token_N]
-        message_W[row_N, words : words + top_k] = weight_TK.view(torch.int32).numpy()[token_N]
-        message_W[row_N, words + top_k : words + 2 * top_k] = slots[token_N]
-        head = (exchange.layer, exchange.version & 0x7FFFFFFF, exchange.version >> 31)
-        message = torch.from_numpy(message_W)
-        own_rows = None
+        num_ranks = len(shape.expert_ranks)
+        token_N, sent_R = np.empty(len(slot_TK) * num_ranks, np.int64), np.empty(num_ranks, np.int64)
+        if len(self._outbox_MW) < len(token_N) + num_ranks:
+            self._outbox_MW = np.empty((len(token_N) + num_ranks, shape.row_words), np.int32)
+        message_MW = self._outbox_MW
+        weight_TK = weight_TK.contiguous().view(torch.int32)
+        slots = slot_TK.contiguous().numpy()
+        host_pack(self._words(x_TH), weight_TK.numpy(), slots, shape.slots_per_rank, message_MW, token_N, sent_R)
+        message = torch.from_numpy(message_MW)
+        sent: list[int] = sent_R.tolist()
+        head = exchange.layer, exchange.version & 0x7FFFFFFF, exchange.version >> 31
         start = 0
         for index, count in enumerate(sent):
-            message_W[start, :_HEAD] = (count, *head)
+            message_MW[start, 1:_HEAD] = head
             part = message[start : start + 1 + count]
             start += 1 + count
             if index == self._expert_index:
-                own_rows = part
+                self._inbox[shape.rank, : 1 + count] = part
             else:
                 self._send(part, shape.expert_ranks[index], _DISPATCH_TAG)
-        return torch.from_numpy(token_N), sent, own_rows
+        return token_N[: sum(sent)], sent
 
-    def _words(self, x_TH: torch.Tensor) -> npt.NDArray[np.int32]:
+    def _words(self, x_TH: torch.Tensor) -> Words:
         """x bit-cast to int32 [T, hidden_words]."""
         padding = self._shape.hidden_words * _INT32_BYTES // x_TH.element_size() - x_TH.shape[1]
         if padding:
             x_TH = F.pad(x_TH, (0, padding))
-        words: npt.NDArray[np.int32] = x_TH.contiguous().view(torch.int32).numpy()
+        words: Words = x_TH.contiguous().view(torch.int32).numpy()
         return words
 
     # -- receiving side -----------------------------------------------------------------------------------------
 
-    def _post_receives(self, tokens: Sequence[int]) -> list[tuple[_Transfer, torch.Tensor]]:
+    def _post_receives(self, tokens: Sequence[int]) -> list[_Transfer]:
         if self._expert_index is None:
             return []
-        sources = []
-        for rank, count in enumerate(tokens):
-            if count and rank != self._shape.rank:
-                buffer = self._inbox_of(rank, count)
-                sources.append((self._receive(buffer, rank, _DISPATCH_TAG), buffer))
-        return sources
+        return [
+            self._receive(self._inbox[rank, : count + 1], rank, _DISPATCH_TAG)
+            for rank, count in enumerate(tokens)
+            if count and rank != self._shape.rank
+        ]
 
-    def _inbox_of(self, rank: int, count: int) -> torch.Tensor:
-        """Static memory for one source's messages, so that no step allocates it."""
-        inbox = self._inbox.get(rank)
-        if inbox is None:
-            rows = self._shape.max_num_tokens + 1
-            inbox = self._inbox[rank] = torch.empty(rows, self._shape.row_words, dtype=torch.int32)
-        return inbox[: count + 1]
-
-    def arrived(self, messages: list[tuple[int, torch.Tensor]], exchange: Exchange) -> _Arrived:
-        """Expand received messages (source rank, rows with their head) by local slot."""
-        shape = self._shape
-        parts, received = [], []
-        for source, message in messages:
-            row_W = message.numpy()
-            count, layer, low, high = row_W[0, :_HEAD].tolist()
-            version = low | (high << 31)
-            if (layer, version) != (exchange.layer, exchange.version):
-                raise DataPlaneError(
-                    f"rank {source} sent tokens for layer {layer} under placement version {version}, "
-                    f"but this rank computes layer {exchange.layer} under version {exchange.version}",
-                    (source,),
-                )
-            parts.append(row_W[1 : 1 + count])
-            received.append((source, count))
-        row_W = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        words, top_k, num_slots = shape.hidden_words, shape.top_k, shape.slots_per_rank
+    def arrived(self, sources: list[int], exchange: Exchange) -> _Arrived:
+        """Expand the messages in the inbox by local slot."""
+        shape, inbox_RMW = self._shape, self._inbox_RMW
         assert self._expert_index is not None, "only an expert rank receives tokens"
-        local_C = row_W[:, words + top_k : words + 2 * top_k].reshape(-1) - self._expert_index * num_slots
-        # Choices of other ranks count as one slot more; they sort behind the local ones and are cut off.
-        local_C[(local_C < 0) | (local_C >= num_slots)] = num_slots
-        counts = np.bincount(local_C, minlength=num_slots + 1)
-        order_M = np.argsort(local_C, kind="stable")[: len(local_C) - counts[num_slots]]
-        row_M = order_M // top_k
-        x_MH = self._no_tokens
-        if len(row_M):
-            x_MH = torch.from_numpy(np.take(row_W[:, :words], row_M, axis=0)).view(shape.dtype)
-            x_MH = x_MH[:, : shape.hidden_size]
-        weight_M = row_W[:, words : words + top_k].reshape(-1)[order_M]
-        return _Arrived(
-            x_MH,
-            torch.from_numpy(counts[:num_slots]),
-            torch.from_numpy(row_M),
-            torch.from_numpy(weight_M).view(torch.float32).unsqueeze(1),
-            received,
-        )
+        received = [(source, self._rows_of(source, exchange)) for source in sources]
+        source_I = np.array(sources)
+        words, top_k = shape.hidden_words, shape.top_k
+        first_slot = self._expert_index * shape.slots_per_rank
+        counts_S = np.empty(shape.slots_per_rank, np.int64)
+        size = host_count(inbox_RMW, source_I, words + top_k, top_k, first_slot, counts_S)
+        x_MW = np.empty((size, words), np.int32)
+        row_M, weight_M = np.empty(size, np.int64), np.empty(size, np.int32)
+        host_expand(inbox_RMW, source_I, words, top_k, first_slot, counts_S, x_MW, row_M, weight_M)
+        x_MH = torch.from_numpy(x_MW).view(shape.dtype)[:, : shape.hidden_size] if size else self._no_tokens
+        return _Arrived(x_MH, torch.from_numpy(counts_S), row_M, weight_M.view(np.float32), received)
+
+    def _rows_of(self, source: int, exchange: Exchange) -> int:
+        """Rows of a source's message, whose head is checked."""
+        count, layer, low, high = self._inbox_RMW[source, 0, :_HEAD].tolist()
+        version = low | (high << 31)
+        if (layer, version) != (exchange.layer, exchange.version):
+            raise DataPlaneError(
+                f"rank {source} sent tokens for layer {layer} under placement version {version}, "
+                f"but this rank computes layer {exchange.layer} under version {exchange.version}",
+                (source,),
+            )
+        if not 0 <= count <= exchange.tokens[source]:
+            raise DataPlaneError(
+                f"rank {source} announced {exchange.tokens[source]} tokens and sent {count}", (source,)
+            )
+        return int(count)
 
     # -- the way back -------------------------------------------------------------------------------------------
 
@@ -241,8 +231,8 @@ class CollectivePlane:
     def _return_sums(self, y_MH: torch.Tensor, handle: CollectiveHandle) -> torch.Tensor | None:
         self._finish_sends()
         total = sum(count for _, count in handle.received)
-        sum_NH = torch.zeros(total, self._shape.hidden_size, dtype=torch.float32)
-        sum_NH.index_add_(0, handle.row_M, y_MH * handle.weight_M1)
+        sum_NH = torch.empty(total, self._shape.hidden_size)
+        host_weighted_sum(y_MH.float().contiguous().numpy(), handle.row_M, handle.weight_M, sum_NH.numpy())
         out_NH = sum_NH.to(self._shape.dtype)
         own, start = None, 0
         for source, count in handle.received:
@@ -293,8 +283,8 @@ class CollectivePlane:
 class _Arrived:
     rows_MH: torch.Tensor
     counts_S: torch.Tensor
-    row_M: torch.Tensor
-    weight_M1: torch.Tensor
+    row_M: Ints
+    weight_M: Floats
     received: list[tuple[int, int]]
 
 
@@ -302,29 +292,25 @@ class _Arrived:
 class _PendingDispatch(Pending[Dispatched[CollectiveHandle]]):
     plane: CollectivePlane
     exchange: Exchange
-    sources: list[tuple[_Transfer, torch.Tensor]]
-    own_rows: torch.Tensor | None
+    sources: list[_Transfer]
     num_tokens: int
-    token_N: torch.Tensor | None
+    token_N: Ints | None
     sent: list[int]
 
     def wait(self) -> Dispatched[CollectiveHandle]:
         plane = self.plane
-        messages: list[tuple[int, torch.Tensor]] = []
-        for transfer, buffer in self.sources:
+        for transfer in self.sources:
             plane.wait(transfer)
-            messages.append((transfer.peer, buffer))
-        if self.own_rows is not None:
-            messages.append((plane._shape.rank, self.own_rows))
-        if not messages:
-            handle = CollectiveHandle(
-                self.num_tokens, self.token_N, self.sent, plane._no_rows, plane._no_rows.float().unsqueeze(1), []
-            )
+        sources = [transfer.peer for transfer in self.sources]
+        if self.num_tokens and plane._expert_index is not None:
+            sources.append(plane._shape.rank)
+        if not sources:
+            handle = CollectiveHandle(self.num_tokens, self.token_N, self.sent, *plane.nothing, [])
             counts_S = torch.zeros(plane._shape.slots_per_rank, dtype=torch.int64)
             return Dispatched(plane._no_tokens, counts_S, 0, handle)
-        arrived = plane.arrived(messages, self.exchange)
+        arrived = plane.arrived(sources, self.exchange)
         handle = CollectiveHandle(
-            self.num_tokens, self.token_N, self.sent, arrived.row_M, arrived.weight_M1, arrived.received
+            self.num_tokens, self.token_N, self.sent, arrived.row_M, arrived.weight_M, arrived.received
         )
         num_tokens = sum(count for _, count in arrived.received)
         return Dispatched(arrived.rows_MH, arrived.counts_S, num_tokens, handle)
@@ -347,6 +333,6 @@ class _PendingCombine(Pending[torch.Tensor]):
         for transfer, _ in self.arrivals:
             self.plane.wait(transfer)
         assert handle.token_N is not None, "rows come back only for tokens that were sent"
-        out_TH = torch.zeros(handle.num_tokens, self.back_NH.shape[1], dtype=torch.float32)
-        out_TH.index_add_(0, handle.token_N, self.back_NH.float())
+        out_TH = torch.empty(handle.num_tokens, self.back_NH.shape[1])
+        host_sum(self.back_NH.float().numpy(), handle.token_N, out_TH.numpy())
         return out_TH.to(self.back_NH.dtype)

@@ -68,3 +68,13 @@ def test_other_rows_values_do_not_matter(dtype: torch.dtype) -> None:
     y_NH = grouped_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)
     rows_NH[:6] = 1e3
     assert torch.equal(grouped_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)[6:], y_NH[6:])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 200])
+def test_a_row_of_an_empty_slot_is_no_number(rows: int) -> None:
+    """Empty slots hold NaN: a row that lands there by mistake must not look like an answer."""
+    gate_up_SFH, down_SHI = torch.randn(3, 112, 256), torch.randn(3, 256, 56)
+    gate_up_SFH[1], down_SHI[1] = torch.nan, torch.nan
+    y_NH = grouped_expert_mlp(torch.randn(2 * rows, 256), torch.tensor([rows, rows, 0]), gate_up_SFH, down_SHI)
+    assert y_NH[:rows].isfinite().all()
+    assert y_NH[rows:].isnan().all()
