@@ -71,7 +71,7 @@ class DenseModel:
         self._eps = torch.tensor(spec.rms_norm_eps)
 
     @property
-    def max_decode_tokens(self) -> int:
+    def max_compiled_tokens(self) -> int:
         """Steps of one token a sequence go through the compiled kernels up to so many; 0 = never."""
         return MAX_TOKENS if all(layer.host is not None for layer in self._layers) else 0
 
@@ -87,9 +87,9 @@ class DenseModel:
     def attention(self, layer: int, x_TH: torch.Tensor, context: StepContext) -> torch.Tensor:
         """The residual stream after the layer's attention; in x's memory or in new."""
         spec, weights = self._spec, self._layers[layer]
-        if context.index.decode is not None:
+        if context.index.tokens is not None:
             assert weights.host is not None, "the step was built for the compiled kernels"
-            weights.host.attend(x_TH, context.rotation_TD, context.index.decode, spec.rms_norm_eps)
+            weights.host.attend(x_TH, context.rotation_TD, context.index.tokens, spec.rms_norm_eps)
             return x_TH
         normed_TH = self._rms_norm(x_TH, weights.input_norm_H)
         qkv_THD = weights.qkv(normed_TH).view(x_TH.shape[0], -1, spec.head_dim)

@@ -79,7 +79,7 @@ class ServingHalf:
             dtype=spec.dtype,
         )
         self._model = DenseModel(spec, checkpoint, cache)
-        self._max_decode_tokens = self._model.max_decode_tokens
+        self._max_compiled_tokens = self._model.max_compiled_tokens
         self._sampler = Sampler(spec.vocab_size, config.max_num_seqs)
         blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
         self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
@@ -187,7 +187,7 @@ class ServingHalf:
             self._blocks_RB[rows],
             block_size=self._block_size,
             dtype=self._spec.dtype,
-            max_decode_tokens=self._max_decode_tokens,
+            max_compiled_tokens=self._max_compiled_tokens,
         )
         return Step(
             chunks=chunks,

@@ -1,4 +1,4 @@
-"""The compiled path of decoding on the CPU: steps in which every sequence computes one token, float32, small weights.
+"""The compiled path of small steps on the CPU: float32, small weights.
 
 ``DenseModel`` asks it first; whatever it does not take goes through torch. Both give the same numbers up to the order
 of summation.
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from expertmesh.attention_server.linear import Linear
-from expertmesh.attention_server.paged import DecodeIndex
+from expertmesh.attention_server.paged import TokenIndex
 from expertmesh.kernels.host_decode import Floats, host_attention, host_gate
 from expertmesh.mesh.halves import Routes
 
-MAX_TOKENS = 32
+MAX_TOKENS = 64
 """Beyond it torch's matrix products are as fast."""
 
 _NOTHING = np.empty(0, np.float32)
@@ -63,7 +63,7 @@ class HostLayer:
             router_EH=None if router_EH is None else router_EH.numpy(),
         )
 
-    def attend(self, x_TH: torch.Tensor, rotation_TD: Floats, index: DecodeIndex, epsilon: float) -> None:
+    def attend(self, x_TH: torch.Tensor, rotation_TD: Floats, index: TokenIndex, epsilon: float) -> None:
         """Add the layer's attention to x, in place."""
         host_attention(
             x_TH.numpy(),

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 # call costs.
 _PADDING_LIMIT = 1024
 
+# Cache positions that the compiled kernels may read in a step with chunks of prompts: about 2 ms a layer.
+_COMPILED_CONTEXT = 8192
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -42,8 +45,8 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeIndex:
-    """Instead of groups, for the compiled kernels: ``length_T`` int64, a token's context with itself; block tables."""
+class TokenIndex:
+    """Instead of groups, for the compiled kernels: each token's context with itself, and its sequence's block table."""
 
     length_T: np.ndarray
     blocks_TB: np.ndarray
@@ -54,13 +57,13 @@ class DecodeIndex:
 class StepIndex:
     """Where the tokens of a step stand: ``position_T`` in their sequences, ``cache_T`` in the cache; int64.
 
-    A step has ``groups``, or ``decode`` where the compiled kernels run it.
+    A step has ``groups``, or ``tokens`` where the compiled kernels run it.
     """
 
     position_T: torch.Tensor
     cache_T: torch.Tensor
     groups: tuple[Group, ...]
-    decode: DecodeIndex | None = None
+    tokens: TokenIndex | None = None
 
 
 def build_step_index(
@@ -70,23 +73,24 @@ def build_step_index(
     *,
     block_size: int,
     dtype: torch.dtype,
-    max_decode_tokens: int = 0,
+    max_compiled_tokens: int = 0,
 ) -> StepIndex:
     """Index tensors of a step.
 
     Args:
         starts, counts: int64 [S]; sequence s computes the tokens at positions starts[s] .. starts[s] + counts[s] - 1.
             Sequences must come with ``counts`` ascending, which keeps a group's tokens together.
-        max_decode_tokens: a step of no more sequences, one token each, is left to the compiled kernels.
+        max_compiled_tokens: a step of no more tokens is left to the compiled kernels, unless they would read the same
+            context too often: they know no two tokens of one sequence.
         blocks_SB: the sequences' block tables; entries beyond a sequence's end may hold any valid block.
     """
     ends = np.cumsum(counts)
     token_sequence = np.repeat(np.arange(len(counts)), counts)
     position = np.arange(ends[-1]) + (starts - (ends - counts))[token_sequence]
     cache = blocks_SB[token_sequence, position // block_size] * block_size + position % block_size
-    if counts[-1] == 1 and len(counts) <= max_decode_tokens:
-        decode = DecodeIndex(starts + 1, blocks_SB, block_size)
-        return StepIndex(torch.from_numpy(position), torch.from_numpy(cache), (), decode)
+    if len(position) <= max_compiled_tokens and (counts[-1] == 1 or position.sum() <= _COMPILED_CONTEXT):
+        tokens = TokenIndex(position + 1, blocks_SB[token_sequence], block_size)
+        return StepIndex(torch.from_numpy(position), torch.from_numpy(cache), (), tokens)
     groups = tuple(
         _build_group(first, last, starts, counts, ends, blocks_SB, block_size, dtype)
         for first, last in _split(starts + counts, counts)

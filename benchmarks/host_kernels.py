@@ -79,19 +79,19 @@ def decode_layers(tokens: int) -> dict[str, float]:
     blocks_SB = np.random.default_rng(0).permutation(tokens * blocks).reshape(tokens, blocks)
     x_TH = torch.randn(tokens, spec.hidden_size)
 
-    def run(max_decode_tokens: int) -> None:
+    def run(max_compiled_tokens: int) -> None:
         index = build_step_index(
             starts,
             ones,
             blocks_SB,
             block_size=BLOCK_SIZE,
             dtype=spec.dtype,
-            max_decode_tokens=max_decode_tokens,
+            max_compiled_tokens=max_compiled_tokens,
         )
         context = model.context(index)
         for layer in range(spec.num_layers):
             out_TH = model.attention(layer, x_TH.clone(), context)
-            model.routed_input(layer, out_TH, compiled=max_decode_tokens > 0)
+            model.routed_input(layer, out_TH, compiled=max_compiled_tokens > 0)
 
     compiled_us, torch_us = best_us(lambda: run(MAX_TOKENS), 20), best_us(lambda: run(0), 20)
     return {"tokens": tokens, "compiled_us": compiled_us, "torch_us": torch_us}

@@ -1,10 +1,10 @@
-"""One decoder layer's dense part on the CPU for a step in which every sequence computes one token.
+"""One decoder layer's dense part on the CPU for a step of few tokens.
 
 What torch does in some forty operators, each with its own overhead, is two calls here: attention with everything
 around it, and the gate with its norm. The torch reference is ``attention_server.dense.DenseModel`` with
 ``PagedKvCache``, which also serves every other kind of step. float32 only.
 
-Dimensions: T tokens, one a sequence; H hidden size; C query and key heads; D head size; K KV heads; N cache positions;
+Dimensions: T tokens, those of a sequence in the order of their positions; H hidden size; C query and key heads; D head size; K KV heads; N cache positions;
 B blocks of a sequence; E experts; O outputs of a matrix product.
 """
 
@@ -45,8 +45,9 @@ def host_attention(
         qkv_bias_O, output_bias_H: empty = no bias.
         rotation_TD: cosine and sine of each pair, side by side.
         cache_NKD: [N, 2K, D], a position's keys before its values.
-        length_T: context of each token, itself included: it stands at position length - 1.
-        blocks_TB: block tables.
+        length_T: context of each token, itself included: it stands at position length - 1. What comes before it in its
+            sequence is in the cache or earlier in the step.
+        blocks_TB: the block table of each token's sequence.
     """
     num_tokens = x_TH.shape[0]
     qk_heads, dim = qk_norm_CD.shape

@@ -41,6 +41,7 @@ class SocketGroup:
 
     def __init__(self, links: Mapping[int, socket.socket], *, timeout_s: float) -> None:
         self._peers = {rank: _Peer(rank, sock) for rank, sock in links.items()}
+        self._backlog: set[int] = set()  # ranks with something unsent
         self._timeout_s = timeout_s
         seconds, fraction = divmod(timeout_s, 1.0)
         for sock in links.values():
@@ -57,7 +58,9 @@ class SocketGroup:
         parts = [memoryview(_HEAD.pack(tag, len(payload))), payload]
         if not peer.unsent:
             parts = _write(peer, parts)
-        peer.unsent.extend(parts)
+        if parts:
+            peer.unsent.extend(parts)
+            self._backlog.add(peer.rank)
         return _Sent(self, peer)
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> _Received:
@@ -86,7 +89,7 @@ class SocketGroup:
         deadline = time.monotonic() + self._timeout_s
         while into:
             flags = socket.MSG_WAITALL
-            if any(other.unsent for other in self._peers.values()):
+            if self._backlog:
                 self._progress(peer, deadline)
                 flags = socket.MSG_DONTWAIT
             try:
@@ -118,6 +121,8 @@ class SocketGroup:
             if peer is not None and event & ~select.POLLIN:
                 parts = list(peer.unsent)
                 peer.unsent = deque(_write(peer, parts))
+                if not peer.unsent:
+                    self._backlog.discard(peer.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     assert tensor.is_contiguous(), "only contiguous tensors are transferred"
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.view(torch.uint8).reshape(-1).numpy().data
+    if tensor.dtype == torch.bfloat16:  # NumPy has none
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().data.cast("B")
 
 
 def _write(peer: _Peer, parts: list[memoryview]) -> list[memoryview]:

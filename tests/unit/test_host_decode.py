@@ -45,7 +45,12 @@ class Side:
         self.cache = cache
 
     def attend(
-        self, starts: np.ndarray, counts: np.ndarray, blocks_SB: np.ndarray, x_TH: torch.Tensor, max_decode_tokens: int
+        self,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        blocks_SB: np.ndarray,
+        x_TH: torch.Tensor,
+        max_compiled_tokens: int,
     ) -> list[torch.Tensor]:
         """The residual stream after each layer's attention on the same input."""
         index = build_step_index(
@@ -54,9 +59,9 @@ class Side:
             blocks_SB,
             block_size=BLOCK_SIZE,
             dtype=torch.float32,
-            max_decode_tokens=max_decode_tokens,
+            max_compiled_tokens=max_compiled_tokens,
         )
-        assert (index.decode is not None) == bool(max_decode_tokens)
+        assert (index.tokens is not None) == bool(max_compiled_tokens)
         context = self.model.context(index)
         return [self.model.attention(layer, x_TH.clone(), context) for layer in range(self.spec.num_layers)]
 
@@ -72,7 +77,7 @@ def test_equals_the_torch_path(tmp_path: Path, overrides: dict[str, Any], num_to
     contexts = rng.integers(1, BLOCK_SIZE * BLOCKS_OF_SEQUENCE, num_tokens)
     contexts.sort()
     blocks_SB = rng.permutation(MAX_TOKENS * BLOCKS_OF_SEQUENCE).reshape(MAX_TOKENS, -1)[:num_tokens]
-    assert compiled.model.max_decode_tokens == MAX_TOKENS
+    assert compiled.model.max_compiled_tokens == MAX_TOKENS
     with one_torch_thread(), torch.inference_mode():
         for side in (compiled, plain):
             prompt_TH = torch.randn(int(contexts.sum()), spec.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -84,6 +89,35 @@ def test_equals_the_torch_path(tmp_path: Path, overrides: dict[str, Any], num_to
         for layer in range(spec.num_layers):
             torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(compiled.cache.layer(layer), plain.cache.layer(layer), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[5], [1, 1, 3, 8], [1, 16, 20], [2, 3]])
+def test_chunks_of_prompts_beside_decoding(tmp_path: Path, counts: list[int]) -> None:
+    path = write_checkpoint(tmp_path / "tiny", dtype=torch.float32)
+    compiled, plain = Side(path), Side(path)
+    starts, count_S = np.array([9, 0, 3, 6][: len(counts)]), np.array(counts)
+    blocks_SB = np.random.default_rng(1).permutation(len(counts) * BLOCKS_OF_SEQUENCE).reshape(len(counts), -1)
+    x_TH = torch.randn(sum(counts), compiled.spec.hidden_size, generator=torch.Generator().manual_seed(2))
+    with one_torch_thread(), torch.inference_mode():
+        found = compiled.attend(starts, count_S, blocks_SB, x_TH, MAX_TOKENS)
+        expected = plain.attend(starts, count_S, blocks_SB, x_TH, 0)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_long_chunks_keep_to_torch() -> None:
+    def compiled(starts: list[int], counts: list[int]) -> bool:
+        blocks_SB = np.arange(len(starts) * 1000).reshape(len(starts), -1)
+        index = build_step_index(
+            np.array(starts), np.array(counts), blocks_SB, block_size=4, dtype=torch.float32, max_compiled_tokens=32
+        )
+        return index.tokens is not None
+
+    assert compiled([3900], [1])
+    assert compiled([3900] * 32, [1] * 32)
+    assert not compiled([0] * 33, [1] * 33)
+    assert compiled([0], [32])
+    assert not compiled([3900], [32])
 
 
 @pytest.mark.parametrize("overrides", SHAPES)
@@ -108,7 +142,7 @@ def test_bfloat16_keeps_to_torch(tmp_path: Path) -> None:
         num_layers=spec.num_layers, num_blocks=4, block_size=4, num_kv_heads=2, head_dim=16, dtype=spec.dtype
     )
     model = DenseModel(spec, Checkpoint(path), cache)
-    assert model.max_decode_tokens == 0
+    assert model.max_compiled_tokens == 0
     with one_torch_thread(), torch.inference_mode():
         normed_TH, routes = model.routed_input(spec.moe_layers[0], torch.zeros(2, spec.hidden_size, dtype=spec.dtype))
     assert normed_TH.dtype == torch.bfloat16
