@@ -1,10 +1,14 @@
-"""Reads the published routing and arrival data that the balancer's benchmark runs on, and makes traces of them.
+"""Reads the published routing data that the balancer's benchmark runs on, and makes traces of it.
 
-The folder is not part of the repository: its README names the sources. Files are ``.npz`` or text, xz-compressed.
+    python benchmarks/routing_data.py --data DIR --out FOLDER
+
+writes ``gptoss.npz`` (tokens) and ``r1.npz`` (loads alone), which ``expertmesh simulate`` reads. DIR is not part of the
+repository: its README names the sources. Files are ``.npz`` or text, xz-compressed.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
@@ -71,3 +75,20 @@ def tokens_with_loads(load_E: NDArray[np.float64], *, top_k: int, num_tokens: in
     logits_PE = np.log(load_E / load_E.sum() + 1e-9) + topic_PE
     logits_TE = logits_PE[rng.integers(0, 24, num_tokens)] + rng.gumbel(size=(num_tokens, len(load_E)))
     return np.argpartition(-logits_TE, top_k, axis=1)[:, :top_k].astype(np.int16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the published data")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokens = gptoss_tokens(arguments.data)
+    # In random order, as the tokens of many requests come in a running batch; both halves have all datasets.
+    mixed = np.random.default_rng(0).permutation(len(tokens.sequence_T))
+    np.savez_compressed(arguments.out / "gptoss.npz", num_experts=tokens.num_experts, topk=tokens.topk_LTK[:, mixed])
+    np.savez_compressed(arguments.out / "r1.npz", num_experts=256, load=r1_loads(arguments.data).astype(np.float32))
+
+
+if __name__ == "__main__":
+    main()

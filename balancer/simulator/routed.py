@@ -22,7 +22,8 @@ Ids = NDArray[np.int16]
 Floats = NDArray[np.float64]
 MAX_ROUTED_TOKENS = 8192
 """Of each part of a trace; longer parts are thinned out evenly."""
-DRAWN_TOKENS = 2048
+MIN_DRAWN_TOKENS = 2048
+DRAWN_TOKENS_A_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +42,8 @@ class RoutedTrace:
     after_LTK: Ids
 
     @classmethod
-    def of(cls, trace: Trace, top_k: int, train_fraction: float, max_layers: int) -> RoutedTrace:
-        """At most ``max_layers`` layers of ``trace``. For a load-only one, tokens are drawn.
+    def of(cls, trace: Trace, top_k: int, num_ranks: int, train_fraction: float, max_layers: int) -> RoutedTrace:
+        """At most ``max_layers`` layers of ``trace``. For a load-only one, tokens are drawn, more for more ranks.
 
         Raises:
             UserError: the split leaves nothing on one side.
@@ -50,16 +51,15 @@ class RoutedTrace:
         layers = np.unique(np.linspace(0, trace.num_layers - 1, min(max_layers, trace.num_layers)).round().astype(int))
         if trace.topk_LTK is None:
             load_LE = trace.load_LE[layers]
-            drawn_LTK = np.stack(
-                [draw_tokens(load_E, top_k, 2 * DRAWN_TOKENS, seed) for seed, load_E in enumerate(load_LE)]
-            )
+            count = min(max(MIN_DRAWN_TOKENS, DRAWN_TOKENS_A_RANK * num_ranks), MAX_ROUTED_TOKENS)
+            drawn_LTK = np.stack([draw_tokens(load_E, top_k, 2 * count, seed) for seed, load_E in enumerate(load_LE)])
             return cls(
                 kind="drawn from loads, independently",
                 num_experts=trace.num_experts,
                 load_LE=load_LE,
                 pair_LEE=None,
-                before_LTK=drawn_LTK[:, :DRAWN_TOKENS],
-                after_LTK=drawn_LTK[:, DRAWN_TOKENS:],
+                before_LTK=drawn_LTK[:, :count],
+                after_LTK=drawn_LTK[:, count:],
             )
         split = split_at(trace, train_fraction)
         some = Trace(num_experts=trace.num_experts, topk_LTK=trace.topk_LTK[layers], load_LE=trace.load_LE[layers])

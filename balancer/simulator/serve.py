@@ -107,7 +107,7 @@ def serve(
     if (arrivals.prompt_tokens + arrivals.output_tokens).min() > limits.kv_tokens:
         problem = f"every request is longer than the {limits.kv_tokens} tokens of a rank's KV cache"
         raise UserError("--serve", problem, "give more --ranks, so that each holds fewer experts")
-    routed = RoutedTrace.of(trace, options.shape.top_k, train_fraction, options.max_layers)
+    routed = RoutedTrace.of(trace, options.shape.top_k, topology.num_ranks, train_fraction, options.max_layers)
     chosen = [policy for policy in policies(topology, trace.num_experts) if policy.name in POLICIES]
     return [_serve(policy, routed, arrivals, topology, options, limits) for policy in chosen]
 
