@@ -61,6 +61,9 @@ def simulate(
             typer.echo(json.dumps([result.as_dict() for result in results]))
         else:
             simulate_tables.print_scores(results)
+        if optimum and results[0].optimum_layers < recorded.num_layers:
+            solved = f"{results[0].optimum_layers} of {recorded.num_layers} layers"
+            typer.echo(f"the optimum was found for {solved} in time: give a longer --optimum-timeout", err=True)
         return
     if optimum:
         raise UserError("--optimum", "does not go with --serve", "leave one of them out")

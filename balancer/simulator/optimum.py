@@ -72,5 +72,5 @@ def find_optima(
         try:
             found[layer] = least_fanout(topk_TK, num_experts, per_rank, cap_L[layer], left_s)
         except NotSolvedError as error:
-            log.warning("layer %d has no optimum: %s", layer, error)
+            log.info("layer %d has no optimum: %s", layer, error)
     return Optima(of_layer=found, cap_L=cap_L)

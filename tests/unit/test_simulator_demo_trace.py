@@ -135,6 +135,22 @@ def test_a_slower_network_is_felt_less_by_fewer_visits(arrivals: Path) -> None:
     assert slow["expertmesh"]["tpot_ms_p50"] < 0.9 * slow["eplb"]["tpot_ms_p50"]
 
 
+def test_tokens_with_fewer_experts_cost_less(arrivals: Path, tmp_path: Path, trace: Trace) -> None:
+    assert trace.topk_LTK is not None
+    topk_LTK = trace.topk_LTK.copy()
+    topk_LTK[:, :, 1:] = -1
+    path = tmp_path / "one.npz"
+    np.savez(path, num_experts=32, topk=topk_LTK)
+    options = ["--serve", str(arrivals), "--model", str(demo_model_path()), "--json"]
+    app = typer.Typer()
+    app.command()(command)
+    few = json.loads(CliRunner().invoke(app, [str(path), *MESH, *options]).output)
+    for row, all_chosen in zip(few, json.loads(serve(arrivals, "--json").output), strict=True):
+        assert row["fanout_ranks"] == row["fanout_nodes"] == 1
+        assert row["experts_ms"] < all_chosen["experts_ms"]
+        assert row["exchange_ms"] < all_chosen["exchange_ms"]
+
+
 def test_an_objective_that_nobody_meets_is_no_goodput(arrivals: Path) -> None:
     rows = json.loads(serve(arrivals, "--slo-tpot-ms", "0.001", "--json").output)
     assert [row["goodput_rps"] for row in rows] == [0.0] * 3
@@ -180,6 +196,12 @@ def test_a_model_has_to_be_named(arrivals: Path) -> None:
     error = run("--serve", str(arrivals)).exception
     assert isinstance(error, UserError)
     assert error.key == "--model"
+
+
+def test_an_optimum_that_is_not_found_in_time_is_missed_aloud() -> None:
+    result = run("--slots", "32", "--optimum", "--optimum-timeout", "0.001")
+    assert result.exit_code == 0
+    assert "the optimum was found for 0 of 8 layers in time: give a longer --optimum-timeout" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--optimum"], ["--slots", "32", "--optimum", "--optimum-timeout", "0"]])

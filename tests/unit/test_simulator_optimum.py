@@ -30,6 +30,7 @@ def partitions(experts: tuple[int, ...]) -> Iterator[list[int]]:
         yield from ([experts[0], other, *more] for more in partitions(rest))
 
 
+@pytest.mark.slow  # imports scipy
 @pytest.mark.parametrize("seed", range(5))
 def test_the_optimum_is_the_best_of_all_placements(seed: int) -> None:
     topk_TK = topic_tokens(6, 3, 200, seed=seed)

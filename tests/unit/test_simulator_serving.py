@@ -252,6 +252,7 @@ def step_time_of(hardware: Hardware) -> StepTime:
 FAST = replace(UNITS, step_us=1e5, layer_us=0.0, exchange_us=1e5)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(loads())
 def test_every_request_that_fits_is_served_in_order_of_cause(case: Any) -> None:
@@ -274,6 +275,7 @@ def same(one: Replay, other: Replay, factor: float = 1.0) -> None:
     assert one.step_s * factor == pytest.approx(other.step_s)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(loads())
 def test_steps_made_together_are_the_same_steps(case: Any) -> None:
@@ -282,6 +284,7 @@ def test_steps_made_together_are_the_same_steps(case: Any) -> None:
     same(replay(arrivals, step_time, limits, ranks), replay(arrivals, step_time, limits, ranks, max_block=1))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(loads(), st.sampled_from([0.5, 4.0]))
 def test_a_mesh_that_is_slower_throughout_serves_slower_arrivals_alike(case: Any, factor: float) -> None:
