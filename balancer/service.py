@@ -13,6 +13,7 @@ import grpc
 from expertmesh.balancer import door
 from expertmesh.balancer.actual import LIVE, Actual, Phase
 from expertmesh.balancer.applying import RefusedError
+from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.recording import RecordingRefusedError
@@ -131,6 +132,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         actual: Actual,
         events: EventLog,
         placement: PlacementAdmin,
+        draining: Draining,
         routing: RoutingDesk,
         clock: Callable[[], float],
     ) -> None:
@@ -138,6 +140,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._routing = routing
         self._events = events
         self._placement = placement
+        self._draining = draining
         self._clock = clock
         self._started_s = clock()
 
@@ -240,6 +243,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             return self._placement.set_mode(request)
         except RefusedError as refused:
             await context.abort(refused.code, refused.message)
+
+    async def Drain(
+        self,
+        request: admin_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.DrainRequest, Awaitable[admin_pb2.DrainResponse]],
+    ) -> admin_pb2.DrainResponse:
+        try:
+            self._draining.request(request)
+        except RefusedError as refused:
+            await context.abort(refused.code, refused.message)
+        return admin_pb2.DrainResponse()
 
     async def GetLoads(self, request: admin_pb2.GetLoadsRequest, context: object) -> admin_pb2.GetLoadsResponse:
         return self._routing.loads()

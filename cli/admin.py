@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from expertmesh.cli import admin_client, admin_loads, admin_plan, admin_record, admin_watch
+from expertmesh.cli import admin_client, admin_drain, admin_loads, admin_plan, admin_record, admin_watch
 from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
 from expertmesh.cli.placement_plot import plot_placement
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
@@ -88,6 +88,7 @@ app.command()(admin_loads.loads)
 app.command()(admin_plan.plan)
 app.command()(admin_plan.apply)
 app.command()(admin_plan.mode)
+app.command()(admin_drain.drain)
 app.command()(admin_record.record)
 app.command()(admin_watch.watch)
 

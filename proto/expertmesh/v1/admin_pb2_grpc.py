@@ -69,6 +69,11 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.SetModeRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.SetModeResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.AdminService/Drain',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Record = channel.unary_stream(
                 '/expertmesh.v1.AdminService/Record',
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
@@ -124,6 +129,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Asks a server to finish what it holds and to leave the mesh.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Record(self, request, context):
         """Records token-level routing on the attention servers; streams what they send.
         """
@@ -168,6 +180,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetMode,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.SetModeRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.SetModeResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
             'Record': grpc.unary_stream_rpc_method_handler(
                     servicer.Record,
@@ -364,6 +381,33 @@ class AdminService:
             '/expertmesh.v1.AdminService/SetMode',
             expertmesh_dot_v1_dot_admin__pb2.SetModeRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.SetModeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/Drain',
+            expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,8 @@ class AdminServiceStub:
     Apply: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyRequest, _admin_pb2.ApplyResponse]
     """Migrate to a given placement (or to the plan), layer by layer."""
     SetMode: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetModeRequest, _admin_pb2.SetModeResponse]
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Asks a server to finish what it holds and to leave the mesh."""
     Record: _aio.UnaryStreamMultiCallable[_admin_pb2.RecordRequest, _admin_pb2.RecordResponse]
     """Records token-level routing on the attention servers; streams what they send."""
 
@@ -79,6 +81,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.SetModeRequest,
         context: _aio.ServicerContext[_admin_pb2.SetModeRequest, _abc.Awaitable[_admin_pb2.SetModeResponse]],
     ) -> _abc.Awaitable[_admin_pb2.SetModeResponse]: ...
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _aio.ServicerContext[_admin_pb2.DrainRequest, _abc.Awaitable[_admin_pb2.DrainResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.DrainResponse]:
+        """Asks a server to finish what it holds and to leave the mesh."""
 
     @_abc_1.abstractmethod
     def Record(
