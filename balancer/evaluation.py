@@ -20,12 +20,13 @@ milliseconds."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerQuestion:
-    """``version`` and ``slots`` (global slot → expert): of the placement in force."""
+    """``version``, ``slots`` (global slot → expert) and ``quotas``: of the placement in force."""
 
     layer: int
     version: int
     slots: tuple[int, ...]
     statistics: LayerStatistics
+    quotas: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,9 @@ def answer(policy: PlacementPolicy, job: Job) -> Answer:
     refusals: dict[int, str] = {}
     for asked in job.layers:
         try:
-            proposals[asked.layer] = policy.propose(asked.statistics, job.layout, asked.slots, job.max_loads)
+            proposals[asked.layer] = policy.propose(
+                asked.statistics, job.layout, asked.slots, job.max_loads, asked.quotas
+            )
         except ValueError as error:
             refusals[asked.layer] = str(error)
     return Answer(job=job, proposals=proposals, refusals=refusals, seconds=time.monotonic() - started_s)
@@ -143,12 +146,12 @@ class Evaluations:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-def solver_policy(max_filled: int | None = None) -> PlacementPolicy:
-    """The solver of this package, compiled; ``max_filled``: slots of a layer that may hold an expert."""
+def solver_policy(max_filled: int | None = None, *, replica_quotas: bool = False) -> PlacementPolicy:
+    """The solver of this package, compiled; arguments as for ``SolverPolicy``."""
     from expertmesh.balancer.policy_solver import SolverPolicy
 
     started_s = time.monotonic()
-    policy = SolverPolicy(max_filled=max_filled)
+    policy = SolverPolicy(max_filled=max_filled, replica_quotas=replica_quotas)
     policy.compile()
     log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
     return policy

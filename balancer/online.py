@@ -203,6 +203,7 @@ class Online:
             version=placement.version,
             slots=tuple(placement.slots),
             statistics=replace(statistics, dispersion=self._state(layer).dispersion.value),
+            quotas=tuple(placement.quotas),
         )
 
     def known_loads(self) -> dict[int, Floats]:
@@ -221,9 +222,10 @@ class Online:
     # Choice.
 
     def _choose(self, now: float) -> str | None:
-        """The layers whose change saves most for the bytes that it takes; all experts of a model are equally large."""
+        """The layers whose change saves most for the bytes that it takes; all experts of a model are equally large, and
+        a change of quotas takes next to nothing."""
         worth = [
-            (-proposal.gain / proposal.num_loads, layer)
+            (-proposal.gain / max(proposal.num_loads, 0.5), layer)
             for layer in self._actual.model.moe_layers
             if (proposal := self._worthwhile(layer, now)) is not None
         ]
@@ -242,7 +244,7 @@ class Online:
         if proposal is None:
             return f"passed layer {layer} over"
         self._state(layer).proposal = None
-        self._migrations.start(layer, proposal.slots, (), _why(proposal), now)
+        self._migrations.start(layer, proposal.slots, proposal.quotas, _why(proposal), now)
         return f"planned layer {layer}"
 
 

@@ -84,9 +84,10 @@ class Proposal:
 
     Args:
         slots: global slot → expert, -1 = empty.
+        quotas: global slot → share of its expert's tokens; empty = equal shares.
         gain, noise: in the same unit: how much shorter a step of the layer gets, and how much of it is chance.
-        worthwhile: the gain beats the noise and something is to be loaded.
-        num_loads: slots whose weights have to be loaded.
+        worthwhile: the gain beats the noise and something changes.
+        num_loads: slots whose weights have to be loaded; 0 where other quotas are all that changes.
     """
 
     slots: tuple[int, ...]
@@ -96,13 +97,19 @@ class Proposal:
     noise: float
     worthwhile: bool
     num_loads: int
+    quotas: tuple[float, ...] = ()
 
 
 class PlacementPolicy(Protocol):
     """Pure, and called on a worker thread: the same arguments give the same proposal."""
 
     def propose(
-        self, statistics: LayerStatistics, layout: Layout, current: Sequence[int], max_loads: int | None
+        self,
+        statistics: LayerStatistics,
+        layout: Layout,
+        current: Sequence[int],
+        max_loads: int | None,
+        quotas: Sequence[float] = (),
     ) -> Proposal:
         """A better placement than ``current`` for one layer.
 

@@ -49,7 +49,12 @@ class EplbPolicy:
             self.propose(counts, layout, current, None)
 
     def propose(
-        self, statistics: LayerStatistics, layout: Layout, current: Sequence[int], max_loads: int | None
+        self,
+        statistics: LayerStatistics,
+        layout: Layout,
+        current: Sequence[int],
+        max_loads: int | None,
+        quotas: Sequence[float] = (),
     ) -> Proposal:
         """See ``PlacementPolicy``."""
         load_E = statistics.load_E

@@ -199,8 +199,12 @@ async def _serve(
     events, metrics = EventLog(time.time, state.events), telemetry.metrics
     sessions, saver = Sessions(), StateSaver(file, events)
     compiler = KernelCompiler()
-    make_policy = eplb_policy if config.balancer.policy == "eplb" else solver_policy
-    worker = EvaluationWorker(partial(make_policy, config.expert.num_slots), compiler.finished)
+    make_policy = (
+        partial(eplb_policy, config.expert.num_slots)
+        if config.balancer.policy == "eplb"
+        else partial(solver_policy, config.expert.num_slots, replica_quotas=config.balancer.replica_quotas)
+    )
+    worker = EvaluationWorker(make_policy, compiler.finished)
     evaluations = Evaluations(worker)
     outside = Outside(sessions, saver, evaluations, metrics)
     actual = Actual(config.balancer, effects=outside, events=events, state=state)

@@ -85,6 +85,9 @@ class BalancerConfig(Section):
     address: str | None = Field(None, description="where servers find it; unset = host:port")
     state_dir: Path | None = Field(None, description="durable state; unset = .expertmesh/<mesh name>")
     mode: Literal["static", "offline", "online"] = "static"
+    replica_quotas: bool = Field(
+        True, description="policy `solver` gives replicas shares of their expert's tokens by load; `false` = equal ones"
+    )
     policy: Literal["solver", "eplb"] = Field(
         "solver",
         description="what places experts: the mesh's own solver (load and co-activation), or DeepSeek's EPLB (load "

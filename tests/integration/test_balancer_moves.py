@@ -83,7 +83,7 @@ async def counted(stub: admin_pb2_grpc.AdminServiceStub, tokens: float) -> None:
 @pytest.fixture(autouse=True)
 def swap_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver would have to be compiled."""
-    monkeypatch.setattr("expertmesh.balancer.server.solver_policy", lambda _: SwapPolicy())
+    monkeypatch.setattr("expertmesh.balancer.server.solver_policy", lambda *_, **__: SwapPolicy())
     monkeypatch.setattr("expertmesh.balancer.server.KernelCompiler", lambda: KernelCompiler(("true",)))
 
 

@@ -47,7 +47,12 @@ class SwapPolicy:
         self.broken = False
 
     def propose(
-        self, statistics: LayerStatistics, layout: Layout, current: Sequence[int], max_loads: int | None
+        self,
+        statistics: LayerStatistics,
+        layout: Layout,
+        current: Sequence[int],
+        max_loads: int | None,
+        quotas: Sequence[float] = (),
     ) -> Proposal:
         self.asked.append(tuple(statistics.load_E.tolist()))
         if self.broken:

@@ -27,9 +27,9 @@ NO_LAYERS = Job(
 HANGS = (sys.executable, "-c", "import sys, signal; print('at it', file=sys.stderr, flush=True); signal.pause()")
 MISSES = """
 from expertmesh.balancer.policy_solver import SolverPolicy
-from expertmesh.balancer.solver import anneal, balance, expected, problem, relabel, relieve, search_state
+from expertmesh.balancer.solver import anneal, balance, expected, problem, quotas, relabel, relieve, search_state
 SolverPolicy().compile()
-kernels = {k for m in (anneal, balance, expected, problem, relabel, relieve, search_state) for k in vars(m).values()
+kernels = {k for m in (anneal, balance, expected, problem, quotas, relabel, relieve, search_state) for k in vars(m).values()
            if hasattr(k, "stats")}
 assert len(kernels) > 20
 print(sum(sum(k.stats.cache_misses.values()) for k in kernels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
+from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Proposal
 from support.balancer_world import World, config, registration
 
 HALF_LIFE = 1000
@@ -282,3 +284,49 @@ def test_replicas_that_the_loop_added_outlive_a_view() -> None:
     w.advance(1)
     assert sum(expert >= 0 for expert in w.slots(0)) == 10
     assert sum(expert >= 0 for expert in w.slots(2)) == 8
+
+
+class QuotaPolicy:
+    """Wants expert 0's two replicas to share 3 to 1."""
+
+    def propose(
+        self,
+        statistics: LayerStatistics,
+        layout: Layout,
+        current: Sequence[int],
+        max_loads: int | None,
+        quotas: Sequence[float] = (),
+    ) -> Proposal:
+        wanted = [1.0 if expert >= 0 else 0.0 for expert in current]
+        for slot, share in zip((s for s, expert in enumerate(current) if expert == 0), (0.75, 0.25), strict=True):
+            wanted[slot] = share
+        here = Prediction(balancedness=0.9, fanout_ranks=None, fanout_nodes=None)
+        is_new = list(quotas) != wanted
+        return Proposal(
+            slots=tuple(current),
+            before=here,
+            after=here,
+            gain=0.1,
+            noise=0.0,
+            worthwhile=is_new,
+            num_loads=0,
+            quotas=tuple(wanted),
+        )
+
+
+def test_other_quotas_are_a_new_version_that_loads_nothing() -> None:
+    settings = config(mode="online", stats_half_life_tokens=HALF_LIFE)
+    settings = settings.model_copy(update={"expert": settings.expert.model_copy(update={"num_slots": 9})})
+    w = World(settings)
+    w.policy = QuotaPolicy()  # type: ignore[assignment]  # a policy too
+    w.form("a1", "e1", "e2")
+    before = w.slots(0)
+    traffic(w, SKEWED, windows=3, layers=(0,))
+    assert w.versions() == {0: 2, 2: 1}, "once: they are in force then"
+    assert (w.slots(0), loads(w)) == (before, 0)
+    assert w.agree()
+    quotas = w.view.placement[0].quotas
+    assert [quotas[slot] for slot, expert in enumerate(before) if expert == 0] == [0.75, 0.25]
+    w.join("a2")
+    w.advance(1)
+    assert w.view.placement[0].quotas == quotas, "attention servers come and go, and the experts stay"
