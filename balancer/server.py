@@ -17,6 +17,7 @@ import grpc
 from expertmesh.balancer.actual import LIVE, Actual
 from expertmesh.balancer.compiling import KernelCompiler
 from expertmesh.balancer.control import PlacementControl
+from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Stage
@@ -243,7 +244,7 @@ async def _serve(
             clock=time.monotonic,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(actual, events, placement, routing, time.monotonic), server
+            AdminServicer(actual, events, placement, Draining(actual, outside, events), routing, time.monotonic), server
         )
         return (
             mesh_pb2.DESCRIPTOR.services_by_name["MembershipService"].full_name,
