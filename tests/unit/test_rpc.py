@@ -275,7 +275,7 @@ async def test_stop_waits_for_the_grace_and_then_cancels() -> None:
         call = calling(channel.unary_unary, "Hang")(b"", timeout=30)
         await asyncio.wait_for(behaviours.entered.wait(), 10)
         await server.stop(0.05)
-        assert behaviours.cancelled.is_set()
+        await asyncio.wait_for(behaviours.cancelled.wait(), 10)
         assert (await failure(call))[0] == grpc.StatusCode.UNAVAILABLE
 
 
