@@ -29,9 +29,9 @@ def held_experts(table_RC: Ints, num_experts: int) -> Bools:
 
 def replica_shares(table_RC: Ints, num_experts: int) -> Floats:
     """Share of each expert's load that each rank gets when replicas share equally, float64 [R, E]; columns sum to 1."""
-    count_RE = np.zeros((len(table_RC), num_experts))
-    rank, slot = np.nonzero(table_RC >= 0)
-    np.add.at(count_RE, (rank, table_RC[rank, slot]), 1.0)
+    num_ranks = len(table_RC)
+    cell_S = (table_RC + np.arange(0, num_ranks * num_experts, num_experts)[:, None])[table_RC >= 0]
+    count_RE = np.bincount(cell_S, minlength=num_ranks * num_experts).reshape(num_ranks, num_experts)
     shares_RE: Floats = count_RE / count_RE.sum(axis=0)
     return shares_RE
 
@@ -48,7 +48,7 @@ def balancedness(load_R: Floats) -> float:
     return float(load_R.mean() / fullest) if fullest > 0 else 1.0
 
 
-def expected_fanout(table_RC: Ints, group_R: Ints, share_E: Floats, pair_EE: Floats, likeness_EE: Floats) -> float:
+def expected_fanout(shares_RE: Floats, group_R: Ints, share_E: Floats, pair_EE: Floats, likeness_EE: Floats) -> float:
     """Distinct groups of ranks that a token visits, estimated from loads and pair counts.
 
     A group that gets few of a token's experts is visited as inclusion-exclusion says, up to triples that are estimated
@@ -56,11 +56,13 @@ def expected_fanout(table_RC: Ints, group_R: Ints, share_E: Floats, pair_EE: Flo
     pair counts 1 / sqrt(groups) for each of its experts that is in several groups, as in the search.
 
     Args:
+        shares_RE: see ``replica_shares``.
         group_R: group of each rank: its own index for fan-out in ranks, its node for fan-out in nodes.
         share_E, pair_EE, likeness_EE: as in ``Problem``.
     """
     shares_GE = np.zeros((int(group_R.max()) + 1, len(share_E)))
-    np.add.at(shares_GE, group_R, replica_shares(table_RC, len(share_E)))
+    for rank, group in enumerate(group_R):
+        shares_GE[group] += shares_RE[rank]
     mean_G = shares_GE @ share_E
     few_G = mean_G < FEW
     pairs_G, triples_G = _meetings(shares_GE > 0, few_G, pair_EE, likeness_EE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.balancer.solver.expected import balancedness, expected_fanout, rank_loads
+from expertmesh.balancer.solver.expected import balancedness, expected_fanout, replica_shares
 from expertmesh.balancer.solver.moves import Move, migration_list
 from expertmesh.balancer.solver.problem import Problem, build_problem, check_table
 from expertmesh.balancer.solver.topology import Topology
@@ -60,13 +60,14 @@ def evaluate(
 
 def describe(table_RC: Ints, problem: Problem, cap: float, current_RC: Ints | None) -> LayerPlan:
     topology = problem.topology
-    load_R = rank_loads(table_RC, problem.load_E)
+    shares_RE = replica_shares(table_RC, problem.num_experts)
+    load_R = shares_RE @ problem.load_E
     fanout_ranks = fanout_nodes = None
     if problem.has_pairs:
         all_ranks = np.arange(topology.num_ranks, dtype=np.int32)
         shares = (problem.share_E, problem.pair_EE, problem.likeness_EE)
-        fanout_ranks = expected_fanout(table_RC, all_ranks, *shares)
-        fanout_nodes = expected_fanout(table_RC, topology.node_R, *shares)
+        fanout_ranks = expected_fanout(shares_RE, all_ranks, *shares)
+        fanout_nodes = expected_fanout(shares_RE, topology.node_R, *shares)
     slots = table_RC.reshape(-1)
     return LayerPlan(
         slots=slots,
