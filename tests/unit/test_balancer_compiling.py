@@ -28,11 +28,11 @@ HANGS = (sys.executable, "-c", "import sys, signal; print('at it', file=sys.stde
 MISSES = """
 from expertmesh.balancer.policy_solver import SolverPolicy
 from expertmesh.balancer.solver import anneal, balance, expected, problem, quotas, relabel, relieve, search_state
-SolverPolicy().compile()
-kernels = {k for m in (anneal, balance, expected, problem, quotas, relabel, relieve, search_state) for k in vars(m).values()
-           if hasattr(k, "stats")}
+SolverPolicy(replica_quotas=True).compile()
+modules = anneal, balance, expected, problem, quotas, relabel, relieve, search_state
+kernels = {kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "stats")}
 assert len(kernels) > 20
-print(sum(sum(k.stats.cache_misses.values()) for k in kernels))
+print(sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels))
 """
 
 
