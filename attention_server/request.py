@@ -12,6 +12,8 @@ import numpy as np
 from expertmesh.attention_server.tracing import RequestTrace
 from expertmesh.v1 import attention_pb2
 
+Order = tuple[int, float, int]
+
 
 class RefusedError(Exception):
     """A request that never runs; it ends with this status and message."""
@@ -68,6 +70,7 @@ class Sequence:
     num_prompt: int
     sampling: Sampling
     priority: int = 0
+    tenant: str = ""
     arrival_s: float = 0.0
     deadline_s: float = float("inf")
     timeout_s: float = 0.0
@@ -92,8 +95,8 @@ class Sequence:
     last_token_s: float = 0.0
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        """Who goes first: the smaller priority number, then the earlier arrival."""
+    def order(self) -> Order:
+        """Who goes first of one tenant: the smaller priority number, then the earlier arrival."""
         return (self.priority, self.arrival_s, self.serial)
 
     @property
@@ -152,6 +155,7 @@ def parse_submit(
         num_tokens=len(given),
         sampling=_sampling(submit),
         priority=submit.priority,
+        tenant=submit.tenant,
         arrival_s=submit.arrival_unix_s,
         deadline_s=now_s + submit.timeout_s if submit.timeout_s > 0 else float("inf"),
         timeout_s=submit.timeout_s,

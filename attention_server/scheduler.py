@@ -1,13 +1,12 @@
 """Continuous batching with chunked prefill: which sequences compute how many tokens in the next step.
 
-Pure Python without clocks or tensors. Order everywhere: smaller priority first, then earlier arrival. Running sequences
-go before waiting ones; when blocks run out the last running sequence gives up its blocks and is computed again later
-(preemption by recompute).
+Pure Python without clocks or tensors. Waiting sequences come up as ``WaitingQueue`` says; those that run are served by
+smaller priority, then by earlier arrival, and before waiting ones. When blocks run out the last running sequence gives
+up its blocks and is computed again later (preemption by recompute).
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 import grpc
 
 from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
-from expertmesh.attention_server.request import RefusedError, Sequence, SequenceState
+from expertmesh.attention_server.request import Order, RefusedError, Sequence, SequenceState
+from expertmesh.attention_server.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,7 @@ class Scheduler:
         self._on_start = on_start
         self._on_stop = on_stop
         self._running: list[Sequence] = []
-        # Entries of sequences that ended while they waited stay until they come up.
-        self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []
+        self._waiting = WaitingQueue()
         self._num_waiting = 0
         self._waiting_tokens = 0
         self._next_serial = 0
@@ -163,17 +162,16 @@ class Scheduler:
                     self._publish(sequence)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        while budget > 0 and self._waiting and len(self._running) < self._limits.max_num_seqs:
-            sequence = self._waiting[0][1]
-            if sequence.state is not SequenceState.WAITING:
-                heapq.heappop(self._waiting)
-                continue
+        while budget > 0 and len(self._running) < self._limits.max_num_seqs:
+            sequence = self._waiting.head()
+            if sequence is None:
+                return
             prefix = self._find_prefix(sequence)
             fresh = self._num_blocks(sequence.num_tokens) - len(prefix)
             # One spare block for each running sequence, or the newcomer would be preempted again before long.
             if fresh + len(self._running) > self._blocks.num_available(prefix):
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self._start(sequence, prefix, fresh)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             chunks.append(Chunk(sequence, count))
@@ -225,7 +223,7 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._waiting.push(sequence)
         self._num_waiting += 1
         self._waiting_tokens += sequence.outstanding_tokens
 
@@ -249,5 +247,5 @@ class Scheduler:
         return -(-num_tokens // self._limits.block_size)
 
 
-def _order(sequence: Sequence) -> tuple[int, float, int]:
+def _order(sequence: Sequence) -> Order:
     return sequence.order

@@ -1,10 +1,16 @@
-"""How many requests a router holds at once: over all, by tenant, and each request id once."""
+"""How many requests a router holds at once, and which of them go when there are too many.
+
+A full router makes room for a request of higher priority, or of a tenant with fewer requests, by shedding one that no
+attention server has begun: what was started is never given up. A request whose deadline would pass while it waits is
+refused at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
@@ -14,6 +20,16 @@ _RETRY_MS_RANGE = (50, 10_000)
 _INTERVAL_WEIGHT = 0.1  # of the newest interval in the moving average
 
 
+@dataclass(slots=True)
+class _Entry:
+    """An admitted request. ``shed`` ends it; ``None`` while it cannot be, or once it has begun."""
+
+    tenant: str
+    priority: int
+    serial: int
+    shed: Callable[[Refusal], None] | None = None
+
+
 class Admission:
     """Counts what runs. ``admit`` takes a place, ``release`` gives it back; nothing here waits.
 
@@ -21,28 +37,38 @@ class Admission:
         max_requests: admitted and not finished.
         max_requests_per_tenant: the same, of one tenant.
         clock: seconds, monotonic.
+        backlog: requests that wait on the attention servers for a place in their batches.
     """
 
-    def __init__(self, *, max_requests: int, max_requests_per_tenant: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        max_requests: int,
+        max_requests_per_tenant: int,
+        clock: Callable[[], float],
+        backlog: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._max_requests = max_requests
         self._max_per_tenant = max_requests_per_tenant
         self._clock = clock
-        self._tenant_of: dict[str, str] = {}
+        self._backlog = backlog
+        self._entries: dict[str, _Entry] = {}
         self._by_tenant: Counter[str] = Counter()
+        self._num_admitted = 0
         self._last_release_s: float | None = None
-        self._release_interval_s = 1.0
+        self._release_interval_s: float | None = None
         self._closed_reason = ""
         self._empty = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._tenant_of)
+        return len(self._entries)
 
     @property
     def closed(self) -> bool:
         return bool(self._closed_reason)
 
     def holds(self, request_id: str) -> bool:
-        return request_id in self._tenant_of
+        return request_id in self._entries
 
     def close(self, reason: str) -> None:
         """From now on every request is refused with UNAVAILABLE and ``reason``."""
@@ -58,8 +84,12 @@ class Admission:
         async with asyncio.timeout(timeout_s):
             await self._empty.wait()
 
-    def admit(self, request_id: str, tenant: str) -> None:
+    def admit(self, request_id: str, tenant: str, priority: int = 0, timeout_s: float | None = None) -> None:
         """Take a place.
+
+        Args:
+            priority: smaller goes first.
+            timeout_s: until the request's deadline.
 
         Raises:
             Refusal: UNAVAILABLE after ``close``, ALREADY_EXISTS for an id that runs, RESOURCE_EXHAUSTED with a hint
@@ -67,39 +97,86 @@ class Admission:
         """
         if self._closed_reason:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, self._closed_reason)
-        if request_id in self._tenant_of:
+        if request_id in self._entries:
             raise Refusal(
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"request_id: {request_id!r} is running; choose another one or leave it empty",
             )
-        if len(self) >= self._max_requests:
-            raise self._full(f"the router holds {len(self)} requests (router.max_queued_requests)")
         if self._by_tenant[tenant] >= self._max_per_tenant:
             raise self._full(
                 f"tenant {tenant!r} has {self._by_tenant[tenant]} requests running (router.max_requests_per_tenant)"
             )
-        self._tenant_of[request_id] = tenant
+        self._check_deadline(timeout_s)
+        if len(self) >= self._max_requests:
+            self._make_room(tenant, priority)
+        self._num_admitted += 1
+        self._entries[request_id] = _Entry(tenant, priority, self._num_admitted)
         self._by_tenant[tenant] += 1
 
+    def may_shed(self, request_id: str, shed: Callable[[Refusal], None] | None) -> None:
+        """From now on the request may be ended by ``shed``; ``None`` once it has begun."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            entry.shed = shed
+
     def release(self, request_id: str) -> None:
-        tenant = self._tenant_of.pop(request_id)
+        self._forget(request_id)
+        now_s = self._clock()
+        # Only under a backlog does the pace of releases say how fast the mesh is; else it is that of the arrivals.
+        if self._last_release_s is not None and self._backlog():
+            interval_s, average_s = now_s - self._last_release_s, self._release_interval_s
+            if average_s is not None:
+                interval_s = average_s + _INTERVAL_WEIGHT * (interval_s - average_s)
+            self._release_interval_s = interval_s
+        self._last_release_s = now_s
+
+    def _forget(self, request_id: str) -> None:
+        tenant = self._entries.pop(request_id).tenant
         self._by_tenant[tenant] -= 1
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]
-        now_s = self._clock()
-        if self._last_release_s is not None:
-            interval_s = now_s - self._last_release_s
-            self._release_interval_s += _INTERVAL_WEIGHT * (interval_s - self._release_interval_s)
-        self._last_release_s = now_s
         self._note_empty()
 
     def _note_empty(self) -> None:
-        if self.closed and not self._tenant_of:
+        if self.closed and not self._entries:
             self._empty.set()
+
+    def _check_deadline(self, timeout_s: float | None) -> None:
+        waiting = self._backlog()
+        if timeout_s is None or not waiting or self._release_interval_s is None:
+            return
+        wait_s = waiting * self._release_interval_s
+        if wait_s > timeout_s:
+            raise self._full(f"{waiting} requests wait, about {wait_s:.1f} s, and the deadline is in {timeout_s:.1f} s")
+
+    def _make_room(self, tenant: str, priority: int) -> None:
+        """Shed the request that is worth least, if it is worth less than the new one.
+
+        Raises:
+            Refusal: it is not, or none can be shed.
+        """
+        problem = f"the router holds {len(self)} requests (router.max_queued_requests)"
+        waiting = [entry for entry in self._entries.values() if entry.shed is not None]
+        if not waiting:
+            raise self._full(problem)
+        entry = max(waiting, key=self._worthless)
+        is_unfair = self._by_tenant[entry.tenant] > self._by_tenant[tenant] + 1
+        if entry.priority < priority or (entry.priority == priority and not is_unfair):
+            raise self._full(problem)
+        shed, entry.shed = entry.shed, None
+        assert shed is not None, "only requests that may be shed were looked at"
+        is_less_urgent = entry.priority > priority
+        why = "one of higher priority" if is_less_urgent else f"one of a tenant with fewer than {entry.tenant!r}"
+        shed(self._full(f"{problem} and gave the place of this one, which had not begun, to {why}"))
+        # Its handler releases it when it runs next; the new one has the place now.
+
+    def _worthless(self, entry: _Entry) -> tuple[int, int, int]:
+        return entry.priority, self._by_tenant[entry.tenant], entry.serial
 
     def _full(self, problem: str) -> Refusal:
         lowest, highest = _RETRY_MS_RANGE
-        retry_after_ms = round(min(max(self._release_interval_s * 1000, lowest), highest))
+        interval_s = 1.0 if self._release_interval_s is None else self._release_interval_s
+        retry_after_ms = round(min(max(interval_s * 1000, lowest), highest))
         return Refusal(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"{problem}; try again in {retry_after_ms} ms or later",

@@ -55,6 +55,7 @@ class Generation:
         self.finish: generate_pb2.Finish | None = None
         self.refusal: Refusal | None = None
         self.first_token_s: float | None = None
+        self.on_first_token: Callable[[], None] | None = None
         self.last_token_s = accepted_s
         self._detokenizer = detokenizer
         self._max_replays = max_replays
@@ -80,7 +81,10 @@ class Generation:
         self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
         if delta.token_ids:
             self.last_token_s = self._clock()
-            self.first_token_s = self.first_token_s or self.last_token_s
+            if self.first_token_s is None:
+                self.first_token_s = self.last_token_s
+                if self.on_first_token is not None:
+                    self.on_first_token()
         matched_stop = self._add_tokens(delta)
         if matched_stop is not None:
             self._end(generate_pb2.Finish(reason=STOP, matched_stop_str=matched_stop))

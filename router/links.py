@@ -57,6 +57,8 @@ class AttentionLink:
         self.problem = "connecting"
         """Why it does not serve."""
         self.not_serving_since_s = time.monotonic()
+        self.num_waiting = 0
+        """Requests that the server last said wait for a place in its batch."""
         self._hello = hello
         self._tls = tls
         self._on_change = on_change
@@ -156,6 +158,7 @@ class AttentionLink:
             self._on_delta(delta)
         if response.HasField("load"):
             self._reported_outstanding_tokens = response.load.outstanding_tokens
+            self.num_waiting = response.load.num_requests_waiting
             self._set_serving(response.load.serving, "its rank is in no view that steps")
 
     def _on_delta(self, delta: attention_pb2.TokenDelta) -> None:

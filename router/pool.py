@@ -63,6 +63,11 @@ class LinkPool:
         """Of the current view."""
         return [member.link for member in self._members.values()]
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests, of all routers, that wait on the attention servers for a place in a batch."""
+        return sum(link.num_waiting for link in self.links)
+
     def set_view(self, view: mesh_pb2.View) -> None:
         """Connect to the view's attention servers; servers that it no longer has take nothing new and are let go."""
         self._pause_reason = ""

@@ -50,6 +50,7 @@ class Runner:
             max_requests=config.max_queued_requests,
             max_requests_per_tenant=config.max_requests_per_tenant,
             clock=time.monotonic,
+            backlog=lambda: pool.num_waiting,
         )
         self._config = config
         self._model = model
@@ -77,7 +78,8 @@ class Runner:
         accepted_s = time.monotonic()
         request_id = request.request_id or f"gen-{uuid.uuid4().hex}"
         self._check_envelope(request)
-        self.admission.admit(request_id, request.tenant)
+        timeout_s = None if caller.deadline_s is None else caller.deadline_s - accepted_s
+        self.admission.admit(request_id, request.tenant, request.priority, timeout_s)
         caller.telemetry.on_admitted(request_id)
         try:
             generation = await self._accept(request, request_id, accepted_s)
@@ -85,6 +87,8 @@ class Runner:
             self._running[request_id] = generation
             if request_id in self._cancelled_early:
                 generation.cancel()
+            self.admission.may_shed(request_id, generation.fail)
+            generation.on_first_token = lambda: self.admission.may_shed(request_id, None)
             await _Placement(self, generation, request, caller).drive(emit)
         finally:
             self._running.pop(request_id, None)
@@ -153,6 +157,7 @@ class _Placement:
         self._eos_token_ids = runner._model.spec.eos_token_ids
         self._generation = generation
         self._priority = request.priority
+        self._tenant = request.tenant
         self._caller = caller
         self._link: AttentionLink | None = None
         self._handle = 0
@@ -217,6 +222,7 @@ class _Placement:
             sampling_params=generation.sampling,
             eos_token_ids=self._eos_token_ids,
             priority=self._priority,
+            tenant=self._tenant,
             timeout_s=self._timeout_s(),
             traceparent=self._caller.telemetry.traceparent,
             arrival_unix_s=time.time() - (time.monotonic() - generation.accepted_s),

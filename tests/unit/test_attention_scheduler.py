@@ -163,9 +163,65 @@ def test_everything_ends_and_nothing_leaks(
             aborted.append(sequence)
             bench.scheduler.remove(sequence)
     for _ in range(3000):
-        if not bench.step():
+        bench.step()  # may compute nothing: it then made room
+        if not bench.scheduler.num_running + bench.scheduler.num_waiting:
             break
     assert sorted(map(id, [*bench.finished, *aborted, *bench.outgrown])) == sorted(map(id, added))
     assert bench.blocks.usage == 0
     assert bench.placed == []
     assert (bench.scheduler.num_running, bench.scheduler.num_waiting, bench.scheduler.outstanding_tokens) == (0, 0, 0)
+
+
+def test_tenants_take_turns_by_tokens_whoever_asks_more_often() -> None:
+    bench = Bench(max_num_seqs=1, num_blocks=1000)
+    for number in range(20):
+        bench.add([1, number], max_tokens=2, tenant="flood")
+    bench.step()
+    large = bench.add([2] * 6, max_tokens=10, tenant="large")
+    small = [bench.add([3, number], max_tokens=2, tenant="small") for number in range(4)]
+    for _ in range(400):
+        bench.step()
+    order = [sequence.tenant for sequence in bench.finished]
+    assert len(order) == 25
+    # Each costs 4 tokens but the large one, which costs 16: after it the others have four turns each.
+    assert bench.finished.index(small[0]) <= 3
+    assert bench.finished.index(small[3]) <= 10
+    assert bench.finished.index(large) <= 3
+    assert order[-12:] == ["flood"] * 12
+
+
+def test_what_had_its_turn_goes_before_all_tenants() -> None:
+    bench = Bench(max_num_seqs=1, num_blocks=1000)
+    for number in range(3):
+        bench.add([1, number], max_tokens=2, tenant="a")
+    bench.step()
+    again = Sequence(
+        link=1,
+        handle=0,
+        request_id="r",
+        tokens=np.array([2, 2, 7, 0, 0]),
+        num_prompt=2,
+        num_tokens=3,
+        sampling=Sampling(max_tokens=3),
+        tenant="a",
+    )
+    bench.scheduler.add(again)
+    urgent = bench.add([4], max_tokens=1, tenant="b", priority=-1)
+    for _ in range(50):
+        bench.step()
+    assert bench.finished.index(urgent) < bench.finished.index(again) <= 2
+
+
+def test_a_tenant_that_was_idle_saves_nothing_up() -> None:
+    bench = Bench(max_num_seqs=1, num_blocks=1000)
+    for number in range(10):
+        bench.add([1, number], max_tokens=2, tenant="busy")
+    for _ in range(20):
+        bench.step()
+    late = [bench.add([2, number], max_tokens=2, tenant="late") for number in range(10)]
+    more = [bench.add([3, number], max_tokens=2, tenant="busy") for number in range(10)]
+    for _ in range(200):
+        bench.step()
+    order = [sequence.tenant for sequence in bench.finished if sequence in late or sequence in more]
+    assert len(order) == 20
+    assert all(abs(order[:count].count("late") - order[:count].count("busy")) <= 2 for count in range(20))

@@ -87,7 +87,7 @@ def test_admission_limits() -> None:
 
 def test_retry_hint_follows_the_pace_of_requests_that_end() -> None:
     clock = Clock()
-    admission = Admission(max_requests=1, max_requests_per_tenant=1, clock=clock)
+    admission = Admission(max_requests=1, max_requests_per_tenant=1, clock=clock, backlog=lambda: 1)
 
     def hint_after(interval_s: float) -> int:
         for _ in range(60):
@@ -105,6 +105,52 @@ def test_retry_hint_follows_the_pace_of_requests_that_end() -> None:
     assert 2900 <= hint_after(3.0) <= 3100
     assert hint_after(0.0) == 50
     assert hint_after(1000.0) == 10_000
+
+
+def test_a_full_router_gives_a_waiting_place_to_what_is_worth_more() -> None:
+    admission = Admission(max_requests=3, max_requests_per_tenant=3, clock=Clock())
+    shed: dict[str, Refusal] = {}
+
+    def admit(request_id: str, tenant: str, priority: int = 0) -> None:
+        admission.admit(request_id, tenant, priority)
+        admission.may_shed(request_id, lambda refusal: shed.update({request_id: refusal}))
+
+    for request_id in ("a1", "a2", "a3"):
+        admit(request_id, "alice")
+    admission.may_shed("a3", None)  # its first token came
+    with pytest.raises(Refusal):
+        admit("low", "bob", 5)
+    assert not shed
+    admit("b1", "bob")  # in the place of the newest that waits, of the tenant that has more
+    assert set(shed) == {"a2"}
+    assert shed["a2"].code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert shed["a2"].retry_after_ms is not None
+    assert "tenant with fewer than 'alice'" in str(shed["a2"])
+    admission.release("a2")
+    with pytest.raises(Refusal):
+        admit("b2", "bob")  # alice has two, bob would have as many
+    admit("urgent", "carol", -1)
+    assert set(shed) == {"a2", "a1"}
+    admission.release("a1")
+    assert len(admission) == 3
+
+
+def test_a_deadline_that_the_backlog_outlasts_is_refused_at_once() -> None:
+    clock = Clock()
+    backlog = [10]
+    admission = Admission(max_requests=99, max_requests_per_tenant=99, clock=clock, backlog=lambda: backlog[0])
+    admission.admit("no pace known yet", "", timeout_s=0.1)
+    for _ in range(60):
+        admission.admit("r", "")
+        clock.now_s += 0.5
+        admission.release("r")
+    with pytest.raises(Refusal, match=r"10 requests wait, about 5\.0 s, and the deadline is in 4\.0 s") as refused:
+        admission.admit("r", "", timeout_s=4.0)
+    assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    admission.admit("patient", "", timeout_s=6.0)
+    admission.admit("endless", "")
+    backlog[0] = 0
+    admission.admit("r", "", timeout_s=0.1)
 
 
 async def test_closed_admission_refuses_and_tells_when_it_is_empty() -> None:
