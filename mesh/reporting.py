@@ -20,6 +20,7 @@ from expertmesh.v1 import mesh_pb2
 log = logging.getLogger(__name__)
 
 _CHUNK_INTERVAL_S = 0.1
+_RETRY_S = 0.05
 
 
 class RoutingObserver:
@@ -97,8 +98,9 @@ class RoutingReporter:
     async def _report_statistics(self, outbox: Outbox) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
-            if not outbox.is_drained:
-                continue
+            # Soon again, not in a whole interval: heartbeats are sent by a timer too, and would meet it every time.
+            while not outbox.is_drained:
+                await asyncio.sleep(_RETRY_S)
             counts = self._statistics.take()
             if counts is not None:
                 for report in await asyncio.to_thread(self._build, counts):

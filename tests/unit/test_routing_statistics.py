@@ -207,6 +207,37 @@ async def test_what_could_not_be_sent_comes_with_the_next_report() -> None:
     assert len(outbox.sent) == 2
 
 
+async def test_a_heartbeat_of_the_same_period_starves_no_report() -> None:
+    interval_s = 0.2
+    loop = asyncio.get_running_loop()
+
+    class InPhase(FakeOutbox):
+        """Whoever asks it once an interval finds the heartbeat in it."""
+
+        asked_s = 0.0
+
+        @property
+        def is_drained(self) -> bool:
+            asked_s, self.asked_s = self.asked_s, loop.time()
+            return self.asked_s - asked_s < 0.9 * interval_s
+
+        @is_drained.setter
+        def is_drained(self, value: bool) -> None:
+            pass
+
+    reporter = RoutingReporter(LAYERS, num_experts=NUM_EXPERTS, top_k=TOP_K, interval_s=interval_s)
+    outbox = InPhase()
+    reporter.observer.enter_view(view())
+    see(reporter.observer, *routed(1, 10))
+    reporter.observer.commit()
+    task = asyncio.create_task(reporter.run(outbox))
+    try:
+        assert (await outbox.next()).stats.layers[0].tokens == 10
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_recording_is_sent_until_it_is_done() -> None:
     reporter = RoutingReporter(LAYERS, num_experts=NUM_EXPERTS, top_k=TOP_K, interval_s=60)
     outbox = FakeOutbox()
