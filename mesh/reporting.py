@@ -96,11 +96,13 @@ class RoutingReporter:
             group.create_task(self._send_recordings(outbox), name="routing-recordings")
 
     async def _report_statistics(self, outbox: Outbox) -> None:
+        pause_s = self._interval_s
         while True:
-            await asyncio.sleep(self._interval_s)
-            # Soon again, not in a whole interval: heartbeats are sent by a timer too, and would meet it every time.
-            while not outbox.is_drained:
-                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(pause_s)
+            # Asked again soon: heartbeats are sent by a timer too, which may meet this one every time.
+            pause_s = self._interval_s if outbox.is_drained else _RETRY_S
+            if not outbox.is_drained:
+                continue
             counts = self._statistics.take()
             if counts is not None:
                 for report in await asyncio.to_thread(self._build, counts):
