@@ -116,7 +116,8 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         self, request_iterator: AsyncIterator[attention_pb2.LinkRequest], context: LinkContext
     ) -> attention_pb2.LinkHello:
         try:
-            first = await asyncio.wait_for(anext(request_iterator, None), _HELLO_TIMEOUT_S)
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await anext(request_iterator, None)
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {_HELLO_TIMEOUT_S:g} s")
         if first is None or not first.HasField("hello"):

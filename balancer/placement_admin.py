@@ -127,7 +127,8 @@ class PlacementAdmin:
 
     async def _ask(self, job: Job) -> Answer:
         try:
-            return await asyncio.wait_for(self._worker.ask(job), EVALUATION_TIMEOUT_S)
+            async with asyncio.timeout(EVALUATION_TIMEOUT_S):
+                return await self._worker.ask(job)
         except TimeoutError:
             text = f"no plan within {EVALUATION_TIMEOUT_S:g} s: ask for fewer layers"
             raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None

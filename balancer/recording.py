@@ -133,7 +133,9 @@ class Recordings:
                 raise RecordingRefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             self._tell(recording)
             try:
-                part = await asyncio.wait_for(recording.parts.get(), _TELL_INTERVAL_S)
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with a part.
+                async with asyncio.timeout(_TELL_INTERVAL_S):
+                    part = await recording.parts.get()
             except TimeoutError:
                 if self._clock() - recording.heard_s <= IDLE_TIMEOUT_S:
                     continue

@@ -105,7 +105,8 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
         self, requests: AsyncIterator[mesh_pb2.JoinRequest], context: JoinContext
     ) -> mesh_pb2.Registration:
         try:
-            first = await asyncio.wait_for(anext(requests), REGISTRATION_TIMEOUT_S)
+            async with asyncio.timeout(REGISTRATION_TIMEOUT_S):
+                first = await anext(requests)
         except TimeoutError:
             text = f"no registration within {REGISTRATION_TIMEOUT_S:g} s: send it first"
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)

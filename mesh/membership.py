@@ -91,7 +91,8 @@ class MembershipClient:
         call = stub.Join()
         try:
             await call.write(mesh_pb2.JoinRequest(registration=self._registration()))
-            first = await asyncio.wait_for(call.read(), _WELCOME_TIMEOUT_S)
+            async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                first = await call.read()
             if not isinstance(first, mesh_pb2.JoinResponse):  # the stream ended: its status says why
                 await self._log_status(call)
                 return False

@@ -121,7 +121,8 @@ class RankServer:
             if stopping.done() and not ended.done() and not membership.done():
                 await self._leave()
             self._inbox.close()
-            await asyncio.wait_for(asyncio.shield(ended), _LEAVE_TIMEOUT_S + self._thread.longest_wait_s)
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S + self._thread.longest_wait_s):
+                await asyncio.shield(ended)
             if membership.done():
                 membership.result()
         finally:
