@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before anything imports Triton, which reads it then: its kernels run on the CPU. tests/gpu has settings of its own.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 from support.mesh import meshes

@@ -1,0 +1,67 @@
+"""Tile sizes of the grouped expert MLP, measured by ``benchmarks/gpu/grouped_mlp.py --sweep``; data, not code.
+
+``rows`` is the mean number of rows a slot; a row of the table serves all means up to its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One matrix product's tile: ``rows`` × ``columns`` of the output, ``depth`` of the sum at a time.
+
+    ``weights_first``: the weights are the left operand, so that few rows do not waste the tensor cores, whose left
+    operand has 64 rows at least. ``programs_per_sm`` 0 = one program a tile, else programs loop over tiles.
+    ``bulk``: loads go through the bulk tensor copy engine, which needs rows that start at multiples of 16 bytes.
+    ``is_paired``, with both: one load and one product serve ``columns`` of gate and as many of up.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    weights_first: bool = True
+    programs_per_sm: int = 0
+    bulk: bool = True
+    is_paired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The tiles of both products for up to ``rows`` rows a slot in the mean.
+
+    ``overlap``: the second product's programs start while the first one's last programs run. ``grouped_mm``: the
+    library's kernel is faster; the tiles serve where it cannot be taken.
+    """
+
+    rows: float
+    gate_up: Tile
+    down: Tile
+    overlap: bool = False
+    grouped_mm: bool = False
+
+
+ODD = Tile(rows=16, columns=64, depth=64, stages=2, warps=4, bulk=False)
+"""For sizes that the bulk copy engine refuses, and for float32."""
+
+HOPPER: tuple[Tiles, ...] = (
+    Tiles(1, Tile(16, 64, 128, 3, 4), Tile(16, 128, 64, 4, 4), overlap=True),
+    Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 8), overlap=True),
+    Tiles(16, Tile(32, 64, 128, 3, 4, is_paired=True), Tile(32, 128, 64, 4, 4), overlap=True),
+    Tiles(32, Tile(64, 64, 128, 3, 4, is_paired=True), Tile(64, 128, 64, 4, 4), overlap=True),
+    Tiles(64, Tile(128, 128, 64, 4, 8), Tile(64, 128, 64, 4, 4), overlap=True),
+    Tiles(
+        float("inf"),
+        Tile(128, 128, 64, 4, 8),
+        Tile(128, 256, 64, 4, 8, weights_first=False, programs_per_sm=1),
+    ),
+)
+"""Of an H200."""
+
+
+def tiles_for(mean_rows: float) -> Tiles:
+    """The first row of the table that serves this mean number of rows a slot."""
+    return next(tiles for tiles in HOPPER if mean_rows <= tiles.rows)

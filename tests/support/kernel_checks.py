@@ -1,0 +1,275 @@
+"""Kernels against their references, on any device: the unit tests run them in Triton's interpreter, tests/gpu on a GPU.
+
+Imports the kernels alone, so that it runs on a machine that has no more than torch and Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from expertmesh.kernels.gate import Gate, RoutingTotals, SlotTables, route, route_reference
+from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
+from expertmesh.kernels.grouped_mlp_tiles import Tiles
+from expertmesh.kernels.norm import add_rms_norm, add_rms_norm_reference
+from expertmesh.kernels.paged_decode import (
+    TUNING,
+    DecodePlan,
+    Tuning,
+    paged_decode_attention,
+    paged_decode_attention_reference,
+)
+from expertmesh.kernels.rope_append import rope_append, rope_append_reference
+from expertmesh.kernels.sampler import gumbel_argmax, gumbel_argmax_reference
+
+# bfloat16 keeps 8 bits, and the interpreter cuts off the others where hardware rounds.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+class Draw:
+    """Random tensors on a device, the same for a seed."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device).to(dtype)
+
+    def order(self, size: int) -> torch.Tensor:
+        return torch.randperm(size, generator=self.generator, device=self.device)
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that a kernel allocates and does not write holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """In the mean and at the worst element; NaN fails."""
+    assert actual.shape == expected.shape
+    if not actual.numel():
+        return
+    difference, expected = actual.double() - expected.double(), expected.double()
+    error = difference.norm() / expected.norm().clamp(min=1e-30)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+    worst, top = difference.abs().amax(), expected.abs().amax()
+    assert worst <= 2 * TOLERANCE[dtype] * top, f"an element is off by {worst:.2e}, the largest is {top:.2e}"
+
+
+def expert_mlp_reference(
+    rows_NH: torch.Tensor, counts: Sequence[int], starts: Sequence[int], gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """A float64 loop over slots; rows of no slot are 0."""
+    y_NH = torch.zeros_like(rows_NH, dtype=torch.float64)
+    for slot, (count, start) in enumerate(zip(counts, starts, strict=True)):
+        rows = slice(start, start + count)
+        gate, up = (rows_NH[rows].double() @ gate_up[slot].double().T).chunk(2, dim=-1)
+        y_NH[rows] = (torch.nn.functional.silu(gate) * up) @ down[slot].double().T
+    return y_NH
+
+
+def check_grouped_mlp(
+    device: str,
+    counts: Sequence[int],
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    tiles: Tiles | None = None,
+    gap: int = 0,
+    spare: int = 0,
+) -> None:
+    """``gap`` rows between slots and ``spare`` rows at the end belong to nobody and hold NaN."""
+    draw = Draw(sum(counts) * 1000 + hidden + width, device)
+    starts, end = [], 0
+    for count in counts:
+        starts.append(end)
+        end += count + gap
+    rows_NH = draw.normal(end + spare, hidden, dtype=dtype)
+    is_used_N = torch.zeros(end + spare, dtype=torch.bool, device=device)
+    for count, start in zip(counts, starts, strict=True):
+        is_used_N[start : start + count] = True
+    rows_NH[~is_used_N] = float("nan")
+    gate_up_SFH = (draw.normal(len(counts), 2 * width, hidden) / hidden**0.5).to(dtype)
+    down_SHI = (draw.normal(len(counts), hidden, width) / width**0.5).to(dtype)
+    with poisoned():
+        y_NH = grouped_expert_mlp_gpu(
+            rows_NH,
+            torch.tensor(counts, device=device),
+            gate_up_SFH,
+            down_SHI,
+            starts_S=torch.tensor(starts, device=device, dtype=torch.int32) if gap else None,
+            tiles=tiles,
+        )
+    assert y_NH.dtype == dtype
+    expected_NH = expert_mlp_reference(rows_NH, counts, starts, gate_up_SFH, down_SHI)
+    assert_near(y_NH[is_used_N], expected_NH[is_used_N], dtype)
+
+
+def check_paged_decode(
+    device: str,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    tuning: Tuning = TUNING,
+    launches: int = 2,
+) -> None:
+    """Runs ``launches`` times with one plan: what one leaves behind must not disturb the next."""
+    draw = Draw(sum(lengths) * 100 + heads, device)
+    num_seqs = len(lengths)
+    blocks_a_seq = -(-max(lengths) // block_size) + 1
+    num_blocks = num_seqs * blocks_a_seq + 3
+    # Keys and values side by side, as the cache keeps them; positions beyond a length hold NaN.
+    cache = draw.normal(num_blocks, block_size, 2 * kv_heads, head_dim, dtype=dtype)
+    blocks_ST = draw.order(num_blocks)[: num_seqs * blocks_a_seq].view(num_seqs, blocks_a_seq).to(torch.int32)
+    for s, length in enumerate(lengths):
+        positions = torch.arange(length, blocks_a_seq * block_size, device=device)
+        cache[blocks_ST[s, positions // block_size].long(), positions % block_size] = float("nan")
+    q_SHD = draw.normal(num_seqs, heads, head_dim, dtype=dtype)
+    lengths_S = torch.tensor(lengths, device=device, dtype=torch.int32)
+    plan = DecodePlan(
+        max_seqs=num_seqs + 1,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        device=torch.device(device),
+        tuning=tuning,
+    )
+    plan.update(lengths_S)
+    key, value = cache[:, :, :kv_heads], cache[:, :, kv_heads:]
+    expected = paged_decode_attention_reference(q_SHD, key, value, blocks_ST, lengths_S)
+    results = []
+    for _ in range(launches):
+        with poisoned():
+            results.append(paged_decode_attention(q_SHD, key, value, blocks_ST, lengths_S, plan=plan))
+        assert_near(results[-1], expected, dtype)
+        assert torch.equal(results[-1], results[0]), "two launches differ"
+
+
+def slot_tables(
+    draw: Draw, num_experts: int, *, width: int, slots_per_rank: int, node_R: Sequence[int], num_turns: int = 16
+) -> SlotTables:
+    """Every expert has 1 .. ``width`` replicas on ranks drawn at random; affinities are small integers: ties occur."""
+    device, num_ranks = draw.device, len(node_R)
+    order = draw.order(num_ranks * slots_per_rank)[: num_experts * width]
+    replica_EW = order.view(num_experts, width).to(torch.int32)
+    bias_EW = draw.normal(num_experts, width).double().abs().neg()
+    bias_EW[:, 1:][draw.normal(num_experts, width - 1) > 0.5] = float("-inf")
+    return SlotTables(
+        replica_EW=replica_EW,
+        rank_EW=replica_EW // slots_per_rank,
+        bias_EW=bias_EW,
+        affinity_ER=32.0 * draw.integers(3, num_experts, num_ranks).double(),
+        turn_PR=draw.normal(num_turns, num_ranks).double().repeat(2, 1),
+        node_R=torch.tensor(node_R, dtype=torch.int32, device=device),
+        num_turns=num_turns,
+        rank_limit=64.0,
+    )
+
+
+def routing_totals(num_experts: int, num_slots: int, device: str) -> RoutingTotals:
+    return RoutingTotals(
+        pairs_EE=torch.ones(num_experts, num_experts, dtype=torch.int64, device=device),
+        slot_load_G=torch.ones(num_slots, dtype=torch.int64, device=device),
+        visits=torch.ones(2, dtype=torch.int64, device=device),
+    )
+
+
+def check_route(
+    device: str,
+    gate: Gate,
+    tables: SlotTables,
+    num_slots: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    has_bias: bool = False,
+    padding: int = 0,
+) -> None:
+    """Choices, slots and counters equal the reference's exactly; the last ``padding`` tokens are not there."""
+    num_experts = len(tables.replica_EW)
+    draw = Draw(num_tokens * 100 + num_experts, device)
+    logits_TE = draw.normal(num_tokens, num_experts, dtype=dtype)
+    bias_E = draw.normal(num_experts) if has_bias else None
+    there = torch.tensor([num_tokens - padding], device=device, dtype=torch.int32) if padding else None
+    turn = torch.tensor([tables.num_turns - 2], device=device)
+    totals, expected_totals = (routing_totals(num_experts, num_slots, device) for _ in range(2))
+    with poisoned():
+        actual = route(logits_TE, gate, tables, turn, bias_E=bias_E, num_tokens=there, totals=totals)
+    expected = route_reference(logits_TE, gate, tables, turn, bias_E=bias_E, num_tokens=there, totals=expected_totals)
+    assert torch.equal(actual.expert_TK, expected.expert_TK)
+    assert torch.equal(actual.slot_TK, expected.slot_TK)
+    torch.testing.assert_close(
+        actual.weight_TK, expected.weight_TK, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6
+    )
+    for name in ("pairs_EE", "slot_load_G", "visits"):
+        assert torch.equal(getattr(totals, name), getattr(expected_totals, name)), name
+
+
+def check_add_rms_norm(device: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    draw = Draw(num_tokens + hidden, device)
+    x_TH, residual_TH = (draw.normal(num_tokens, hidden, dtype=dtype) for _ in range(2))
+    weight_H = draw.normal(hidden, dtype=dtype)
+    expected_residual_TH = residual_TH.clone()
+    with poisoned():
+        actual = add_rms_norm(x_TH, residual_TH, weight_H, 1e-6)
+    expected = add_rms_norm_reference(x_TH, expected_residual_TH, weight_H, 1e-6)
+    assert_near(residual_TH, expected_residual_TH, dtype)
+    assert_near(actual, expected, dtype)
+
+
+def check_rope_append(
+    device: str, num_tokens: int, dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, has_norm: bool = True
+) -> None:
+    """One token is padding; nothing but the tokens' places may change in the cache."""
+    draw = Draw(num_tokens * 10 + heads, device)
+    num_places, length = 2 * num_tokens + 5, 50
+    qkv_TCD = draw.normal(num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    norm_CD = draw.normal(heads + kv_heads, head_dim, dtype=dtype) if has_norm else None
+    angle_LR = 10 * draw.normal(length, head_dim // 2)
+    position_T = draw.integers(length, num_tokens)
+    place_T = draw.order(num_places)[:num_tokens]
+    place_T[num_tokens // 2] = -1
+    cache_NCD = draw.normal(num_places, 2 * kv_heads, head_dim, dtype=dtype)
+    expected_qkv, expected_cache = qkv_TCD.clone(), cache_NCD.clone()
+    tables = (1e-6, angle_LR.cos(), angle_LR.sin(), position_T, place_T)
+    rope_append(qkv_TCD, norm_CD, *tables, cache_NCD[:, :kv_heads], cache_NCD[:, kv_heads:])
+    rope_append_reference(expected_qkv, norm_CD, *tables, expected_cache[:, :kv_heads], expected_cache[:, kv_heads:])
+    assert_near(qkv_TCD, expected_qkv, dtype)
+    assert_near(cache_NCD, expected_cache, dtype)
+    kept = place_T[place_T >= 0]
+    untouched = torch.ones(num_places, dtype=torch.bool, device=device).index_fill_(0, kept, False)
+    assert torch.equal(cache_NCD[untouched], expected_cache[untouched])
+    assert torch.equal(cache_NCD[kept, kv_heads:], expected_cache[kept, kv_heads:]), "values are copied, not computed"
+
+
+def check_gumbel_argmax(device: str, num_seqs: int, vocab: int, dtype: torch.dtype) -> None:
+    """Tokens equal the reference's; every fourth sequence is greedy, and forbidden tokens are never taken."""
+    draw = Draw(num_seqs + vocab, device)
+    logits_SV = 3 * draw.normal(num_seqs, vocab)
+    logits_SV[:, ::3] = float("-inf")
+    logits_SV = logits_SV.to(dtype)
+    temperature_S = draw.normal(num_seqs).abs() + 0.1
+    temperature_S[::4] = 0
+    seed_S = draw.integers(2**62, num_seqs) - 2**61
+    position_S = draw.integers(2**31, num_seqs)
+    with poisoned():
+        actual = gumbel_argmax(logits_SV, temperature_S, seed_S, position_S)
+    assert torch.equal(actual, gumbel_argmax_reference(logits_SV, temperature_S, seed_S, position_S))
+    assert torch.equal(actual[::4], logits_SV[::4].float().argmax(-1))
+    assert not (actual % 3 == 0).any()

@@ -1,0 +1,68 @@
+"""The paged decode attention kernel, in the interpreter."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import ceil
+
+import pytest
+import torch
+
+from expertmesh.kernels.paged_decode import DecodePlan, Tuning, paged_decode_attention
+from support.kernel_checks import check_paged_decode
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("programs_per_sm", [1, 4, 20])
+@pytest.mark.parametrize("lengths", [[5, 0, 70], [1], [33, 32, 31], [0, 0], [0, 150, 0, 2]], ids=str)
+def test_equals_the_reference(lengths: list[int], programs_per_sm: int, dtype: torch.dtype) -> None:
+    tuning = Tuning(programs_per_sm, 16, 4, 2)
+    check_paged_decode("cpu", lengths, dtype, heads=8, kv_heads=2, head_dim=32, block_size=16, tuning=tuning)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (20, 1)])
+def test_groups_of_queries(heads: int, kv_heads: int) -> None:
+    tuning = Tuning(4, 16, 4, 2)
+    check_paged_decode(
+        "cpu", [40, 3], torch.float32, heads=heads, kv_heads=kv_heads, head_dim=16, block_size=4, tuning=tuning
+    )
+
+
+def test_no_sequences() -> None:
+    cache = torch.zeros(1, 16, 2, 16)
+    out = paged_decode_attention(
+        torch.zeros(0, 4, 16), cache, cache, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    )
+    assert out.shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 15, 16, 17, 700, 64, *[33] * 30], [0, 0], [5, 0, 40], [9000]], ids=len)
+@pytest.mark.parametrize("programs_per_sm", [1, 20])
+def test_a_plan_covers_every_position_once_in_parts_of_at_most_a_share(
+    lengths: list[int], programs_per_sm: int
+) -> None:
+    """More parts than one program of the planner makes, contexts of length 0, shares of less than a step."""
+    device, tuning = torch.device("cpu"), Tuning(programs_per_sm, 16, 4, 2)
+    plan = DecodePlan(max_seqs=64, num_heads=4, num_kv_heads=2, head_dim=16, device=device, tuning=tuning)
+    plan.update(torch.tensor(lengths))
+    entries = plan.entries[: plan.num_parts(len(lengths))].tolist()
+    used = [entry for entry in entries if entry[0] >= 0]
+    assert used == entries[: len(used)], "programs without work come last"
+    share = max(1, ceil(ceil(sum(lengths) / plan.num_shares) / 16)) * 16
+    bounds = plan.first_parts[: len(lengths) + 1].tolist()
+    assert (bounds[0], bounds[-1]) == (0, len(used))
+    for seq, (length, (first, last)) in enumerate(zip(lengths, pairwise(bounds), strict=True)):
+        own = used[first:last]
+        assert [(entry[0], entry[3]) for entry in own] == [(seq, len(own))] * (last - first)
+        edges = [own[0][1], *(entry[2] for entry in own)]
+        assert (edges[0], edges[-1]) == (0, length)
+        assert [entry[1] for entry in own] == edges[:-1]
+        assert length == 0 or all(0 < after - before <= share for before, after in pairwise(edges))
+
+
+def test_a_plan_serves_no_larger_batch() -> None:
+    plan = DecodePlan(max_seqs=2, num_heads=4, num_kv_heads=2, head_dim=16, device=torch.device("cpu"))
+    with pytest.raises(AssertionError, match="a plan for 2 sequences"):
+        plan.update(torch.tensor([1, 1, 1]))
