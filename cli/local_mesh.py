@@ -9,7 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +30,8 @@ BALANCER_READY_TIMEOUT_S = 30.0
 HEALTH_POLL_S = 0.05
 STOP_TIMEOUT_S = 8.0
 """For one group of services; twice SIGTERM's usual need, then SIGKILL."""
+
+SCALED_ROLES = ("attention", "both", "expert")
 
 
 class MeshFailedError(RuntimeError):
@@ -87,9 +91,9 @@ class LocalMesh:
         self._changed = threading.Condition()
         self._failure: MeshFailedError | MeshInterruptedError | None = None
         self._ready: set[str] = set()
-        self._servers = {
-            server_id: self._service(role, server_id) for role, server_id in planned_services(self._config)
-        }
+        planned = list(planned_services(self._config))
+        self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
+        self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
 
     @property
     def config(self) -> MeshConfig:
@@ -179,18 +183,58 @@ class LocalMesh:
         """Send a signal to one service; supervision starts it again unless it ends with 0."""
         self._servers[server_id].kill(number)
 
+    @contextmanager
+    def kept_down(self, server_id: str) -> Iterator[None]:
+        """SIGKILL one service; supervision starts it again when the context ends, and not before."""
+        server = self._servers[server_id]
+        server.hold_restarts()
+        try:
+            server.kill(signal.SIGKILL)
+            yield
+        finally:
+            server.allow_restarts()
+
+    def add(self, role: str, timeout_s: float = 60.0) -> str:
+        """Start one more ``attention``, ``expert`` or ``both`` server, which joins the running mesh.
+
+        Returns:
+            Its id, one that this mesh never had, once its process is ready. The balancer takes it into a view then.
+
+        Raises:
+            MeshFailedError: it gave up, or was not ready in time.
+        """
+        assert role in SCALED_ROLES, f"a {role} cannot be added to a running mesh"
+        with self._changed:
+            server_id = f"{role}-{self._num_named[role]}"
+            self._num_named[role] += 1
+            server = self._servers[server_id] = self._service(role, server_id)
+        server.start()
+        self._wait_for(lambda: server_id in self._ready, timeout_s, f"{server_id} to start")
+        server.established = True
+        return server_id
+
+    def forget(self, server_id: str) -> None:
+        """Supervise a server no longer that has left for good: it was drained, and its process has ended."""
+        with self._changed:
+            server = self._servers[server_id]
+            assert server.pid is None, f"{server_id} still runs"
+            del self._servers[server_id]
+            self._ready.discard(server_id)
+        server.stop_restarting()
+
     def kill_all(self) -> None:
         """SIGKILL every service, for good. ``stop`` still has to be called, and has nothing to wait for."""
-        for server in self._servers.values():
+        for server in self.servers.values():
             server.stop_restarting()
             server.kill(signal.SIGKILL)
 
     def stop(self) -> None:
         """SIGTERM the router, then the ranks together, then the balancer; SIGKILL what does not end in time."""
-        for server in self._servers.values():
+        servers = self.servers.values()
+        for server in servers:
             server.stop_restarting()
-        for roles in (("router",), ("attention", "both", "expert"), ("balancer",)):
-            group = [server for server in self._servers.values() if server.role in roles]
+        for roles in (("router",), SCALED_ROLES, ("balancer",)):
+            group = [server for server in servers if server.role in roles]
             deadline_s = time.monotonic() + STOP_TIMEOUT_S
             for server in group:
                 server.begin_stop()

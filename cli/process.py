@@ -74,6 +74,8 @@ class ServiceProcess:
         self.established = False
         """Set by the owner once the service has done its work: from then on it is never given up for dying."""
         self._stopping = threading.Event()
+        self._may_start = threading.Event()
+        self._may_start.set()
         self._lock = threading.Lock()
         self._keeper = threading.Thread(target=self._keep, name=f"keep {server_id}", daemon=True)
 
@@ -95,6 +97,15 @@ class ServiceProcess:
     def stop_restarting(self) -> None:
         """Whatever ends from now on stays ended."""
         self._stopping.set()
+        self._may_start.set()  # nobody waits for a start that will not come
+
+    def hold_restarts(self) -> None:
+        """A process that ends is started again only after ``allow_restarts``."""
+        self._may_start.clear()
+
+    def allow_restarts(self) -> None:
+        """What ended while restarts were held starts at once."""
+        self._may_start.set()
 
     def begin_stop(self) -> None:
         """SIGTERM, and no restart."""
@@ -139,6 +150,7 @@ class ServiceProcess:
                 backoff_s = FIRST_BACKOFF_S
             self._tell("restarting", f"{_described(exit_code)}; starts again in {backoff_s:.1f} s", exit_code)
             self._stopping.wait(backoff_s)
+            self._may_start.wait()
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
         self._tell("stopped", "stopped")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cli.local_mesh import LocalMesh
-from support.live_mesh import until
 from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config, start_mesh
+from support.mesh_state import until
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.client import GenerateClient, build_request
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
-from support.live_mesh import LiveMesh, until
+from support.live_mesh import LiveMesh
 from support.mesh import REQUEST_TIMEOUT_S, demo_prompts, logs
+from support.mesh_state import until
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,98 @@
+"""The list of scenarios, and how one is played."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from chaos import faults
+from chaos.outcome import Outcome, Targets
+from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
+from chaos.traffic import Question, Traffic
+from support import mesh_state
+
+QUIET_S = 5.0
+"""Of undisturbed traffic before the first fault, to compare with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One line of the table.
+
+    Attributes:
+        play: does the damage and returns when the mesh is whole again.
+        config: as ``mesh_config`` takes it.
+        replays: requests have to be replayed, or the damage was none.
+    """
+
+    name: str
+    play: Callable[[Trial, Traffic], Awaitable[None]]
+    targets: Targets
+    config: dict[str, Any] = field(default_factory=dict)
+    replays: bool = False
+
+
+SCENARIOS = (
+    Scenario(
+        name="expert-killed-replicated",
+        play=faults.expert_killed,
+        targets=Targets(longest_gap_s=1.0),
+        config={"expert__num_slots": 64},
+    ),
+    Scenario(name="expert-killed", play=faults.expert_killed, targets=Targets(longest_gap_s=2.0)),
+    Scenario(name="attention-killed", play=faults.attention_killed, targets=Targets(longest_gap_s=1.5), replays=True),
+    Scenario(name="balancer-killed", play=faults.balancer_killed, targets=Targets(longest_gap_s=1.0, adopted_s=2.0)),
+    # A server that hangs is given up when its lease ends (balancer.lease_s, 3 s); its peers leave half a second later.
+    Scenario(name="expert-frozen", play=faults.expert_frozen, targets=Targets(longest_gap_s=5.0)),
+    Scenario(name="servers-come-and-go", play=faults.servers_come_and_go, targets=Targets(tpot_ratio=2.0)),
+    Scenario(
+        name="random-kills",
+        play=faults.random_kills,
+        targets=Targets(),
+        # One request may well lose more than the three servers that are enough for ordinary times.
+        config={"balancer__mode": "online", "router__replay_attempts": 100},
+    ),
+)
+
+
+async def play(
+    scenario: Scenario, stage: Stage, asked: Sequence[Question], *, seed: int, long: bool, last: bool = True
+) -> Outcome:
+    """
+    Args:
+        last: stop the mesh behind it and look for what it left.
+    """
+    outcome = Outcome(scenario=scenario.name, seed=seed, long=long, targets=scenario.targets)
+    mesh, census = await stage.set(scenario.config)
+    trial = Trial(
+        mesh=mesh,
+        census=census,
+        asked=asked,
+        outcome=outcome,
+        random=random.Random(f"{seed} {scenario.name}"),
+        long=long,
+    )
+    await trial.until_whole()
+    async with Traffic(mesh.router, asked, seed) as traffic:
+        await traffic.until_flowing()
+        await asyncio.sleep(QUIET_S)
+        faults_s = time.monotonic()
+        await scenario.play(trial, traffic)
+        await traffic.until_flowing()
+        ended_s = time.monotonic()
+        await traffic.stop()
+    outcome.count(traffic.recordings, faults_s, ended_s)
+    if scenario.replays and not outcome.replays:
+        outcome.problems.append("no request was replayed: the killed servers held none")
+    try:
+        await mesh_state.until_idle(mesh, RECOVERY_TIMEOUT_S)
+    except AssertionError as error:
+        outcome.problems.append(str(error))
+    outcome.problems += census.leaks_running()
+    if last:
+        outcome.problems += await stage.clear()
+    return outcome

@@ -1,0 +1,95 @@
+"""What a running mesh says about itself: metrics, the balancer's status and events, whether everything is there."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterable
+
+import grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import TlsConfig
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
+
+_POLL_S = 0.1
+_HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
+    """What a service's /metrics says now, summed over labels."""
+    log = (mesh.state_dir / f"{server_id}.log").read_text(encoding="utf-8", errors="replace")
+    url = re.findall(r"metrics on (http://\S+)", log)[-1]
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+async def status(mesh: LocalMesh) -> admin_pb2.GetStatusResponse:
+    async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=10, wait_for_ready=True)
+
+
+async def events(mesh: LocalMesh) -> list[admin_pb2.ListEventsResponse]:
+    """Every event that the balancer keeps, oldest first."""
+    async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        return [event async for event in stub.ListEvents(admin_pb2.ListEventsRequest(), timeout=10)]
+
+
+def rank_ids(mesh: LocalMesh, roles: Iterable[str] = ("attention", "both", "expert")) -> list[str]:
+    return [server.id for server in mesh.servers.values() if server.role in roles]
+
+
+async def stepping(mesh: LocalMesh) -> dict[str, str] | None:
+    """Server id → incarnation when every process runs and every rank steps in the current view; else None."""
+    if any(server.pid is None for server in mesh.servers.values()):
+        return None
+    try:
+        answer = await status(mesh)
+    except grpc.aio.AioRpcError:
+        return None
+    pids = {server.id: server.pid for server in mesh.servers.values()}
+    found = {
+        server.server_id: server.incarnation
+        for server in answer.servers
+        if server.HasField("rank")
+        and server.state == mesh_pb2.SERVER_STATE_SERVING
+        and server.pid == pids.get(server.server_id)
+    }
+    return found if answer.serving and set(found) == set(rank_ids(mesh)) else None
+
+
+async def until_idle(mesh: LocalMesh, timeout_s: float) -> None:
+    """Until no attention server holds a request or a KV block."""
+    held: dict[str, tuple[float, ...]] = {}
+
+    async def is_idle() -> bool:
+        for server_id in rank_ids(mesh, ("attention", "both")):
+            values = await asyncio.to_thread(metrics, mesh, server_id)
+            held[server_id] = tuple(values[name] for name in _HELD)
+        return not any(any(figures) for figures in held.values())
+
+    await until(is_idle, timeout_s, lambda: f"running, waiting, KV usage do not come to 0: {held}")
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]],
+    timeout_s: float,
+    otherwise: Callable[[], str],
+    poll_s: float = _POLL_S,
+) -> None:
+    """Ask until ``condition`` holds; fail with ``otherwise()`` when it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not await condition():
+        assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {otherwise()}"
+        await asyncio.sleep(poll_s)
