@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from expertmesh.balancer.policy import Floats
-from expertmesh.balancer.statistics import LayerCounts, Statistics
+from expertmesh.balancer.statistics import Statistics
 from expertmesh.mesh.view import HOSTS_EXPERTS
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
@@ -31,35 +31,34 @@ def balancedness(rank_load_R: Floats) -> float:
 def _layer_loads(
     view: mesh_pb2.View, placement: mesh_pb2.LayerPlacement, num_experts: int, statistics: Statistics
 ) -> admin_pb2.LayerLoads:
-    counts = statistics.layer(placement.layer)
-    if counts is None:
+    load_E, visits = statistics.layer_load(placement.layer), statistics.visits(placement.layer)
+    if load_E is None or visits is None:
         ranks = len(placement.slots) // view.slots_per_rank
         return admin_pb2.LayerLoads(
             layer=placement.layer, load=[0.0] * num_experts, balancedness=1.0, rank_load=[0.0] * ranks
         )
-    visits = counts.visits
     is_measured = (visits.view_number, visits.version) == (view.number, placement.version) and visits.tokens > 0
-    slot_load_G = visits.slot_load_G if is_measured else _expected_slot_load(placement, counts)
+    slot_load_G = visits.slot_load_G if is_measured else _expected_slot_load(placement, load_E)
     rank_load_R = slot_load_G.reshape(-1, view.slots_per_rank).sum(axis=1)
     return admin_pb2.LayerLoads(
         layer=placement.layer,
-        load=counts.load_E.tolist(),
+        load=load_E.tolist(),
         balancedness=balancedness(rank_load_R),
         fanout_ranks=visits.rank_visits / visits.tokens if is_measured else 0.0,
         fanout_nodes=visits.node_visits / visits.tokens if is_measured else 0.0,
-        tokens=counts.tokens,
+        tokens=statistics.tokens(placement.layer),
         rank_load=rank_load_R.tolist(),
     )
 
 
-def _expected_slot_load(placement: mesh_pb2.LayerPlacement, counts: LayerCounts) -> Floats:
+def _expected_slot_load(placement: mesh_pb2.LayerPlacement, load_E: Floats) -> Floats:
     """Until tokens have been counted under a new placement: each expert's load, shared out by the quotas."""
     expert_G = np.array(placement.slots, np.int64)
     held_G = expert_G >= 0
     weight_G = held_G * (np.array(placement.quotas, np.float64) if placement.quotas else 1.0)
-    total_E = np.zeros(len(counts.load_E))
+    total_E = np.zeros(len(load_E))
     np.add.at(total_E, expert_G[held_G], weight_G[held_G])
     slot_load_G = np.zeros(len(expert_G))
     expert = expert_G[held_G]
-    slot_load_G[held_G] = counts.load_E[expert] * weight_G[held_G] / np.where(total_E > 0, total_E, 1.0)[expert]
+    slot_load_G[held_G] = load_E[expert] * weight_G[held_G] / np.where(total_E > 0, total_E, 1.0)[expert]
     return slot_load_G

@@ -28,6 +28,11 @@ class RoutingDesk:
         self._statistics = statistics
         self._recordings = Recordings(actual, send, clock)
 
+    @property
+    def statistics_version(self) -> int:
+        """Grows with every report that counts."""
+        return self._statistics.version
+
     def receive(self, session: int, request: mesh_pb2.JoinRequest) -> None:
         """Any message of a stream but its first; those about something else are left alone."""
         kind = request.WhichOneof("message")

@@ -20,6 +20,7 @@ from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
 from expertmesh.balancer.events import EventLog
+from expertmesh.balancer.load_gauges import LoadGauges
 from expertmesh.balancer.migrations import Migrations, Stage
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.placement_file import PlacementFile, read_placement_file
@@ -109,10 +110,18 @@ class Outside:
 class Driver:
     """Runs the reconcile loop whenever something came in, and when it is due."""
 
-    def __init__(self, reconciler: Reconciler, actual: Actual, migrations: Migrations, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        actual: Actual,
+        migrations: Migrations,
+        loads: LoadGauges,
+        metrics: Metrics,
+    ) -> None:
         self._reconciler = reconciler
         self._actual = actual
         self._migrations = migrations
+        self._loads = loads
         self._metrics = metrics
         self._woken = asyncio.Event()
         self._states: set[str] = set()
@@ -124,6 +133,7 @@ class Driver:
         while True:
             self._woken.clear()
             self._tick_until_done()
+            self._loads.update(time.monotonic())
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._reconciler.due_in_s(time.monotonic())):
@@ -221,7 +231,7 @@ async def _serve(
         store_address=store.address,
         initial=initial,
     )
-    driver = Driver(reconciler, actual, control.migrations, metrics)
+    driver = Driver(reconciler, actual, control.migrations, LoadGauges(routing, metrics), metrics)
 
     def on_answer(answer: Answer) -> None:
         metrics.balancer_evaluation_duration_seconds.observe(answer.seconds)
@@ -229,7 +239,7 @@ async def _serve(
         driver.wake()
 
     evaluations.on_answer = on_answer
-    if config.balancer.mode == "online":
+    if control.online.mode == "online":
         worker.warm_up()
 
     def register(server: grpc.aio.Server) -> Sequence[str]:

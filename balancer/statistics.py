@@ -127,6 +127,16 @@ class Statistics:
             sources={server_id: source.load_E.copy() for server_id, source in counts.sources.items()},
         )
 
+    def visits(self, layer: int) -> Visits | None:
+        """Where its tokens went; None while nothing was counted."""
+        counts = self._layers.get(layer)
+        return None if counts is None else counts.visits
+
+    def tokens(self, layer: int) -> float:
+        """Decayed."""
+        counts = self._layers.get(layer)
+        return 0.0 if counts is None else counts.tokens
+
     def tokens_seen(self, layer: int) -> float:
         """Tokens counted in this layer, without decay: it only grows."""
         counts = self._layers.get(layer)

@@ -309,6 +309,27 @@ class Metrics:
         starts_on=BALANCER,
     )
 
+    # The placement, as traffic finds it. Aggregates over the MoE layers (over="mean", "min", "max"): a model has too
+    # many for a series each; `expertmesh balancer loads` shows every one.
+    balancer_balancedness = Declared(
+        Gauge,
+        "expertmesh_balancer_balancedness",
+        "Mean rank load / max rank load of a layer, under the placement in force; 1 is perfect.",
+        labels=("over",),
+    )
+    balancer_fanout_ranks = Declared(
+        Gauge,
+        "expertmesh_balancer_fanout_ranks",
+        "Distinct expert ranks that a token visits in a layer, counted since the layer got its placement.",
+        labels=("over",),
+    )
+    balancer_fanout_nodes = Declared(
+        Gauge,
+        "expertmesh_balancer_fanout_nodes",
+        "Distinct nodes that a token visits in a layer, counted since the layer got its placement.",
+        labels=("over",),
+    )
+
     # The router, and what every service has.
     router_requests_inflight = Declared(
         Gauge, "expertmesh_router_requests_inflight", "Requests admitted and not finished.", starts_on=ROUTER
