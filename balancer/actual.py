@@ -81,6 +81,7 @@ class Actual:
         self.adopt_until_s: float | None = None
         self.highest_number = state.view.number  # of any view that anybody spoke of: numbers are never used twice
         self.ledger = deepcopy(state.ledger)
+        self.mode_switch = state.mode_switch
         self.statuses: deque[tuple[str, mesh_pb2.MigrationStatus]] = deque()  # of the view's ranks, not heard yet
         self._config = config
         self._effects = effects
@@ -266,6 +267,7 @@ class Actual:
             fenced=tuple(self._fenced),
             events=tuple(self._events.after(0)),
             ledger=deepcopy(self.ledger),
+            mode_switch=self.mode_switch,
         )
 
     def layer_placement(self, layer: int) -> mesh_pb2.LayerPlacement | None:

@@ -23,6 +23,7 @@ from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Outcome
 from expertmesh.balancer.noise import Dispersion
 from expertmesh.balancer.policy import Floats, Layout, Proposal, StatisticsSource
+from expertmesh.balancer.state import ModeSwitch
 from expertmesh.mesh.config import BalancerConfig
 
 log = logging.getLogger(__name__)
@@ -76,10 +77,21 @@ class Online:
         self._num_jobs = 0
         self.mode: str = config.mode
         self.layer_updates_per_iter = config.layer_updates_per_iter
+        self._resume(actual.mode_switch)
         applying.layers_at_a_time = max(1, self.layer_updates_per_iter)
 
+    def _resume(self, switch: ModeSwitch | None) -> None:
+        """An administrator's switch outlives a restart, unless the configuration was changed since."""
+        if switch is None or switch.configured != self._config.mode:
+            self._actual.mode_switch = None
+            return
+        self.mode, self.layer_updates_per_iter = switch.mode, switch.layer_updates_per_iter
+        log.info("mode %s, as it was switched to before the restart", self.mode)
+
     def set_mode(self, mode: str, layer_updates_per_iter: int | None) -> str:
-        """Switch; what migrates already goes on. Returns the mode before.
+        """Switch, for good: also a balancer that starts again goes on in this mode. What migrates already goes on.
+
+        Returns the mode before.
 
         Raises:
             RefusedError: no such mode, or online without layers to update.
@@ -93,6 +105,8 @@ class Online:
             raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
         previous, self.mode, self.layer_updates_per_iter = self.mode, mode, layers
         self._applying.layers_at_a_time = max(1, layers)
+        self._actual.mode_switch = ModeSwitch(mode=mode, layer_updates_per_iter=layers, configured=self._config.mode)
+        self._effects.save(self._actual.durable())
         if mode != "online":
             self._chosen.clear()
         self._events.add("mode_changed", "balancer", f"{previous} → {mode}, {layers} layers at a time")

@@ -34,6 +34,15 @@ EVENTS_STORED = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModeSwitch:
+    """What an administrator switched to, in a mesh whose configuration said ``configured``."""
+
+    mode: str
+    layer_updates_per_iter: int
+    configured: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DurableState:
     """``view`` is the one published last, whether it still steps or not; empty when there was none."""
 
@@ -43,6 +52,7 @@ class DurableState:
     fenced: tuple[str, ...]  # incarnations that are over, oldest first
     events: tuple[Event, ...]
     ledger: Ledger = field(default_factory=Ledger)
+    mode_switch: ModeSwitch | None = None  # None: the mode is the configuration's
 
 
 def fresh_state() -> DurableState:
@@ -142,6 +152,7 @@ def encode(state: DurableState) -> bytes:
                     for plan in state.ledger.plans.values()
                 ],
             },
+            "mode_switch": None if state.mode_switch is None else asdict(state.mode_switch),
             "events": [asdict(event) for event in state.events[-EVENTS_STORED:]],
         },
         separators=(",", ":"),
@@ -168,6 +179,7 @@ def decode(data: bytes) -> DurableState:
         view=json_format.ParseDict(fields["view"], mesh_pb2.View()),
         events=tuple(Event(**event) for event in fields["events"]),
         ledger=_decode_ledger(fields.get("migrations")),
+        mode_switch=_decode_mode_switch(fields.get("mode_switch")),
     )
 
 
@@ -181,6 +193,11 @@ def _decode_ledger(fields: dict[str, Any] | None) -> Ledger:
         versions=dict(fields["versions"]),
         plans={plan.id: plan for plan in plans},
     )
+
+
+def _decode_mode_switch(fields: dict[str, Any] | None) -> ModeSwitch | None:
+    """None: no switch, or the state of a version that forgot them."""
+    return None if fields is None else ModeSwitch(**fields)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

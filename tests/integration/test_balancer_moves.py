@@ -158,6 +158,17 @@ async def test_the_command_line_plans_applies_and_watches(tmp_path: Path) -> Non
         assert "migration_committed layer 2" in out
 
 
+async def test_a_switched_mode_survives_a_restart(tmp_path: Path) -> None:
+    settings = config(tmp_path, mode="static")
+    for expected, wanted in (("static", "online"), ("online", "static"), ("static", None)):
+        async with balancer(settings) as address, rpc.open_channel(address, TlsConfig()) as channel:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+            now = await stub.GetStatus(admin_pb2.GetStatusRequest())
+            assert now.balancer_mode == expected
+            if wanted is not None:
+                await stub.SetMode(admin_pb2.SetModeRequest(mode=wanted))
+
+
 @pytest.mark.slow
 async def test_the_command_line_switches_modes_and_refuses_files(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"

@@ -12,6 +12,7 @@ import pytest
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
 from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Proposal
+from expertmesh.balancer.state import decode, encode
 from support.balancer_world import World, config, registration
 
 HALF_LIFE = 1000
@@ -153,6 +154,31 @@ def test_the_mode_is_switched_at_run_time() -> None:
     traffic(w, [1.0, 1.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0], windows=3)
     assert w.versions() == {0: 2, 2: 2}
     assert "online → static, 1 layers at a time" in w.messages("mode_changed")[-1]
+
+
+def test_a_switched_mode_outlives_the_balancer() -> None:
+    w = world(mode="static")
+    w.control.online.set_mode("online", 3)
+    w.restart_balancer()
+    assert (w.control.online.mode, w.control.online.layer_updates_per_iter) == ("online", 3)
+    w.restart_balancer(state=decode(encode(w.actual.durable())))  # and the one after it
+    assert (w.control.online.mode, w.control.applying.layers_at_a_time) == ("online", 3)
+    w.control.online.set_mode("static", None)
+    w.restart_balancer()
+    assert (w.control.online.mode, w.control.online.layer_updates_per_iter) == ("static", 3)
+
+
+def test_a_configuration_that_was_changed_beats_an_older_switch() -> None:
+    w = world(mode="static")
+    w.control.online.set_mode("online", 3)
+    settings = w.config.balancer.model_copy(update={"mode": "offline"})
+    w.config = w.config.model_copy(update={"balancer": settings})
+    w.restart_balancer()
+    assert (w.control.online.mode, w.control.online.layer_updates_per_iter) == (
+        "offline",
+        settings.layer_updates_per_iter,
+    )
+    assert w.actual.durable().mode_switch is None
 
 
 @pytest.mark.parametrize(("mode", "layers"), [("offline", None), ("quick", None), ("online", 0)])

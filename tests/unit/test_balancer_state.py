@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from expertmesh.balancer.state import (
     PREVIOUS_FILE,
     STATE_FILE,
     DurableState,
+    ModeSwitch,
     StateFile,
     decode,
     encode,
@@ -32,7 +34,10 @@ def state(number: int = 3) -> DurableState:
     view.ranks.add(rank=0, server_id="a1", incarnation="x", role=mesh_pb2.ROLE_ATTENTION)
     view.placement.add(layer=4, version=7, slots=[0, -1, 1, 2])
     event = Event(number=5, unix_s=1.5, kind="view_published", subject="view 3", message="é")
-    return DurableState(mesh_id="m", view=view, fingerprint="f", fenced=("i1", "i2"), events=(event,))
+    switch = ModeSwitch(mode="online", layer_updates_per_iter=3, configured="static")
+    return DurableState(
+        mesh_id="m", view=view, fingerprint="f", fenced=("i1", "i2"), events=(event,), mode_switch=switch
+    )
 
 
 def test_a_state_survives_the_file(tmp_path: Path) -> None:
@@ -47,6 +52,14 @@ def test_a_state_survives_the_file(tmp_path: Path) -> None:
 def test_only_the_newest_events_are_stored() -> None:
     many = tuple(replace(state().events[0], number=number) for number in range(2 * EVENTS_STORED))
     assert decode(encode(replace(state(), events=many))).events[0].number == EVENTS_STORED
+
+
+def test_the_state_of_a_version_that_forgot_mode_switches_loads() -> None:
+    fields = json.loads(encode(state()).split(b"\n")[1])
+    del fields["mode_switch"]
+    body = json.dumps(fields).encode()
+    old = decode(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n")
+    assert old == replace(state(), mode_switch=None)
 
 
 @given(st.integers(0, len(encode(state())) - 1), st.binary(max_size=3))
