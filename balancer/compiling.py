@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
-WARM_UP = (sys.executable, "-P", "-m", "expertmesh.balancer.solver.warm_up")
+WARM_UP = (sys.executable, "-P", "-m", "expertmesh.balancer.solver.warm_up", "--stop-with-stdin")
 COMPILE_TIMEOUT_S = 240.0
 """Less than an evaluation may take, with a busy machine in mind."""
 _STDERR_KEPT = 2000
@@ -60,11 +61,17 @@ class KernelCompiler:
             log.info("the solver's kernels are in the cache after %.1f s", time.monotonic() - started_s)
 
     async def _compile(self) -> None:
+        # A pipe that nothing is written to: it ends when this process does, be it by SIGKILL.
+        stdin, held_open = os.pipe()
+        try:
+            await self._compile_with(stdin)
+        finally:
+            os.close(stdin)
+            os.close(held_open)
+
+    async def _compile_with(self, stdin: int) -> None:
         process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
+            *self._command, stdin=stdin, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
         log.info("compiling the solver's kernels in process %d", process.pid)
         try:

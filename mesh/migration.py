@@ -57,7 +57,7 @@ class _CalledOffError(Exception):
 
 
 class Migrations:
-    """The migrations of one view on one rank; ``start`` it once, ``close`` it when the view is over."""
+    """The migrations of one view on one rank; ``start`` it once, ``call_off`` when the view is over."""
 
     def __init__(self, context: MigrationContext) -> None:
         self._c = context
@@ -76,12 +76,20 @@ class Migrations:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Drop what has not switched and end the thread: soon, unless a peer hangs in the middle of a transfer."""
+    def call_off(self) -> None:
+        """Drop what has not switched; the thread ends by itself, in its own time.
+
+        Nothing of the next view may wait for it: it may be on a store that died with the balancer, or hang in the
+        middle of a transfer. What it still reads from slots that change goes nowhere.
+        """
         self._closing.set()
         for migration in self._book.drop_all("view_ended"):
             self._work.put(migration)
         self._work.put(None)
+
+    def close(self) -> None:
+        """Call off, and see the thread end: soon, unless the store or a peer in the middle of a transfer hangs."""
+        self.call_off()
         self._thread.join(self.longest_join_s(self._c.silence_s))
         if self._thread.is_alive():
             log.error("view %d: a transfer of weights does not end", self._c.view.number)

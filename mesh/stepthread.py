@@ -143,6 +143,7 @@ class StepThread:
         self._view_ended = view_ended
         self.progress = Progress()
         self._migrations: Migrations | None = None
+        self._called_off: Migrations | None = None
         self._links: Links | None = None
         self.state = mesh_pb2.SERVER_STATE_STARTING
 
@@ -188,6 +189,8 @@ class StepThread:
                 continue
             last = view.number
             self._serve(view)
+        if self._called_off is not None:  # the process ends more quietly without threads that still run
+            self._called_off.close()
 
     def _serve(self, view: ViewInfo) -> None:
         links, plane, lockstep, migrations = None, None, None, None
@@ -223,7 +226,8 @@ class StepThread:
             if links is not None:
                 links.close()
             if migrations is not None:  # behind the others: peers hear at once that this rank has left
-                migrations.close()
+                migrations.call_off()
+                self._called_off = migrations
             self._view_ended()
 
     def _meet(self, view: ViewInfo) -> Links:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from expertmesh.balancer.solver.linear import linear
 from expertmesh.balancer.solver.quotas import balanced_quotas
 from expertmesh.balancer.solver.solve import Budget, SolverOptions, solve_layer
 from expertmesh.balancer.solver.topology import Topology
+
+STOP_WITH_STDIN = "--stop-with-stdin"
 
 
 def warm_up() -> None:
@@ -34,8 +37,17 @@ def warm_up() -> None:
 def main() -> None:
     if not caches():
         sys.exit("numba has no folder to keep compiled kernels in: let NUMBA_CACHE_DIR name one that can be written to")
+    if sys.argv[1:] == [STOP_WITH_STDIN]:
+        threading.Thread(target=_end_when_stdin_ends, name="stdin", daemon=True).start()
     os.nice(10)
     warm_up()
+
+
+def _end_when_stdin_ends() -> None:
+    """Whoever started this holds the other end: when it dies, however it dies, nobody needs the kernels."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,6 +26,12 @@ NO_LAYERS = Job(
     layers=(),
 )
 HANGS = (sys.executable, "-c", "import sys, signal; print('at it', file=sys.stderr, flush=True); signal.pause()")
+BALANCER = """
+import asyncio, logging
+from expertmesh.balancer.compiling import KernelCompiler
+logging.basicConfig(level=logging.INFO)
+asyncio.run(KernelCompiler().finished())
+"""
 MISSES = """
 from expertmesh.balancer.policy_solver import SolverPolicy
 from expertmesh.balancer.solver import anneal, balance, expected, problem, quotas, relabel, relieve, search_state
@@ -115,6 +122,26 @@ async def test_the_child_ends_with_the_balancer(
         await compiler.close()
     assert is_gone(pid)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.slow
+def test_the_child_does_not_outlive_a_killed_balancer(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", BALANCER], stderr=subprocess.PIPE, text=True, env=environment
+    ) as balancer:
+        assert balancer.stderr is not None
+        pid = int(next(line for line in balancer.stderr if "in process" in line).rsplit(" ", 1)[1])
+        assert not is_gone(pid)
+        balancer.kill()
+        assert balancer.stderr.read() == ""
+    try:
+        child = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([child], [], [], 20)
+    os.close(child)
+    assert ended, "the child compiles on for nobody"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,34 @@ def ranks(path: Path) -> Iterator[Ranks]:
     made.start()
     yield made
     made.close()
+
+
+class StoreThatHangs(HashStore):
+    """Answers nothing until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        self.answers = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.asked.set()
+        assert self.answers.wait(10)
+        super().set(key, value)
+
+
+def test_the_next_view_does_not_wait_for_a_store_that_hangs(path: Path) -> None:
+    placement = dict.fromkeys(LAYERS, OLD)
+    view = make_view("aee", placement, num_slots=NUM_SLOTS)
+    store = StoreThatHangs()
+    rank = Rank(path, ViewInfo(view.proto, 1), side_groups(2, store=store)[0], placement)
+    rank.migrations.start()
+    assert store.asked.wait(10)
+    started_s = time.monotonic()
+    rank.migrations.call_off()
+    assert time.monotonic() - started_s < 1.0, "it waited for the store"
+    store.answers.set()
+    rank.close()
 
 
 def counted(rank: Rank, family: str, **labels: str) -> float:
