@@ -190,13 +190,19 @@ class Migrations:
         return f"heard from {server_id} about migration {status.id}"
 
     def _hear_of_unknown(self, server_id: str, status: mesh_pb2.MigrationStatus) -> str:
-        """A plan of a balancer whose state is lost: the rank brings what it runs when it registers again."""
+        """A plan of a balancer that died before it was saved, or whose state is lost. A rank that switched brings what
+        it runs when it registers again; one that staged would keep the layer until it forgets the plan."""
         member = self._actual.members.get(server_id)
-        is_news = status.phase == mesh_pb2.MIGRATION_PHASE_COMMITTED and status.id not in self._done
-        if is_news and member is not None and member.session is not None:
+        session = None if member is None else member.session
+        if session is None or status.id in self._done:
+            pass
+        elif status.phase == mesh_pb2.MIGRATION_PHASE_COMMITTED:
             self._done.append(status.id)
             log.warning("%s switched by migration %d, which is unknown here", server_id, status.id)
-            self._effects.close(member.session)
+            self._effects.close(session)
+        elif status.phase == mesh_pb2.MIGRATION_PHASE_STAGED:
+            abort = mesh_pb2.MigrationAbort(id=status.id, reason="the balancer does not know it")
+            self._effects.send(session, mesh_pb2.JoinResponse(abort=abort))
         return f"heard from {server_id} about migration {status.id}, which is unknown"
 
     def _believe(self, plan: mesh_pb2.MigrationPlan, server_id: str, status: mesh_pb2.MigrationStatus) -> None:

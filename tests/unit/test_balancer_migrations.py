@@ -271,6 +271,30 @@ def test_a_balancer_without_state_learns_of_a_switch_from_the_ranks() -> None:
     assert w.agree()
 
 
+def test_a_plan_that_died_with_its_balancer_is_called_off() -> None:
+    """Killed between the sending of a plan and its saving: else the ranks would keep the layer until they forget."""
+    w = world()
+    saved = w.effects.saved[-1]
+    w.hold("e2", slow=True)
+    w.apply(0, SWAPPED)
+    w.advance(0.1)
+    (plan,) = w.heard("a1", "plan")
+    w.restart_balancer(state=saved)
+    for server_id in ("a1", "e1", "e2"):
+        w.rejoin(server_id)
+        w.hold(server_id, slow=False)
+    for server_id in ("a1", "e1"):  # what a rank could not send while it was alone
+        staged = mesh_pb2.MigrationStatus(id=plan.id, phase=mesh_pb2.MIGRATION_PHASE_STAGED)
+        w.say(server_id, migration=staged)
+    w.advance(0.1)
+    assert [w.servers[server_id].staged for server_id in ("a1", "e1")] == [{}, {}]
+    assert w.versions()[0] == 1
+    w.apply(0, SWAPPED)
+    w.advance(1)
+    assert w.slots(0) == SWAPPED
+    assert w.agree()
+
+
 # Any story.
 
 
