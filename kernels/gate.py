@@ -1,9 +1,9 @@
 """The gate: top-k experts of each token, their weights, the slots they go to, and the routing counts, in one launch.
 
 Scores are softmax probabilities (Qwen3-MoE, Mixtral) or sigmoids (DeepSeek-V3, arXiv:2412.19437: chosen with a bias
-for each expert and within the best groups only, weighted without the bias). Replicas are chosen as ``mesh.placement``
-does it on the CPU, in float64 and the same order of operations, so that the choices are equal bit for bit; only its
-last step, moving what is beyond a replica's cap, is not done here.
+for each expert and within the best groups only, weighted without the bias). Of an expert's replicas a token goes to the
+one on the rank that its choices speak for together and, among equals, whose turn it is. It remembers no loads, as the
+ranks' rule on the CPU (``mesh.placement``) does, and is less even.
 
 Dimensions: T tokens, E experts, K experts a token, W most replicas of an expert, R expert ranks, G global slots, M
 nodes, P length of the table of turns.

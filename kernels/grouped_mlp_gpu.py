@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertmesh.kernels.grouped_mlp import library_expert_mlp
 from expertmesh.kernels.grouped_mlp_tiles import ODD, Tile, Tiles, tiles_for
 from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors
 
@@ -33,8 +32,8 @@ def grouped_expert_mlp_gpu(
 ) -> torch.Tensor:
     """``down(silu(gate(x)) * up(x))`` of each row with its slot's weights; see ``grouped_mlp.grouped_expert_mlp``.
 
-    Safe to capture into a CUDA graph: the counts are read on the device alone. Deterministic: a row's sums run in one
-    order, whatever the other rows are.
+    Safe to capture into a CUDA graph: the counts are read on the device alone. Deterministic: with the same tiles,
+    which follow from N/S or ``expected_rows``, a row's result does not depend on the other rows.
 
     Args:
         rows_NH: bfloat16 or float32, contiguous. Rows that belong to no slot may hold anything.
@@ -53,8 +52,6 @@ def grouped_expert_mlp_gpu(
         return y_NH
     if tiles is None:
         tiles = tiles_for(num_rows / num_slots if expected_rows is None else expected_rows)
-    if tiles.grouped_mm and starts_S is None and _is_bulk(rows_NH) and _is_bulk(down_SHI):
-        return library_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)
     hidden_NI = rows_NH.new_empty(num_rows, down_SHI.shape[-1])
     overlaps = tiles.overlap and not IS_INTERPRETED
     grouped_matmul(rows_NH, counts_S, starts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps)
@@ -133,7 +130,7 @@ def grouped_matmul(
 
 
 def _is_bulk(matrix: torch.Tensor) -> bool:
-    """The bulk copy engine and grouped_mm read it; float32 keeps its precision only in the simple kernel."""
+    """The bulk copy engine reads it, and tensor cores keep its precision."""
     return matrix.dtype == torch.bfloat16 and matrix.shape[-1] * matrix.itemsize % BULK_COPY_ALIGNMENT_BYTES == 0
 
 

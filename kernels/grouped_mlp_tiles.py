@@ -1,4 +1,4 @@
-"""Tile sizes of the grouped expert MLP, measured by ``benchmarks/gpu/grouped_mlp.py --sweep``; data, not code.
+"""Tile sizes of the grouped expert MLP, measured by ``benchmarks/gpu/kernels.py --sweep``; data, not code.
 
 ``rows`` is the mean number of rows a slot; a row of the table serves all means up to its own.
 """
@@ -33,26 +33,23 @@ class Tile:
 class Tiles:
     """The tiles of both products for up to ``rows`` rows a slot in the mean.
 
-    ``overlap``: the second product's programs start while the first one's last programs run. ``grouped_mm``: the
-    library's kernel is faster; the tiles serve where it cannot be taken.
+    ``overlap``: the second product's programs start while the first one's last programs run.
     """
 
     rows: float
     gate_up: Tile
     down: Tile
-    overlap: bool = False
-    grouped_mm: bool = False
+    overlap: bool = True
 
 
 ODD = Tile(rows=16, columns=64, depth=64, stages=2, warps=4, bulk=False)
 """For sizes that the bulk copy engine refuses, and for float32."""
 
 HOPPER: tuple[Tiles, ...] = (
-    Tiles(1, Tile(16, 64, 128, 3, 4), Tile(16, 128, 64, 4, 4), overlap=True),
-    Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 8), overlap=True),
-    Tiles(16, Tile(32, 64, 128, 3, 4, is_paired=True), Tile(32, 128, 64, 4, 4), overlap=True),
-    Tiles(32, Tile(64, 64, 128, 3, 4, is_paired=True), Tile(64, 128, 64, 4, 4), overlap=True),
-    Tiles(64, Tile(128, 128, 64, 4, 8), Tile(64, 128, 64, 4, 4), overlap=True),
+    Tiles(1, Tile(16, 64, 128, 3, 4), Tile(16, 128, 64, 4, 4)),
+    Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 8)),
+    Tiles(16, Tile(32, 64, 128, 3, 4, is_paired=True), Tile(32, 128, 64, 4, 4)),
+    Tiles(32, Tile(64, 64, 128, 3, 4, is_paired=True), Tile(64, 128, 64, 4, 4)),
     Tiles(
         float("inf"),
         Tile(128, 128, 64, 4, 8),

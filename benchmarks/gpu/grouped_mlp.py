@@ -63,7 +63,7 @@ class Inputs:
 
 
 def measure(shapes: tuple[Shape, ...], limits: dict[str, float]) -> Iterator[Row]:
-    """The function with its table, the Triton kernels alone where the table takes the library's, and the library's."""
+    """The function with its table, the same with the other choice of overlap, and the library's."""
     for shape in shapes:
         torch.cuda.empty_cache()
         inputs = Inputs(shape)
@@ -81,9 +81,7 @@ def measure(shapes: tuple[Shape, ...], limits: dict[str, float]) -> Iterator[Row
 
 def _functions(tiles: Tiles) -> dict[str, Mlp]:
     found: dict[str, Mlp] = {"grouped_mlp": grouped_expert_mlp_gpu, "grouped_mm of torch": library_expert_mlp}
-    if tiles.grouped_mm:
-        found["grouped_mlp, Triton"] = partial(grouped_expert_mlp_gpu, tiles=replace(tiles, grouped_mm=False))
-    other = replace(tiles, grouped_mm=False, overlap=not tiles.overlap)
+    other = replace(tiles, overlap=not tiles.overlap)
     found["grouped_mlp, overlap " + ("on" if other.overlap else "off")] = partial(grouped_expert_mlp_gpu, tiles=other)
     return found
 

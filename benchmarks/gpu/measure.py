@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -176,14 +175,15 @@ def machine() -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": " ".join(["python", *sys.argv]),
     }
 
 
-def write(path: Path, limits: dict[str, float], rows: Sequence[Row]) -> None:
+def write(path: Path, command: str, limits: dict[str, float], rows: Sequence[Row]) -> None:
+    """One line a row, so that results can be compared line by line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {**machine(), "ceilings": limits, "rows": list(rows)}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    head = json.dumps({"command": command, **machine(), "ceilings": limits}, indent=1, ensure_ascii=False)
+    lines = ",\n".join("  " + json.dumps(line, ensure_ascii=False) for line in rows)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -25,8 +25,8 @@ _ROTATED_BYTES = 400 << 20
 class Inputs:
     """Enough caches for a batch and context, and one set of the rest; contexts vary by a quarter around the mean."""
 
-    def __init__(self, batch: int, context: int, *, equal: bool) -> None:
-        self.batch, self.context = batch, context
+    def __init__(self, batch: int, context: int, *, equal: bool, heads_first: bool = False) -> None:
+        self.batch, self.heads_first = batch, heads_first
         spread = torch.zeros(batch) if equal or batch == 1 else torch.linspace(-0.25, 0.25, batch)
         order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
         self.lengths = (context * (1 + spread[order])).int().cuda()
@@ -34,9 +34,9 @@ class Inputs:
         num_blocks = batch * blocks_a_seq
         self.bytes = int(self.lengths.sum()) * 2 * KV_HEADS * HEAD_DIM * 2
         layers = max(2, min(16, -(-_ROTATED_BYTES // self.bytes)))
+        middle = (2 * KV_HEADS, BLOCK_SIZE) if heads_first else (BLOCK_SIZE, 2 * KV_HEADS)
         self.caches = [
-            torch.randn(num_blocks, BLOCK_SIZE, 2 * KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-            for _ in range(layers)
+            torch.randn(num_blocks, *middle, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(layers)
         ]
         self.blocks = torch.randperm(num_blocks, device="cuda").view(batch, blocks_a_seq).to(torch.int32)
         self.q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -54,6 +54,8 @@ class Inputs:
         return plan
 
     def call(self, cache: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        if self.heads_first:
+            cache = cache.transpose(1, 2)
         key, value = cache[:, :, :KV_HEADS], cache[:, :, KV_HEADS:]
         return paged_decode_attention(self.q, key, value, self.blocks, self.lengths, plan=plan)
 
@@ -63,13 +65,14 @@ class Inputs:
 
 
 def measure(limits: dict[str, float]) -> Iterator[Row]:
-    for (batch, context), equal in product(CASES, (True, False)):
+    for (batch, context), equal, heads_first in product(CASES, (True, False), (False, True)):
         if not equal and batch == 1:
             continue
-        inputs = Inputs(batch, context, equal=equal)
+        inputs = Inputs(batch, context, equal=equal, heads_first=heads_first)
         moved = inputs.bytes + 2 * inputs.q.numel() * 2
         operations = inputs.bytes / 2 / KV_HEADS * HEADS * 2
-        where = {"batch": batch, "context": context, "lengths": "equal" if equal else "±25 %"}
+        where = {"batch": batch, "context": context, "lengths": "equal" if equal else "±25 %",
+                 "block": "head, position" if heads_first else "position, head"}  # fmt: skip
         yield row("paged_decode", where, inputs.time(TUNING), num_bytes=moved, operations=operations, limits=limits)
 
 

@@ -52,8 +52,7 @@ def test_mlp_of_routed_tokens(num_tokens: int, top_k: int) -> None:
 )
 def test_mlp_with_every_row_of_the_table(counts: list[int], tiles: Tiles) -> None:
     check_grouped_mlp("cuda", counts, 2048, 768, BF16, tiles=tiles, spare=3)
-    if not tiles.grouped_mm:
-        check_grouped_mlp("cuda", counts, 264, 136, BF16, tiles=tiles, gap=5)
+    check_grouped_mlp("cuda", counts, 264, 136, BF16, tiles=tiles, gap=5)
 
 
 @DTYPES
@@ -86,9 +85,7 @@ def test_mlp_in_a_graph_follows_the_counts() -> None:
         assert_near(y_NH[:total], expected[:total], BF16)
 
 
-@pytest.mark.parametrize(
-    "tiles", [tiles for tiles in HOPPER if not tiles.grouped_mm], ids=lambda tiles: str(tiles.rows)
-)
+@pytest.mark.parametrize("tiles", HOPPER, ids=lambda tiles: f"up to {tiles.rows}")
 def test_mlp_of_a_row_is_the_same_whatever_the_others_are(tiles: Tiles) -> None:
     draw = Draw(6, "cuda")
     rows_NH, gate_up, down = draw.normal(300, 512, dtype=BF16), draw.normal(4, 256, 512), draw.normal(4, 512, 128)

@@ -1,12 +1,12 @@
-"""The gate kernel, in the interpreter, and its choices against those of the CPU's routing."""
+"""The gate kernel, in the interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from expertmesh.kernels.gate import Gate, SlotTables, route
-from expertmesh.mesh.placement import LayerRouting, Topology
+from expertmesh.kernels.gate import Gate, route
+from expertmesh.mesh.placement import Topology
 from expertmesh.mesh.statistics import RoutingCounts
 from support.kernel_checks import Draw, check_route, routing_totals, slot_tables
 
@@ -38,35 +38,16 @@ def test_ties_go_to_the_lowest_expert() -> None:
     torch.testing.assert_close(routing.weight_TK, torch.full((2, 3), 1 / 3))
 
 
-def test_slots_and_counts_are_those_of_the_cpu_ranks() -> None:
-    """Up to 8 tokens no replica has a cap, and ``LayerRouting`` does all that the kernel does."""
-    num_experts, slots_per_rank, turn = 24, 9, 1021
-    generator = torch.Generator().manual_seed(3)
-    order = torch.randperm(num_experts, generator=generator).tolist()
-    slots = order + order[:12]
-    topology = Topology(slots_per_rank=slots_per_rank, node_R=NODES, own_node=1)
-    routing = LayerRouting(slots, num_experts, topology, quotas=[1 + slot % 3 for slot in range(len(slots))])
-    tables = _tables_of(routing, topology)
-    gate, totals = Gate(top_k=6), routing_totals(num_experts, len(slots), "cpu")
-    result = route(torch.randn(8, num_experts, generator=generator), gate, tables, torch.tensor([turn]), totals=totals)
-    expected_TK = routing.choose(result.expert_TK, turn)
-    assert torch.equal(result.slot_TK, expected_TK)
+def test_counts_are_those_of_the_cpu_ranks() -> None:
+    num_experts, slots_per_rank = 24, 12
+    tables = slot_tables(Draw(3, "cpu"), num_experts, width=2, slots_per_rank=slots_per_rank, node_R=NODES)
+    gate, totals = Gate(top_k=6), routing_totals(num_experts, 4 * slots_per_rank, "cpu")
+    logits_TE = torch.randn(8, num_experts, generator=torch.Generator().manual_seed(3))
+    result = route(logits_TE, gate, tables, torch.zeros(1, dtype=torch.int64), totals=totals)
+    topology = Topology(slots_per_rank=slots_per_rank, node_R=NODES)
     counts = RoutingCounts(1, [1], topology, num_experts=num_experts, top_k=gate.top_k)
-    counts.add(result.expert_TK.numpy()[None], expected_TK.numpy()[None])
+    counts.add(result.expert_TK.numpy()[None], result.slot_TK.numpy()[None])
     counts.fold()
     assert (totals.pairs_EE.numpy() - 1 == counts.pairs_LEE[0]).all()
     assert (totals.slot_load_G.numpy() - 1 == counts.slot_load_LG[0]).all()
     assert (totals.visits - 1).tolist() == [counts.rank_visits_L[0], counts.node_visits_L[0]]
-
-
-def _tables_of(routing: LayerRouting, topology: Topology) -> SlotTables:
-    return SlotTables(
-        replica_EW=torch.from_numpy(routing._replica_EW).to(torch.int32),
-        rank_EW=torch.from_numpy(routing._rank_EW).to(torch.int32),
-        bias_EW=torch.from_numpy(routing._bias_EW),
-        affinity_ER=torch.from_numpy(routing._affinity_ER),
-        turn_PR=torch.from_numpy(routing._turn_PR),
-        node_R=torch.tensor(topology.node_R, dtype=torch.int32),
-        num_turns=len(routing._turn_PR) // 2,
-        rank_limit=routing._affinity_ER.max(),
-    )
