@@ -17,12 +17,13 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test lint format gen gen-check unit bench bench-balancer clean
+.PHONY: help demo test lint format gen gen-check unit chaos bench bench-balancer clean
 
 help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
 	@echo "make test      everything the CI runs: lint, gen-check, all tests"
 	@echo "make unit      the fast tests only"
+	@echo "make chaos     kill, stop, add and drain servers while streams run, half an hour; SEED=N for other victims"
 	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
 	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
 	@echo "make bench     measure serving (benchmarks/results/)"
@@ -37,6 +38,11 @@ test: lint gen-check
 
 unit: $(VENV)/.installed-dev
 	$(PY) -m pytest tests/unit -m "not slow"
+
+SEED ?= 1
+chaos: $(VENV)/.installed-dev
+	$(PY) -m expertmesh.balancer.solver.warm_up
+	PYTHONPATH=tests $(PY) -m chaos --seed $(SEED) --json benchmarks/results/chaos.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ from typing import IO
 log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.2
-LONGEST_BACKOFF_S = 5.0
+LONGEST_BACKOFF_S = 2.0
+"""Short, since all others may wait for the one that died: without the balancer no view follows a death."""
 HEALTHY_AFTER_S = 30.0
 """A process that lived so long starts again with the first back-off."""
 

@@ -24,7 +24,9 @@ def main() -> int:
     print("\n" + table(outcomes))
     if options.json:
         report = {
-            "command": f"make chaos SEED={options.seed}" if not options.only else " ".join(sys.argv),
+            "command": f"make chaos SEED={options.seed}"
+            if not options.only
+            else "python -m chaos " + " ".join(sys.argv[1:]),
             "scenarios": [json.loads(outcome.as_json()) for outcome in outcomes],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -53,8 +55,9 @@ async def _play_all(options: argparse.Namespace) -> list[Outcome]:
         stage = Stage(options.logs or Path(folder))
         try:
             for scenario, following in zip(chosen, [*chosen[1:], None], strict=True):
-                last = following is None or following.config != scenario.config
-                outcome = await play(scenario, stage, asked, seed=options.seed, long=not options.short, last=last)
+                outcome = await play(
+                    scenario, stage, asked, seed=options.seed, long=not options.short, following=following
+                )
                 print(outcome.as_json(), flush=True)
                 outcomes.append(outcome)
         finally:

@@ -62,7 +62,7 @@ async def expert_frozen(trial: Trial, traffic: Traffic) -> None:
     mesh = trial.mesh
     victim = trial.random.choice(mesh_state.rank_ids(mesh, ["expert"]))
     pid, last_event = mesh.servers[victim].pid, (await mesh_state.events(mesh))[-1].number
-    await trial.freeze(victim, 10.0)
+    await trial.freeze(victim, 10.0 if trial.long else 6.0)
     events = [event for event in await mesh_state.events(mesh) if event.number > last_event and event.subject == victim]
     kinds = [event.kind for event in events]
     trial.outcome.figures["events"] = kinds
@@ -112,14 +112,19 @@ async def drain(mesh: LocalMesh, server_id: str) -> None:
 
 
 async def random_kills(trial: Trial, traffic: Traffic) -> None:
-    """kill -9 something every 3 s, any process but the last of its role, and the balancer too."""
+    """kill -9 something every 3 s: any rank but the last that steps in its role, or the balancer.
+
+    A beat passes when there is nobody but the last: a killed process needs some seconds to come back.
+    """
     mesh, killed = trial.mesh, list[str]()
     ends_s = time.monotonic() + (600.0 if trial.long else 30.0)
     while time.monotonic() < ends_s:
-        victim = trial.random.choice(["balancer", *_spare(mesh)])
-        trial.census.look()
-        mesh.kill(victim)
-        killed.append(victim)
+        spare = await _spare(mesh)
+        if spare:
+            victim = trial.random.choice(["balancer", *spare])
+            trial.census.look()
+            mesh.kill(victim)
+            killed.append(victim)
         await asyncio.sleep(3.0)
     started_s = time.monotonic()
     await trial.until_whole()
@@ -132,8 +137,9 @@ async def random_kills(trial: Trial, traffic: Traffic) -> None:
     }
 
 
-def _spare(mesh: LocalMesh) -> list[str]:
-    """Ranks whose role another running process has as well."""
-    running = [server for server in mesh.servers.values() if server.pid is not None]
-    roles = [server.role for server in running]
-    return [server.id for server in running if roles.count(server.role) > 1]
+async def _spare(mesh: LocalMesh) -> list[str]:
+    """Ranks in whose role another one steps as well; none while the balancer cannot say."""
+    servers = mesh.servers
+    stepping = sorted(await mesh_state.members(mesh, timeout_s=1.0))
+    roles = [servers[server_id].role for server_id in stepping]
+    return [server_id for server_id in stepping if roles.count(servers[server_id].role) > 1]

@@ -15,7 +15,7 @@ from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
 from chaos.traffic import Question, Traffic
 from support import mesh_state
 
-QUIET_S = 5.0
+QUIET_S, SHORT_QUIET_S = 5.0, 2.0
 """Of undisturbed traffic before the first fault, to compare with."""
 
 
@@ -60,12 +60,16 @@ SCENARIOS = (
 
 
 async def play(
-    scenario: Scenario, stage: Stage, asked: Sequence[Question], *, seed: int, long: bool, last: bool = True
+    scenario: Scenario,
+    stage: Stage,
+    asked: Sequence[Question],
+    *,
+    seed: int,
+    long: bool,
+    following: Scenario | None,
 ) -> Outcome:
-    """
-    Args:
-        last: stop the mesh behind it and look for what it left.
-    """
+    """Play one scenario. Its mesh is left to the ``following`` one if that wants the same; else what it leaves behind
+    when it stops belongs to the outcome."""
     outcome = Outcome(scenario=scenario.name, seed=seed, long=long, targets=scenario.targets)
     mesh, census = await stage.set(scenario.config)
     trial = Trial(
@@ -79,7 +83,7 @@ async def play(
     await trial.until_whole()
     async with Traffic(mesh.router, asked, seed) as traffic:
         await traffic.until_flowing()
-        await asyncio.sleep(QUIET_S)
+        await asyncio.sleep(QUIET_S if long else SHORT_QUIET_S)
         faults_s = time.monotonic()
         await scenario.play(trial, traffic)
         await traffic.until_flowing()
@@ -93,6 +97,6 @@ async def play(
     except AssertionError as error:
         outcome.problems.append(str(error))
     outcome.problems += census.leaks_running()
-    if last:
+    if following is None or following.config != scenario.config:
         outcome.problems += await stage.clear()
     return outcome

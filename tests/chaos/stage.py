@@ -84,19 +84,16 @@ class Stage:
     _count: int = 0
 
     async def set(self, config: dict[str, Any]) -> tuple[LocalMesh, Census]:
-        """A whole mesh with ``mesh_config(**config)``. One of another configuration has to be cleared first."""
+        """A mesh with ``mesh_config(**config)``; one of another configuration is stopped first."""
+        if self._config != config:
+            await self.clear()
         if self._mesh is None or self._census is None:
             self._count += 1
             overrides = {"telemetry__metrics_port": 0, **config}
             folder = self.folder / f"mesh-{self._count}"
             self._mesh = await asyncio.to_thread(start_mesh, folder, mesh_config(**overrides), restart=True)
             self._census, self._config = Census(self._mesh), config
-        assert self._config == config, "the stage holds another mesh"
         return self._mesh, self._census
-
-    def fits(self, config: dict[str, Any]) -> bool:
-        """Whether a scenario of this configuration can play on what is there."""
-        return self._mesh is not None and self._config == config
 
     async def clear(self) -> list[str]:
         """Stop the mesh. Returns what it left behind."""

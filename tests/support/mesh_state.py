@@ -33,10 +33,10 @@ def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
     return values
 
 
-async def status(mesh: LocalMesh) -> admin_pb2.GetStatusResponse:
+async def status(mesh: LocalMesh, timeout_s: float = 10.0) -> admin_pb2.GetStatusResponse:
     async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
-        return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=10, wait_for_ready=True)
+        return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True)
 
 
 async def events(mesh: LocalMesh) -> list[admin_pb2.ListEventsResponse]:
@@ -54,19 +54,27 @@ async def stepping(mesh: LocalMesh) -> dict[str, str] | None:
     """Server id → incarnation when every process runs and every rank steps in the current view; else None."""
     if any(server.pid is None for server in mesh.servers.values()):
         return None
+    found = await members(mesh)
+    return found if set(found) == set(rank_ids(mesh)) else None
+
+
+async def members(mesh: LocalMesh, timeout_s: float = 10.0) -> dict[str, str]:
+    """Server id → incarnation of the running ranks that step in the current view; empty while nothing serves or the
+    balancer does not answer."""
     try:
-        answer = await status(mesh)
+        answer = await status(mesh, timeout_s)
     except grpc.aio.AioRpcError:
-        return None
+        return {}
+    if not answer.serving:
+        return {}
     pids = {server.id: server.pid for server in mesh.servers.values()}
-    found = {
+    return {
         server.server_id: server.incarnation
         for server in answer.servers
         if server.HasField("rank")
         and server.state == mesh_pb2.SERVER_STATE_SERVING
         and server.pid == pids.get(server.server_id)
     }
-    return found if answer.serving and set(found) == set(rank_ids(mesh)) else None
 
 
 async def until_idle(mesh: LocalMesh, timeout_s: float) -> None:
