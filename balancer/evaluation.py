@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, PlacementPolicy, Proposal
+from expertmesh.mesh.background import only_idle_cores
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class EvaluationWorker:
         self._make_policy = make_policy
         self._prepare = prepare
         self._policy: PlacementPolicy | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement", initializer=only_idle_cores)
         self._warming: asyncio.Task[None] | None = None
 
     async def ask(self, job: Job) -> Answer:

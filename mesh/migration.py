@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from expertmesh.mesh.background import only_idle_cores
 from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables
@@ -112,6 +113,9 @@ class Migrations:
             self._hear_abort(message.abort)
 
     def _hear_plan(self, plan: mesh_pb2.MigrationPlan) -> None:
+        for old in self._book.supersede(plan):
+            log.warning("migration %d of layer %d gives way to migration %d", old.id, old.layer, plan.id)
+            self._work.put(old)
         try:
             migration = self._book.open(plan)
         except PlanRefusedError as error:
@@ -169,6 +173,7 @@ class Migrations:
     # -- worker -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        only_idle_cores()
         with torch.inference_mode():
             if self._c.side is not None:
                 self._c.side.open(Patience(self._closing, time.monotonic() + self._c.silence_s))

@@ -108,6 +108,20 @@ class MigrationBook:
             self._live[plan.id] = migration
             return migration
 
+    def supersede(self, plan: mesh_pb2.MigrationPlan) -> list[Migration]:
+        """Drop older plans for the layer of this one: a balancer has one at a time and never reuses an id, so it has
+        forgotten them, by a death before they were saved. One whose switch is being agreed on stays."""
+        with self._lock:
+            old = [
+                migration.id
+                for migration in self._live.values()
+                if migration.layer == plan.placement.layer
+                and migration.id < plan.id
+                and migration.id not in self._listed
+                and plan.view_number == self.view.number
+            ]
+            return [dropped for i in old if (dropped := self._drop(i, "superseded")) is not None]
+
     def status(self, migration_id: int) -> mesh_pb2.MigrationStatus | None:
         """How far a migration is, to be said again; None while it is being staged or when it is unknown."""
         with self._lock:

@@ -235,7 +235,7 @@ class Metrics:
     rank_migrations = Declared(
         Counter,
         "expertmesh_rank_migrations",
-        "Plans that ended on this rank: committed, aborted, failed, refused, forgotten, view_ended.",
+        "Plans that ended on this rank: committed, aborted, failed, refused, forgotten, superseded, view_ended.",
         labels=("outcome",),
     )
     rank_migration_duration_seconds = Declared(

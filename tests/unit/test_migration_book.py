@@ -65,6 +65,22 @@ def test_the_way_of_a_plan(book: MigrationBook) -> None:
     assert book.switch([], step=6) == []
 
 
+def test_a_newer_plan_takes_the_place_of_one_that_its_balancer_forgot(book: MigrationBook) -> None:
+    old, other = opened(book, make_plan(7, book.view, 1, NEW)), opened(book, make_plan(6, book.view, 0, NEW))
+    stage(book, old)
+    newer = make_plan(8, book.view, 1, NEW)
+    assert book.supersede(make_plan(5, book.view, 1, NEW)) == []  # it is the older one
+    assert book.supersede(newer) == [old]
+    assert (old.outcome, old.called_off.is_set(), other.outcome) == ("superseded", True, "")
+    migration = opened(book, newer)
+    assert not book.commit(7)
+    book.commit(8)
+    stage(book, migration)
+    assert list(book.listed()) == [8]
+    assert book.supersede(make_plan(9, book.view, 1, NEW)) == []  # the step may be under way elsewhere
+    assert book.switch([8], step=5) == [migration]
+
+
 def test_a_listing_binds_for_its_step_only(book: MigrationBook) -> None:
     migration = opened(book, make_plan(7, book.view, 1, NEW))
     stage(book, migration)
