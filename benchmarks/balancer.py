@@ -28,7 +28,7 @@ import routing_data
 from numpy.typing import NDArray
 
 from expertmesh.balancer.simulator.bounds import equal_split_bound, least_fanout
-from expertmesh.balancer.simulator.score import LayerScore, score_locality_first, score_turns, tally
+from expertmesh.balancer.simulator.score import LayerScore, route_locality_first, score_turns, tally
 from expertmesh.balancer.solver import (
     Budget,
     SolverOptions,
@@ -40,13 +40,13 @@ from expertmesh.balancer.solver import (
     solve_layer,
 )
 from expertmesh.balancer.solver.expected import balancedness, rank_loads
-from expertmesh.balancer.solver.quotas import balanced_quotas
-from expertmesh.mesh import placement
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 GPTOSS = Topology.even(num_slots=40, num_ranks=8, num_nodes=2)
-SEEN_TOKENS, STEP_TOKENS = 20_000, 512
+STEP_TOKENS, SOURCES = 32, (1, 2, 4, 8)
+WINDOWS = (256, 2048)
+"""Balancedness over so many tokens in a row says what steps of so many tokens would get."""
 LAYER_BUDGET = 8
 """Slots that a layer may load after a domain shift: 20 % of 40."""
 
@@ -142,26 +142,60 @@ def _predicted(plans: list[Any]) -> str:
     return f"{ranks:.2f} ranks, {nodes:.2f} nodes, balancedness {np.mean([p.balancedness for p in plans]):.3f}"
 
 
-def held_out_row(tokens: routing_data.Tokens, splits: int) -> Row:
+def held_out_rows(tokens: routing_data.Tokens, splits: int) -> list[Row]:
     """Half of the sequences to solve on, the others to score; tokens of each half mixed as in a running batch."""
-    ours: list[list[LayerScore]] = []
-    theirs: list[list[LayerScore]] = []
+    ours: dict[int, list[LayerScore]] = {sources: [] for sources in SOURCES}
+    window_of: dict[int, list[list[float]]] = {sources: [] for sources in SOURCES}
+    theirs: list[LayerScore] = []
     for seed in range(splits):
         train, rest = split_by_sequence(tokens, np.ones(len(tokens.sequence_T), np.bool_), seed)
         for topk_TK in tokens.topk_LTK:
             load_E, pair_EE = count_routing(topk_TK[train], 32)
             slots = solve_layer(load_E, pair_EE, GPTOSS, THOROUGH).slots
-            ours.append(score_locality_first(slots, topk_TK[rest], GPTOSS, 32, topk_TK[train]))
+            for sources in SOURCES:
+                rank_TK = route_locality_first(
+                    slots, topk_TK[rest], GPTOSS, 32, topk_TK[train], sources=sources, step_tokens=STEP_TOKENS
+                )
+                ours[sources].append(tally(rank_TK, GPTOSS))
+                window_of[sources].append([window_balancedness(rank_TK, window) for window in WINDOWS])
             baseline = eplb_global(load_E[None], 40, 8)[0].astype(np.int32)
             theirs.append(score_turns(baseline, topk_TK[rest], GPTOSS))
-    (ranks, nodes, balanced), (e_ranks, e_nodes, e_balanced) = _mean(ours), _mean(theirs)
-    return Row(
-        what=f"gpt-oss tokens held out, 40 slots, 8 ranks, 2 nodes ({splits} splits by sequence)",
-        target="<= 2.70 ranks / 1.60 nodes at balancedness >= .965",
-        expertmesh=f"{ranks:.3f} / {nodes:.3f} at {balanced:.4f}",
-        eplb=f"{e_ranks:.3f} / {e_nodes:.3f} at {e_balanced:.4f}",
-        met=bool(ranks <= 2.70 and nodes <= 1.60 and balanced >= 0.965),
+    whats = {sources: f"the same, steps of {STEP_TOKENS} tokens on {sources} attention ranks" for sources in SOURCES}
+    whats[1] = f"gpt-oss tokens held out, 40 slots, 8 ranks, 2 nodes ({splits} splits by sequence)"
+    return [
+        Row(
+            what=whats[sources],
+            target="<= 2.70 ranks / 1.60 nodes at balancedness >= .965",
+            expertmesh=f"{_as_text(scores)}; in windows of {_windows_as_text(window_of[sources])}",
+            eplb=_as_text(theirs),
+            met=_meets_held_out(scores),
+        )
+        for sources, scores in ours.items()
+    ]
+
+
+def _meets_held_out(scores: list[LayerScore]) -> bool:
+    ranks, nodes, balanced = _mean(scores)
+    return ranks <= 2.70 and nodes <= 1.60 and balanced >= 0.965
+
+
+def _as_text(scores: list[LayerScore]) -> str:
+    ranks, nodes, balanced = _mean(scores)
+    return f"{ranks:.3f} / {nodes:.3f} at {balanced:.4f}"
+
+
+def _windows_as_text(window_of: list[list[float]]) -> str:
+    return ", ".join(
+        f"{window} tokens {balanced:.3f}" for window, balanced in zip(WINDOWS, np.mean(window_of, axis=0), strict=True)
     )
+
+
+def window_balancedness(rank_TK: NDArray[np.integer[Any]], window: int) -> float:
+    """The mean over windows of so many tokens in a row."""
+    whole = len(rank_TK) // window * window
+    cell_TK = rank_TK[:whole] + GPTOSS.num_ranks * (np.arange(whole) // window)[:, None]
+    load_WR = np.bincount(cell_TK.ravel(), minlength=whole // window * GPTOSS.num_ranks).reshape(-1, GPTOSS.num_ranks)
+    return float((load_WR.mean(axis=1) / load_WR.max(axis=1)).mean())
 
 
 def split_by_sequence(
@@ -180,40 +214,6 @@ def _mean(scores: list[Any]) -> tuple[float, float, float]:
         float(np.mean([s.fanout_nodes for s in scores])),
         float(np.mean([s.balancedness for s in scores])),
     )
-
-
-def routed_row(tokens: routing_data.Tokens, splits: int) -> Row:
-    """The same with the replicas that attention ranks choose, which remember nothing from one step to the next: shares
-    of an expert's tokens come from the balancer, from the tokens of the held-out traffic that it has seen."""
-    equal: list[LayerScore] = []
-    ours: list[LayerScore] = []
-    for seed in range(splits):
-        train, rest = split_by_sequence(tokens, np.ones(len(tokens.sequence_T), np.bool_), seed)
-        seen, later = rest[:SEEN_TOKENS], rest[SEEN_TOKENS:]
-        for topk_TK in tokens.topk_LTK:
-            slots = solve_layer(*count_routing(topk_TK[train], 32), GPTOSS, THOROUGH).slots
-            quota_RC = balanced_quotas(slots.reshape(8, -1), count_routing(topk_TK[seen], 32)[0])
-            for quotas, scores in (([], equal), (quota_RC.ravel().tolist(), ours)):
-                scores.append(tally(route_as_ranks_do(slots, quotas, topk_TK[later]), GPTOSS))
-    (ranks, nodes, balanced), (e_ranks, e_nodes, e_balanced) = _mean(ours), _mean(equal)
-    return Row(
-        what=f"the same, replicas as ranks choose them, quotas of {SEEN_TOKENS} held-out tokens ({splits} splits)",
-        target="<= 2.70 ranks / 1.60 nodes at balancedness >= .965",
-        expertmesh=f"{ranks:.3f} / {nodes:.3f} at {balanced:.4f}; equal shares {e_ranks:.3f} / {e_nodes:.3f} at"
-        f" {e_balanced:.4f}",
-        eplb="see above",
-        met=bool(ranks <= 2.70 and nodes <= 1.60 and balanced >= 0.965),
-    )
-
-
-def route_as_ranks_do(slots: Ints, quotas: list[float], topk_TK: routing_data.Ids) -> NDArray[np.int64]:
-    """Rank of each choice, int64 [T, K], with one attention rank on a node of its own and steps of ``STEP_TOKENS``."""
-    where = placement.Topology(slots_per_rank=GPTOSS.width, node_R=tuple(GPTOSS.node_R.tolist()))
-    routing = placement.LayerRouting(slots.tolist(), 32, where, quotas=quotas)
-    parts = np.array_split(topk_TK.astype(np.int64), -(-len(topk_TK) // STEP_TOKENS))
-    chosen = [routing.choose_replicas(part_TK, step) for step, part_TK in enumerate(parts)]
-    ranks_TK: NDArray[np.int64] = np.concatenate(chosen) // GPTOSS.width
-    return ranks_TK
 
 
 def optimum_row(tokens: routing_data.Tokens, num_layers: int) -> Row:
@@ -330,8 +330,7 @@ def main() -> int:
         )
     )
     rows += joint_rows(r1)
-    rows.append(held_out_row(gptoss, arguments.splits))
-    rows.append(routed_row(gptoss, arguments.splits))
+    rows += held_out_rows(gptoss, arguments.splits)
     rows.append(optimum_row(gptoss, arguments.ilp_layers))
     rows += [steady_row(gptoss), shift_row(gptoss)]
     _report(rows, arguments.out)

@@ -17,6 +17,7 @@ import numpy as np
 from expertmesh.kernels.host_decode import host_attention, host_gate
 from expertmesh.kernels.host_exchange import host_count, host_expand, host_pack, host_sum, host_weighted_sum
 from expertmesh.kernels.host_mlp import host_expert_mlp
+from expertmesh.kernels.host_replicas import host_choose_replicas
 
 _HIDDEN, _DIM, _SLOTS, _TOP_K = 4, 2, 2, 1
 
@@ -51,6 +52,9 @@ def _warm_attention() -> None:
     expert_TK, weight_TK = np.zeros((1, _TOP_K), np.int64), np.ones((1, _TOP_K), np.float32)
     router_EH = np.ones((_SLOTS, _HIDDEN), np.float32)
     host_gate(x_TH, norm_H, router_EH, True, 1e-6, np.empty_like(x_TH), expert_TK, weight_TK)
+    home_EW, price_R, slot_TK = np.zeros((_SLOTS, 2), np.int64), np.zeros(1), np.empty_like(expert_TK)
+    node_R, lean_EW = np.zeros(1, np.int64), np.zeros((_SLOTS, 2))
+    host_choose_replicas(expert_TK, home_EW, home_EW, lean_EW, node_R, -1, -1, price_R, np.empty_like(price_R), slot_TK)
     message_MW, sent_R = np.zeros((2, _HIDDEN + 2 * _TOP_K), np.int32), np.zeros(1, np.int64)
     token_N = np.zeros(1, np.int64)
     host_pack(x_TH.view(np.int32), weight_TK.view(np.int32), expert_TK, _SLOTS, message_MW, token_N, sent_R)
@@ -78,7 +82,8 @@ def _warm_experts() -> None:
 def _is_cached() -> bool:
     """Whether the folder beside the sources has an index of every kernel that is newer than its source."""
     kernels = [host_attention, host_gate, host_count, host_expand, host_pack, host_sum, host_weighted_sum]
-    return all(_has_index(kernel.__module__, kernel.__name__) for kernel in [*kernels, host_expert_mlp])
+    kernels += [host_choose_replicas, host_expert_mlp]
+    return all(_has_index(kernel.__module__, kernel.__name__) for kernel in kernels)
 
 
 def _has_index(module: str, name: str) -> bool:

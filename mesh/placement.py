@@ -1,13 +1,12 @@
 """Placement tables on a rank that routes: from chosen experts to chosen slots.
 
-Dimensions: T tokens, K experts a token, E experts of the layer, W most replicas that one of them has, R expert ranks,
-G global slots, P length of the table of turns. The arithmetic is NumPy's: at the sizes of a decode step an operation
-of it costs a third of one of torch's.
+Dimensions: T tokens, K experts a token, E experts of the layer, W most ranks that one of them is on, R expert ranks,
+G global slots.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,29 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from expertmesh.kernels.host_replicas import host_choose_replicas
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
 Ints = npt.NDArray[np.signedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 
-LOAD_SLACK = 0.02
-"""A replica gets at most its share of its expert's tokens in a batch times one plus this, rounded up. More slack buys
-locality with balance."""
-
-_LEAST_CAP = 8  # tokens that any replica may take: so few cost an expert server no more than the first of them
-_NUM_TURNS = 1024  # P
-_SOURCE_STRIDE = 389  # a prime: two ranks that route at the same step do not take the same turns
-_TURN_LIMIT = 14.0  # every turn lies between minus this and this
+LEAN = 0.05
+"""Cost of a replica for each factor of e by which its quota is below its expert's largest: it decides among equals."""
 _SMALLEST_SHARE = 1e-5
-# What a choice of an expert speaks for a rank. Each kind outweighs all that the choices of a token (16 at most) can say
-# of the kinds below it, and the least outweighs any two turns.
-_OUTWEIGHS = 33
-_MEET_ON_RANK = 32.0
-_MEET_ON_NODE = _MEET_ON_RANK * _OUTWEIGHS
-_ON_NODE = _MEET_ON_NODE * _OUTWEIGHS
-_ON_RANK = _ON_NODE * _OUTWEIGHS
-_REGRET_LIMIT = 2 * _ON_RANK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +33,7 @@ class Topology:
 
     ``node_R``: the node of each expert rank, numbered from 0. ``own_rank``: this rank's expert-rank index, None when
     it hosts no slots; ``own_node``: its node, None when no expert rank is on it; ``source``: its number in the view.
+    ``server_R``: ids of the expert ranks' servers, which keep their meaning in the next view; none = it has no next.
     """
 
     slots_per_rank: int
@@ -54,6 +41,7 @@ class Topology:
     own_rank: int | None = None
     own_node: int | None = None
     source: int = 0
+    server_R: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, view: ViewInfo) -> Topology:
@@ -65,136 +53,108 @@ class Topology:
             own_rank=view.expert_index,
             own_node=number.get(view.proto.ranks[view.rank].node),
             source=view.rank,
+            server_R=tuple(view.server_ids(view.expert_ranks)),
         )
 
 
 class LayerRouting:
     """The replicas of one layer's experts, and which of them a token goes to.
 
-    A token that has to visit a rank, because that rank has the only replica of another of its experts, finds all the
-    experts there that it can: that costs no message. Next come ranks of a node that it visits, then ranks where
-    several of its experts meet. Among equals the replicas take turns in the proportion of their quotas. No replica
-    takes more than its quota of a batch by ``slack``: what is beyond it goes to the replicas with the most room, the
-    tokens first that lose least. All of it depends on nothing but the arguments.
+    A token pays for each rank and each node that it visits, and for each row the price of its rank: it finds all that
+    it can where it has to go anyway, then meets several of its experts in one place, and leaves a rank for another
+    when that rank has had some dozens of rows more. Prices rise with this source's own rows and fall with the mean;
+    they carry over from step to step once ``commit`` has said that a step is completed. Until then the same tokens get
+    the same slots, however often they are asked for.
     """
 
     def __init__(
-        self,
-        slots: Iterable[int],
-        num_experts: int,
-        topology: Topology,
-        *,
-        quotas: Sequence[float] = (),
-        slack: float = LOAD_SLACK,
+        self, slots: Iterable[int], num_experts: int, topology: Topology, *, quotas: Sequence[float] = ()
     ) -> None:
         """
         Args:
             slots: global slot → expert, -1 = empty.
-            quotas: global slot → share of its expert's tokens; none = equal shares.
+            quotas: global slot → share of its expert's tokens, none = equal shares. Among replicas that cost a token
+                the same the largest comes first; one of 0 gets nothing.
 
         Raises:
             ValueError: an expert has no slot, an id is outside the layer's experts, or the quotas are not one
                 non-negative number a slot.
         """
-        self._expert_G = np.fromiter(slots, dtype=np.int64)
-        homes = _homes(self._expert_G, num_experts)
-        self._width = max(len(home) for home in homes)
-        self.is_replicated = self._width > 1
+        expert_G = np.fromiter(slots, dtype=np.int64)
+        homes = _homes(expert_G, num_experts)
+        share_G = _shares(expert_G, homes, quotas)
+        homes = [_one_a_rank(home, share_G, topology) for home in homes]
+        width = max(len(home) for home in homes)
+        self.is_replicated = width > 1
         self.only_E = torch.tensor([home[0] for home in homes], dtype=torch.int64)
+        self.price_R: Floats = np.zeros(len(topology.node_R))
+        self._after_R: Floats = np.zeros(len(topology.node_R))
         if not self.is_replicated:
             return
-        share_G = _shares(self._expert_G, homes, quotas)
-        self._num_ranks = len(topology.node_R)
-        self._source = topology.source
-        self._allowance_G = share_G * (1 + slack)
-        self._least_cap_G = np.where(share_G > 0, _LEAST_CAP, 0)
-        self._replica_EW = np.array([(home + home[:1] * self._width)[: self._width] for home in homes])
-        self._rank_EW = self._replica_EW // topology.slots_per_rank
-        bias_G = np.where(share_G > 0, np.log(np.maximum(share_G, _SMALLEST_SHARE)), -np.inf)
-        self._bias_EW = bias_G[self._replica_EW]
-        for expert, home in enumerate(homes):
-            self._bias_EW[expert, len(home) :] = -np.inf
-        self._affinity_ER = _affinity(homes, topology)
-        self._turn_PR = _turns(self._num_ranks)
+        self._slot_EW = np.array([home + [-1] * (width - len(home)) for home in homes], dtype=np.int64)
+        self._rank_EW = np.where(self._slot_EW < 0, -1, self._slot_EW // topology.slots_per_rank)
+        self._lean_EW = np.array([_leans(home, share_G) + [0.0] * (width - len(home)) for home in homes])
+        self._node_R = np.array(topology.node_R, dtype=np.int64)
+        self._own_rank = -1 if topology.own_rank is None else topology.own_rank
+        self._own_node = -1 if topology.own_node is None else topology.own_node
 
-    def choose(self, expert_TK: torch.Tensor, turn: int) -> torch.Tensor:
-        """Global slots for the chosen experts. The same for the same ``turn``, which is the step's number.
+    def choose(self, expert_TK: torch.Tensor) -> torch.Tensor:
+        """Global slots for the chosen experts of all this rank's tokens of a step.
 
         ``expert_TK`` int64 on the CPU, K distinct experts a token. Returns int64 [T, K].
         """
         if not self.is_replicated:
             return self.only_E[expert_TK]
-        return torch.from_numpy(self.choose_replicas(expert_TK.numpy(), turn))
+        return torch.from_numpy(self.choose_replicas(expert_TK.numpy()))
 
-    def choose_replicas(self, expert_TK: Ints, turn: int) -> Ints:
-        """``choose`` on arrays, for a layer that is replicated."""
-        num_tokens = len(expert_TK)
-        score_TR = self._affinity_ER.take(expert_TK, axis=0).sum(axis=1)
-        np.minimum(score_TR, _ON_RANK, out=score_TR)
-        score_TR += self._turns_of(num_tokens, turn)
-        cell_TKW = self._rank_EW.take(expert_TK, axis=0)
-        cell_TKW += np.arange(0, num_tokens * self._num_ranks, self._num_ranks)[:, None, None]
-        score_TKW = score_TR.take(cell_TKW)
-        score_TKW += self._bias_EW.take(expert_TK, axis=0)
-        cell_TK = score_TKW.argmax(axis=-1)
-        cell_TK += expert_TK * self._width
-        slot_TK: Ints = self._replica_EW.take(cell_TK)
-        if num_tokens > _LEAST_CAP:
-            self._level(slot_TK.reshape(-1), expert_TK.reshape(-1), score_TKW.reshape(-1, self._width))
+    def choose_replicas(self, expert_TK: Ints) -> Ints:
+        """``choose`` on arrays, for a layer that is replicated; an expert of -1 gets slot -1."""
+        slot_TK = np.empty(expert_TK.shape, np.int64)
+        host_choose_replicas(
+            np.ascontiguousarray(expert_TK),
+            self._slot_EW,
+            self._rank_EW,
+            self._lean_EW,
+            self._node_R,
+            self._own_rank,
+            self._own_node,
+            self.price_R,
+            self._after_R,
+            slot_TK,
+        )
         return slot_TK
 
-    def _turns_of(self, num_tokens: int, turn: int) -> Floats:
-        first = (turn + self._source * _SOURCE_STRIDE) % _NUM_TURNS
-        if num_tokens <= _NUM_TURNS:
-            return self._turn_PR[first : first + num_tokens]
-        return self._turn_PR[np.arange(first, first + num_tokens) % _NUM_TURNS]
+    def commit(self) -> None:
+        """The step of the last choice is completed: the next one goes on from its prices."""
+        self.price_R[:] = self._after_R
 
-    def _level(self, slot_C: Ints, expert_C: Ints, score_CW: Floats) -> None:
-        """Move the choices that are beyond their replica's cap, in place: C = T * K choices.
-
-        A round moves what is beyond a cap to the expert's replica with the most room and so fills that one at least:
-        there are no more rounds than replicas, and with two of each expert there is one.
-        """
-        load_G = np.bincount(slot_C, minlength=len(self._expert_G))
-        chosen_E = np.bincount(expert_C, minlength=len(self._rank_EW))
-        room_G = np.maximum(np.ceil(chosen_E.take(self._expert_G) * self._allowance_G), self._least_cap_G) - load_G
-        while room_G.min() < 0:
-            beyond_G = room_G < 0
-            chosen = beyond_G[slot_C].nonzero()[0]
-            slot = slot_C[chosen]
-            by_regret = chosen[np.argsort(slot * _REGRET_LIMIT + _regret(score_CW[chosen]))]
-            over = beyond_G.nonzero()[0]
-            excess = -room_G[over].astype(np.int64)
-            load = load_G[over]
-            first = np.cumsum(load) - load - np.cumsum(excess) + excess
-            moved = by_regret[np.repeat(first, excess) + np.arange(excess.sum())]
-            expert = self._expert_G[over]
-            target = self._replica_EW[expert, room_G[self._replica_EW[expert]].argmax(axis=1)]
-            slot_C[moved] = np.repeat(target, excess)
-            load_G[over] -= excess
-            room_G[over] = 0
-            np.add.at(load_G, target, excess)
-            np.subtract.at(room_G, target, excess)
-
-
-def _regret(score_CW: Floats) -> Floats:
-    """What a choice loses with its second best replica."""
-    if score_CW.shape[1] == 2:
-        regret_C = score_CW[:, 0] - score_CW[:, 1]
-        return np.minimum(np.abs(regret_C, out=regret_C), _REGRET_LIMIT - 1, out=regret_C)
-    score_CW.sort(axis=1)
-    return np.minimum(score_CW[:, -1] - score_CW[:, -2], _REGRET_LIMIT - 1)
+    def set_prices(self, price_R: Floats) -> None:
+        """Between two steps: go on from these prices of the expert ranks."""
+        self.price_R[:] = price_R
+        self._after_R[:] = price_R
 
 
 class RoutingTables:
-    """The routing of every MoE layer of a view."""
+    """The routing of every MoE layer of a view. Prices outlive placements and views: they are of ranks, not of slots.
 
-    def __init__(self, placements: Iterable[mesh_pb2.LayerPlacement], num_experts: int, topology: Topology) -> None:
+    ``choose`` and ``commit`` of a step, ``replace`` and ``put`` belong to one thread.
+    """
+
+    def __init__(
+        self,
+        placements: Iterable[mesh_pb2.LayerPlacement],
+        num_experts: int,
+        topology: Topology,
+        earlier: RoutingTables | None = None,
+    ) -> None:
+        """``earlier``: of the view before, whose servers' prices are taken over; those of new servers are 0."""
         self._num_experts = num_experts
         self._topology = topology
         self._layers: dict[int, LayerRouting] = {}
         for placement in placements:
             self.replace(placement)
+            if earlier is not None:
+                self._layers[placement.layer].set_prices(earlier.prices(placement.layer, topology.server_R))
 
     def replace(self, placement: mesh_pb2.LayerPlacement) -> None:
         """Route a layer by another placement from now on; ``prepare`` and ``put`` are its two halves.
@@ -209,7 +169,20 @@ class RoutingTables:
         return LayerRouting(placement.slots, self._num_experts, self._topology, quotas=placement.quotas)
 
     def put(self, layer: int, routing: LayerRouting) -> None:
+        """Between two steps."""
+        if layer in self._layers:
+            routing.set_prices(self._layers[layer].price_R)
         self._layers[layer] = routing
+
+    def commit(self) -> None:
+        """A step is completed in which every layer has chosen."""
+        for routing in self._layers.values():
+            routing.commit()
+
+    def prices(self, layer: int, server_R: Sequence[str]) -> Floats:
+        """What rows of a layer cost on these servers, float64 [R]."""
+        known = dict(zip(self._topology.server_R, self._layers[layer].price_R.tolist(), strict=True))
+        return np.array([known.get(server, 0.0) for server in server_R])
 
     def __getitem__(self, layer: int) -> LayerRouting:
         return self._layers[layer]
@@ -229,21 +202,22 @@ def _homes(expert_G: Ints, num_experts: int) -> list[list[int]]:
     return homes
 
 
-def _affinity(homes: list[list[int]], topology: Topology) -> Floats:
-    """Float64 [E, R]: what a choice of expert e speaks for a visit of its token to rank r."""
-    node_R = np.array(topology.node_R)
-    hosts_ER = np.zeros((len(homes), len(node_R)), dtype=np.bool_)
-    for expert, home in enumerate(homes):
-        hosts_ER[expert, np.array(home) // topology.slots_per_rank] = True
-    near_ER = (hosts_ER @ (node_R[:, None] == node_R[None, :])).astype(np.bool_)
-    is_single_E1 = np.array([len(home) == 1 for home in homes])[:, None]
-    affinity_ER: Floats = np.where(is_single_E1, _ON_NODE * near_ER, _MEET_ON_NODE * near_ER + _MEET_ON_RANK * hosts_ER)
-    affinity_ER[hosts_ER & is_single_E1] = _ON_RANK
-    if topology.own_node is not None:
-        affinity_ER[:, node_R == topology.own_node] += _ON_NODE
-    if topology.own_rank is not None:
-        affinity_ER[:, topology.own_rank] = _ON_RANK
-    return affinity_ER
+def _one_a_rank(home: list[int], share_G: Floats, topology: Topology) -> list[int]:
+    """Of an expert's slots that get tokens the one with the largest share on each rank; sources begin with different
+    ones."""
+    best: dict[int, int] = {}
+    for slot in home:
+        rank = slot // topology.slots_per_rank
+        if share_G[slot] > 0 and (rank not in best or share_G[slot] > share_G[best[rank]]):
+            best[rank] = slot
+    slots = list(best.values())
+    first = topology.source % len(slots)
+    return slots[first:] + slots[:first]
+
+
+def _leans(home: list[int], share_G: Floats) -> list[float]:
+    shares = [max(float(share_G[slot]), _SMALLEST_SHARE) for slot in home]
+    return [LEAN * math.log(max(shares) / share) for share in shares]
 
 
 def _shares(expert_G: Ints, homes: list[list[int]], quotas: Sequence[float]) -> Floats:
@@ -256,16 +230,3 @@ def _shares(expert_G: Ints, homes: list[list[int]], quotas: Sequence[float]) -> 
         total = quota_G[home].sum()
         share_G[home] = quota_G[home] / total if total else 1 / len(home)
     return share_G
-
-
-@functools.lru_cache(maxsize=8)
-def _turns(num_ranks: int) -> Floats:
-    """Float64 [2 * P, R]: Gumbel noise that repeats after P rows.
-
-    The rank with the greatest sum of noise and logarithm of its quota wins as often as its quota says, whatever ranks
-    compete (the Gumbel-max trick), and the experts of one token all lean to the same ranks.
-    """
-    generator = np.random.default_rng(num_ranks)
-    uniform_PR = (np.argsort(generator.random((_NUM_TURNS, num_ranks)), axis=0) + 0.5) / _NUM_TURNS
-    turn_PR = np.clip(-np.log(-np.log(uniform_PR)), -_TURN_LIMIT, _TURN_LIMIT)
-    return np.concatenate([turn_PR, turn_PR])

@@ -108,20 +108,21 @@ class StepLoop:
                 if self._c.observer is not None:
                     self._c.observer.begin()
             for layer in self._c.moe_layers:
-                self._layer(layer, attention, tokens, go.step)
+                self._layer(layer, attention, tokens)
             clock.attention_done()
             if attention is not None:
                 attention.finish()
+                self._c.routing.commit()
                 if self._c.observer is not None:
                     self._c.observer.commit()
             clock.finish(sum(tokens))
         self._progress.step = go.step
 
-    def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int], step: int) -> None:
+    def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int]) -> None:
         x_TH, slot_TK, weight_TK = self._no_x, self._no_slots, self._no_weights
         if attention is not None:
             x_TH, routes = attention.before_experts(layer)
-            slot_TK = self._c.routing[layer].choose(routes.expert_TK, step)
+            slot_TK = self._c.routing[layer].choose(routes.expert_TK)
             weight_TK = routes.weight_TK
             if self._c.observer is not None:
                 self._c.observer.observe(self._versions[layer], routes.expert_TK, slot_TK)

@@ -145,6 +145,7 @@ class StepThread:
         self._migrations: Migrations | None = None
         self._called_off: Migrations | None = None
         self._links: Links | None = None
+        self._routing: RoutingTables | None = None
         self.state = mesh_pb2.SERVER_STATE_STARTING
 
     @property
@@ -202,7 +203,7 @@ class StepThread:
             links = self._links = self._meet(view)
             plane = open_dataplane(self._config.dataplane, view, self._plane_shape(view), links.data)
             lockstep = self._lockstep(view, links.lockstep)
-            routing = RoutingTables(view.proto.placement, self._spec.num_experts, Topology.of(view))
+            routing = self._routing = self._routing_of(view)
             migrations = self._open_migrations(view, routing)
             self._enter(view, migrations, started)
             StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress).run()
@@ -229,6 +230,9 @@ class StepThread:
                 migrations.call_off()
                 self._called_off = migrations
             self._view_ended()
+
+    def _routing_of(self, view: ViewInfo) -> RoutingTables:
+        return RoutingTables(view.proto.placement, self._spec.num_experts, Topology.of(view), self._routing)
 
     def _meet(self, view: ViewInfo) -> Links:
         return meet(

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.balancer.simulator.replica_choice import ReplicaChooser
-from expertmesh.balancer.solver.expected import balancedness, held_experts, rank_loads
+from expertmesh.balancer.solver.expected import balancedness, rank_loads
 from expertmesh.balancer.solver.topology import Topology
+from expertmesh.mesh import placement
 
 Ints = NDArray[np.int32]
 Ids = NDArray[np.integer]
 Floats = NDArray[np.float64]
-MAX_STEP_TOKENS = 4096
-MIN_STEPS = 32
-"""A short trace is cut into so many steps, so that prices can follow the load."""
+STEP_TOKENS = 512
+"""Of one source; it matters only where there are several."""
+TALLY_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ def score_turns(slots: Ints, topk_TK: Ids, topology: Topology) -> LayerScore:
 def score_locality_first(
     slots: Ints, topk_TK: Ids, topology: Topology, num_experts: int, warm_up_TK: Ids
 ) -> LayerScore:
-    """Replicas as ``ReplicaChooser`` chooses them."""
+    """Replicas as attention ranks choose them."""
     return tally(route_locality_first(slots, topk_TK, topology, num_experts, warm_up_TK), topology)
 
 
@@ -60,16 +60,41 @@ def route_turns(slots: Ints, topk_TK: Ids, topology: Topology) -> Ids:
     return np.where(topk_TK >= 0, table_EW[topk_TK, turn_TK % count_E[topk_TK]], -1)
 
 
-def route_locality_first(slots: Ints, topk_TK: Ids, topology: Topology, num_experts: int, warm_up_TK: Ids) -> Ids:
-    """Rank of each choice [T, K], -1 where there is none: ``ReplicaChooser`` over the tokens in their order, step by
-    step, after the steps of ``warm_up_TK``."""
-    held_RE = held_experts(slots.reshape(topology.num_ranks, -1), num_experts)
-    chooser = ReplicaChooser(holds_RE=held_RE, node_R=topology.node_R)
-    step = max(min(MAX_STEP_TOKENS, len(topk_TK) // MIN_STEPS), 1)
-    for start in range(max(len(warm_up_TK) - MIN_STEPS * step, 0), len(warm_up_TK), step):
-        chooser.choose(warm_up_TK[start : start + step], start)
-    starts = range(0, len(topk_TK), step)
-    return np.concatenate([chooser.choose(topk_TK[start : start + step], start) for start in starts])
+def route_locality_first(
+    slots: Ints,
+    topk_TK: Ids,
+    topology: Topology,
+    num_experts: int,
+    warm_up_TK: Ids,
+    *,
+    sources: int = 1,
+    step_tokens: int = STEP_TOKENS,
+) -> Ids:
+    """Rank of each choice [T, K], -1 where there is none, by the code that attention ranks run (``LayerRouting``), over
+    the tokens in their order after those of ``warm_up_TK``.
+
+    Args:
+        sources: attention ranks, on nodes of their own, that get ``step_tokens`` of the tokens in turn and know of no
+            others.
+    """
+    routings = [_routing(slots, topology, num_experts, source) for source in range(sources)]
+    rank_TK = np.empty((len(warm_up_TK) + len(topk_TK), topk_TK.shape[1]), np.int64)
+    tokens_TK = np.concatenate([warm_up_TK, topk_TK]).astype(np.int64)
+    for step, start in enumerate(range(0, len(tokens_TK), step_tokens)):
+        part, routing = slice(start, start + step_tokens), routings[step % sources]
+        rank_TK[part] = _ranks(routing, tokens_TK[part], topology)
+        routing.commit()
+    return rank_TK[len(warm_up_TK) :]
+
+
+def _routing(slots: Ints, topology: Topology, num_experts: int, source: int) -> placement.LayerRouting:
+    where = placement.Topology(slots_per_rank=topology.width, node_R=tuple(topology.node_R.tolist()), source=source)
+    return placement.LayerRouting(slots.tolist(), num_experts, where)
+
+
+def _ranks(routing: placement.LayerRouting, expert_TK: NDArray[np.int64], topology: Topology) -> Ids:
+    slot_TK = routing.choose_replicas(expert_TK) if routing.is_replicated else routing.only_E.numpy()[expert_TK]
+    return np.where(expert_TK >= 0, slot_TK // topology.width, -1)
 
 
 def _turns(topk_TK: Ids, num_experts: int) -> NDArray[np.int64]:
@@ -86,8 +111,8 @@ def tally(rank_TK: Ids, topology: Topology) -> LayerScore:
     """What tokens that go to these ranks make of load and fan-out."""
     load_R = np.zeros(topology.num_ranks)
     ranks = nodes = tokens = 0
-    for start in range(0, len(rank_TK), MAX_STEP_TOKENS):  # in parts: a part needs memory for tokens x ranks
-        part_TK = rank_TK[start : start + MAX_STEP_TOKENS]
+    for start in range(0, len(rank_TK), TALLY_TOKENS):  # in parts: a part needs memory for tokens x ranks
+        part_TK = rank_TK[start : start + TALLY_TOKENS]
         chosen_TK = part_TK >= 0
         load_R += np.bincount(part_TK[chosen_TK], minlength=topology.num_ranks)
         ranks += _distinct(part_TK, topology.num_ranks)

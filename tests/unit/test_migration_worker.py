@@ -269,7 +269,7 @@ def test_weights_come_from_peers_and_from_own_slots(ranks: Ranks) -> None:
     ranks.migrate(1, OLD)  # expert 3's slot was blank: it comes back from its replica
     assert ranks.reads() == []
     routing = ranks.ranks[0].routing[1]
-    assert routing.choose(torch.tensor([[3, 5]]), 0).tolist() == [[3, 7]]
+    assert routing.choose(torch.tensor([[3, 5]])).tolist() == [[3, 7]]
 
 
 def test_routing_follows_at_the_switch_and_not_before(ranks: Ranks) -> None:
@@ -277,9 +277,9 @@ def test_routing_follows_at_the_switch_and_not_before(ranks: Ranks) -> None:
     plan = ranks.plan(1, moved)
     ranks.announce(plan)
     chosen = torch.tensor([[0, 1]])
-    assert ranks.ranks[0].routing[1].choose(chosen, 0).tolist() == [[0, 1]]
+    assert ranks.ranks[0].routing[1].choose(chosen).tolist() == [[0, 1]]
     ranks.commit(plan)
-    assert ranks.ranks[0].routing[1].choose(chosen, 0).tolist() == [[1, 0]]
+    assert ranks.ranks[0].routing[1].choose(chosen).tolist() == [[1, 0]]
 
 
 def test_weights_come_from_the_checkpoint_when_the_plan_says_so(ranks: Ranks) -> None:
@@ -452,4 +452,4 @@ def test_a_lone_rank_has_no_side_group(path: Path) -> None:
     migrations.close()
     assert slots.slots(1) == (7, 6, 5, 4, 3, 2, 1, 0)
     assert [status.phase for status in reported.statuses] == [STAGED, COMMITTED]
-    assert routing[1].choose(torch.tensor([[0, 7]]), 0).tolist() == [[7, 0]]
+    assert routing[1].choose(torch.tensor([[0, 7]])).tolist() == [[7, 0]]

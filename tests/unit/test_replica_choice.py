@@ -1,6 +1,8 @@
-"""Which replica a token goes to: always one of its expert's, near before far, never too many to one."""
+"""Which replica a token goes to: always one of its expert's, near before far, and ranks kept level."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.mesh import placement
+from expertmesh.kernels.host_replicas import MEAN_PRICE_LIMIT, NODE_COST, RANK_COST, ROW_PRICE
 from expertmesh.mesh.placement import Ints, LayerRouting, RoutingTables, Topology
 from expertmesh.v1 import mesh_pb2
 
@@ -48,45 +50,71 @@ def ranks_visited(slot_TK: Ints, width: int) -> float:
     return float(np.mean([len(set(row)) for row in (slot_TK // width).tolist()]))
 
 
-def caps(slots: list[int], quotas: list[float], expert_TK: Ints, slack: float) -> Ints:
-    """Global slot → tokens that it may get."""
-    quota = np.array(quotas or [1.0] * len(slots))
-    found = np.zeros(len(slots))
-    for slot, expert in enumerate(slots):
-        if expert >= 0:
-            home = [s for s, other in enumerate(slots) if other == expert]
-            total = quota[home].sum()
-            share = quota[slot] / total if total else 1 / len(home)
-            found[slot] = np.ceil((expert_TK == expert).sum() * share * (1 + slack) - 1e-9)
-            if share:
-                found[slot] = max(found[slot], placement._LEAST_CAP)
-    return found.astype(np.int64)
-
-
-@given(
-    placements(), st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(0, 2**63), st.sampled_from([0.0, 0.02])
-)
-def test_choices_hold_their_expert_within_the_cap(
-    placed: tuple[list[int], Topology, list[float]], seed: int, count: int, turn: int, slack: float
+@given(placements(), st.integers(0, 2**32 - 1), st.integers(1, 300))
+def test_choices_hold_their_expert_and_repeat_until_they_are_committed(
+    placed: tuple[list[int], Topology, list[float]], seed: int, count: int
 ) -> None:
     slots, topology, quotas = placed
     expert_TK = tokens(seed, count)
-    routing = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas, slack=slack)
-    slot_TK = routing.choose(expert_TK, turn)
-    assert slot_TK.dtype == torch.int64
-    assert torch.equal(torch.tensor(slots)[slot_TK], expert_TK)
-    load_G = np.bincount(slot_TK.numpy().ravel(), minlength=len(slots))
-    assert (load_G <= caps(slots, quotas, expert_TK.numpy(), slack)).all()
-    again = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas, slack=slack).choose(expert_TK, turn)
-    assert torch.equal(again, slot_TK)
+    routing, other = (LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas) for _ in range(2))
+    for _ in range(3):
+        slot_TK = routing.choose(expert_TK)
+        assert slot_TK.dtype == torch.int64
+        assert torch.equal(torch.tensor(slots)[slot_TK], expert_TK)
+        assert torch.equal(routing.choose(expert_TK), slot_TK), "a step that is repeated"
+        assert torch.equal(other.choose(expert_TK), slot_TK), "another rank with the same past"
+        routing.choose(expert_TK.flip(0))  # a step that was broken and came back with other tokens
+        assert torch.equal(routing.choose(expert_TK), slot_TK)
+        routing.commit()
+        other.commit()
+
+
+@given(placements(), st.integers(0, 2**32 - 1), st.integers(1, 50))
+def test_the_same_tokens_in_one_step_or_in_many(
+    placed: tuple[list[int], Topology, list[float]], seed: int, step: int
+) -> None:
+    slots, topology, quotas = placed
+    expert_TK = tokens(seed, 200)
+    whole = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas).choose(expert_TK)
+    routing = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas)
+    parts = []
+    for start in range(0, 200, step):
+        parts.append(routing.choose(expert_TK[start : start + step]))
+        routing.commit()
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_a_replica_without_a_quota_gets_nothing(placed: tuple[list[int], Topology, list[float]], seed: int) -> None:
+    slots, topology, quotas = placed
+    if not quotas:
+        return
+    slot_TK = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas).choose(tokens(seed, 100))
+    quota_G, expert_G = np.array(quotas), np.array(slots)
+    for slot in set(slot_TK.ravel().tolist()):
+        assert quota_G[slot] > 0 or quota_G[expert_G == expert_G[slot]].sum() == 0
+
+
+@given(placements(), st.integers(0, 2**32 - 1), st.integers(1, 2000))
+def test_prices_have_a_limit(placed: tuple[list[int], Topology, list[float]], seed: int, count: int) -> None:
+    slots, topology, quotas = placed
+    routing = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas)
+    for _ in range(3):
+        routing.choose(tokens(seed, count, skew=3.0))
+        routing.commit()
+        assert (routing.price_R >= 0).all()
+        assert routing.price_R.mean() <= MEAN_PRICE_LIMIT + TOP_K * ROW_PRICE
 
 
 @given(placements(), st.integers(0, 2**32 - 1))
 def test_hardly_ever_more_ranks_than_with_turns(placed: tuple[list[int], Topology, list[float]], seed: int) -> None:
-    """Turns alone bring all experts of a token to one rank where every rank has every expert; caps may cost that."""
+    """While no rank is ahead: prices cost visits where ranks cannot be level otherwise."""
     slots, topology, _ = placed
-    chosen, turns = visits_chosen_and_by_turns(slots, topology, tokens(seed, 256).numpy())
-    assert chosen <= turns + 0.15
+    expert_TK = tokens(seed, 64)
+    routing = LayerRouting(slots, NUM_EXPERTS, replace(topology, own_rank=None, own_node=None))
+    alone_TK = torch.cat([routing.choose(expert_TK[token : token + 1]) for token in range(64)]).numpy()
+    width = topology.slots_per_rank
+    assert ranks_visited(alone_TK, width) <= ranks_visited(by_turns(slots, expert_TK.numpy()), width) + 0.05
 
 
 def test_fewer_ranks_than_with_turns_on_average() -> None:
@@ -96,78 +124,117 @@ def test_fewer_ranks_than_with_turns_on_average() -> None:
     for seed in range(30):
         extra = generator.choice(NUM_EXPERTS, 4, replace=False)
         slots = generator.permutation([*range(NUM_EXPERTS), *extra]).tolist()
-        chosen, turns = visits_chosen_and_by_turns(slots, topology, tokens(seed, 128).numpy())
-        saved.append(turns - chosen)
+        expert_TK = tokens(seed, 128)
+        chosen_TK = LayerRouting(slots, NUM_EXPERTS, topology).choose(expert_TK).numpy()
+        saved.append(ranks_visited(by_turns(slots, expert_TK.numpy()), 4) - ranks_visited(chosen_TK, 4))
     assert float(np.mean(saved)) > 0.1
 
 
-def visits_chosen_and_by_turns(slots: list[int], topology: Topology, expert_TK: Ints) -> tuple[float, float]:
-    """Ranks a token visits, and would visit if the replicas of each expert took turns over the tokens."""
+def by_turns(slots: list[int], expert_TK: Ints) -> Ints:
+    """Slots if the replicas of each expert took turns over the tokens."""
     homes = [[slot for slot, held in enumerate(slots) if held == expert] for expert in range(NUM_EXPERTS)]
-    turns_TK = np.array(
+    return np.array(
         [[homes[expert][turn % len(homes[expert])] for expert in row] for turn, row in enumerate(expert_TK.tolist())]
     )
-    chosen_TK = LayerRouting(slots, NUM_EXPERTS, topology).choose(torch.from_numpy(expert_TK), 0).numpy()
-    width = topology.slots_per_rank
-    return ranks_visited(chosen_TK, width), ranks_visited(turns_TK, width)
 
 
-def two_ranks(nodes: tuple[int, ...] = (0, 0), **of_source: int) -> Topology:
-    return Topology(slots_per_rank=3, node_R=nodes, **of_source)
+def two_ranks() -> Topology:
+    return Topology(slots_per_rank=3, node_R=(0, 0))
 
 
 def test_a_rank_that_is_visited_anyway_comes_first() -> None:
     """Experts 0 and 1 have one home each, expert 2 has two."""
     routing = LayerRouting([0, 2, -1, 1, 2, -1], 3, two_ranks())
-    for turn in range(20):
-        assert routing.choose(torch.tensor([[0, 2], [2, 1]]), turn).tolist() == [[0, 1], [4, 3]]
+    for _ in range(20):
+        assert routing.choose(torch.tensor([[0, 2], [2, 1]])).tolist() == [[0, 1], [4, 3]]
+        routing.commit()
 
 
 def test_the_node_that_is_visited_anyway_comes_next() -> None:
     """Expert 0 is on rank 0 of node 0; expert 1 on rank 1 of the same node and on rank 2 of another."""
     topology = Topology(slots_per_rank=1, node_R=(0, 0, 1))
-    routing = LayerRouting([0, 1, 1], 2, topology)
-    for turn in range(20):
-        assert routing.choose(torch.tensor([[0, 1]]), turn).tolist() == [[0, 1]]
+    for source in range(2):
+        routing = LayerRouting([0, 1, 1], 2, replace(topology, source=source))
+        assert routing.choose(torch.tensor([[0, 1]])).tolist() == [[0, 1]]
 
 
 def test_a_colocated_rank_and_its_node_cost_nothing() -> None:
     slots = [0, 1, 0, 1, 0, 1]
-    for turn in range(20):
-        own = Topology(slots_per_rank=2, node_R=(0, 0, 1), own_rank=1, own_node=0)
-        assert LayerRouting(slots, 2, own).choose(torch.tensor([[0, 1]]), turn).tolist() == [[2, 3]]
-        remote = Topology(slots_per_rank=2, node_R=(0, 0, 1), own_node=1)
-        assert LayerRouting(slots, 2, remote).choose(torch.tensor([[0, 1]]), turn).tolist() == [[4, 5]]
+    own = Topology(slots_per_rank=2, node_R=(0, 0, 1), own_rank=1, own_node=0)
+    assert LayerRouting(slots, 2, own).choose(torch.tensor([[0, 1]])).tolist() == [[2, 3]]
+    remote = Topology(slots_per_rank=2, node_R=(0, 0, 1), own_node=1)
+    assert LayerRouting(slots, 2, remote).choose(torch.tensor([[0, 1]])).tolist() == [[4, 5]]
 
 
 def test_replicated_experts_meet_where_they_can() -> None:
     """Expert 0 is on ranks 0 and 1, expert 1 on ranks 1 and 2: both are on rank 1."""
     routing = LayerRouting([0, -1, 0, 1, 1, -1], 2, Topology(slots_per_rank=2, node_R=(0, 0, 0)))
-    for turn in range(20):
-        assert routing.choose(torch.tensor([[0, 1], [1, 0]]), turn).tolist() == [[2, 3], [3, 2]]
+    assert routing.choose(torch.tensor([[0, 1], [1, 0]])).tolist() == [[2, 3], [3, 2]]
 
 
-@pytest.mark.parametrize("batch", [1, 400])
-def test_quotas_share_what_locality_leaves_open(batch: int) -> None:
-    routing = LayerRouting([0, 0], 1, Topology(slots_per_rank=1, node_R=(0, 0)), quotas=[0.8, 0.2])
-    expert_TK = torch.zeros(batch, 1, dtype=torch.int64)
-    slot = torch.cat([routing.choose(expert_TK, turn).ravel() for turn in range(0, 4000, batch)])
-    assert float((slot == 0).float().mean()) == pytest.approx(0.8, abs=0.03)
+@pytest.mark.parametrize("batch", [1, 8, 400])
+def test_replicas_share_what_locality_leaves_open(batch: int) -> None:
+    routing = LayerRouting([0, 0], 1, Topology(slots_per_rank=1, node_R=(0, 0)))
+    assert slots_of_one_expert(routing, 4000, batch) == pytest.approx([2000, 2000], abs=1)
 
 
-def test_sources_take_different_turns() -> None:
-    expert_TK = torch.zeros(64, 1, dtype=torch.int64)
+@pytest.mark.parametrize("batch", [1, 8, 400])
+def test_a_rank_pays_for_locality_until_it_is_some_dozens_of_rows_ahead(batch: int) -> None:
+    """Of two ranks the source's own costs nothing, so it gets more, but only by what outweighs a visit."""
+    routing = LayerRouting([0, 0], 1, Topology(slots_per_rank=1, node_R=(0, 0), own_rank=0, own_node=0))
+    own, other = slots_of_one_expert(routing, 4000, batch)
+    assert own - other == pytest.approx(RANK_COST / ROW_PRICE * 2, abs=4)
+    both = Topology(slots_per_rank=1, node_R=(0, 1), own_rank=0, own_node=0)
+    own, other = slots_of_one_expert(LayerRouting([0, 0], 1, both), 4000, batch)
+    assert own - other == pytest.approx((RANK_COST + NODE_COST) / ROW_PRICE * 2, abs=4)
+
+
+def slots_of_one_expert(routing: LayerRouting, count: int, batch: int) -> list[int]:
+    """Tokens of expert 0 at each of two slots."""
+    load_G = np.zeros(2, np.int64)
+    for _ in range(0, count, batch):
+        load_G += np.bincount(routing.choose(torch.zeros(batch, 1, dtype=torch.int64)).numpy().ravel(), minlength=2)
+        routing.commit()
+    return [int(load) for load in load_G]
+
+
+def test_a_larger_quota_comes_first_among_equals() -> None:
+    for source in range(2):
+        topology = Topology(slots_per_rank=1, node_R=(0, 0), source=source)
+        routing = LayerRouting([0, 0], 1, topology, quotas=[0.2, 0.8])
+        assert routing.choose(torch.tensor([[0]])).tolist() == [[1]]
+
+
+def test_ranks_are_level_within_a_few_steps_and_from_then_on() -> None:
+    """Every expert is on two ranks, the first ones are asked for most: turns would load rank 0 twice as much."""
+    slots = [0, 1, 2, 3, 4, 5, 0, 1, 6, 7, 8, 9, 2, 3, 6, 7, 10, 11, 4, 5, 8, 9, 10, 11]
+    routing = LayerRouting(slots, NUM_EXPERTS, Topology(slots_per_rank=6, node_R=(0, 0, 1, 1)))
+    loads = []
+    for step in range(400):
+        slot_TK = routing.choose(tokens(step, 8, skew=0.4)).numpy()
+        routing.commit()
+        loads.append(np.bincount(slot_TK.ravel() // 6, minlength=4))
+    for window in np.array(loads[50:]).reshape(7, 50, 4).sum(axis=1):
+        assert window.mean() / window.max() > 0.9
+
+
+def test_sources_begin_with_different_replicas() -> None:
     made = [
-        LayerRouting([0, 0], 1, Topology(slots_per_rank=1, node_R=(0, 0), source=source)).choose(expert_TK, 5)
+        LayerRouting([0, 0], 1, Topology(slots_per_rank=1, node_R=(0, 0), source=source)).choose(torch.tensor([[0]]))
         for source in (0, 1)
     ]
     assert not torch.equal(*made)
 
 
+def test_a_choice_of_no_expert_goes_nowhere() -> None:
+    routing = LayerRouting([0, 1, 1], 2, Topology(slots_per_rank=1, node_R=(0, 0, 0)))
+    assert routing.choose_replicas(np.array([[-1, 0], [-1, -1]])).tolist() == [[-1, 0], [-1, -1]]
+
+
 def test_a_layer_without_replicas_is_a_table() -> None:
     routing = LayerRouting([2, 0, -1, 1, -1, -1], 3, two_ranks())
     assert not routing.is_replicated
-    assert routing.choose(torch.tensor([[0, 1], [2, 0]]), 3).tolist() == [[1, 3], [0, 1]]
+    assert routing.choose(torch.tensor([[0, 1], [2, 0]])).tolist() == [[1, 3], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +258,38 @@ def test_tables_of_a_view_are_replaced_layer_by_layer() -> None:
     tables = RoutingTables(placed, 3, two_ranks())
     tables.replace(mesh_pb2.LayerPlacement(layer=3, version=2, slots=[0, -1, -1, 2, 1, -1]))
     expert_TK = torch.tensor([[0, 1, 2]])
-    assert tables[1].choose(expert_TK, 0).tolist() == [[0, 1, 3]]
-    assert tables[3].choose(expert_TK, 0).tolist() == [[0, 4, 3]]
+    assert tables[1].choose(expert_TK).tolist() == [[0, 1, 3]]
+    assert tables[3].choose(expert_TK).tolist() == [[0, 4, 3]]
     with pytest.raises(ValueError, match=r"experts .1. have no slot"):
         tables.replace(mesh_pb2.LayerPlacement(layer=1, version=2, slots=[0, -1, -1, 2, -1, -1]))
-    assert tables[1].choose(expert_TK, 0).tolist() == [[0, 1, 3]]
+    assert tables[1].choose(expert_TK).tolist() == [[0, 1, 3]]
+
+
+def placed_on(servers: str, slots: list[int], earlier: RoutingTables | None = None) -> RoutingTables:
+    """Tables of one layer, a slot on each of these servers."""
+    topology = Topology(slots_per_rank=1, node_R=(0,) * len(servers), server_R=tuple(servers))
+    return RoutingTables([mesh_pb2.LayerPlacement(layer=1, version=1, slots=slots)], 1, topology, earlier)
+
+
+def test_prices_outlive_a_placement_and_a_view() -> None:
+    tables = placed_on("abc", [0, 0, -1])
+    tables[1].choose(torch.zeros(3, 1, dtype=torch.int64))
+    tables.commit()
+    before = dict(zip("abc", tables[1].price_R.tolist(), strict=True))
+    assert len(set(before.values())) > 1
+    tables[1].choose(torch.zeros(3, 1, dtype=torch.int64))  # of a step that is never completed
+    tables.replace(mesh_pb2.LayerPlacement(layer=1, version=2, slots=[-1, 0, 0]))
+    assert tables[1].price_R.tolist() == list(before.values())
+    tables.commit()
+    assert tables[1].price_R.tolist() == list(before.values())
+    following = placed_on("cdb", [0, 0, 0], earlier=tables)
+    assert following[1].price_R.tolist() == [before["c"], 0.0, before["b"]]
+
+
+def test_a_step_that_a_broken_view_interrupted_chooses_the_same_in_the_next() -> None:
+    expert_TK = torch.zeros(5, 1, dtype=torch.int64)
+    tables = placed_on("ab", [0, 0])
+    tables[1].choose(expert_TK)
+    tables.commit()
+    broken = tables[1].choose(expert_TK)
+    assert torch.equal(placed_on("ab", [0, 0], earlier=tables)[1].choose(expert_TK), broken)

@@ -1,4 +1,4 @@
-"""Quotas against a general optimiser, and with the choice of replicas that ranks really make."""
+"""Quotas against a general optimiser, and with the choice of replicas that ranks make."""
 
 from __future__ import annotations
 
@@ -71,21 +71,17 @@ def test_no_load_is_shared_equally() -> None:
     assert balanced_quotas(table_RC, np.zeros(12)) == pytest.approx(1 / count_E[table_RC])
 
 
-def test_routing_by_quotas_levels_the_ranks_after_a_drift() -> None:
+def test_routing_levels_the_ranks_after_a_drift_with_quotas_and_before_they_come() -> None:
     table_RC, _, load_E = drifted(3)
     rng = np.random.default_rng(0)
     tokens_TK = np.argsort(-(np.log(load_E) + rng.gumbel(size=(4096, 12))), axis=1)[:, :2]
     load_E = np.bincount(tokens_TK.ravel(), minlength=12).astype(float)
     where = placement.Topology(slots_per_rank=5, node_R=(0,) * 4)
-    balanced = []
     for quotas in ([], balanced_quotas(table_RC, load_E).ravel().tolist()):
         routing = placement.LayerRouting(table_RC.ravel().tolist(), 12, where, quotas=quotas)
-        slots = np.concatenate([routing.choose_replicas(tokens_TK[t : t + 512], t // 512) for t in range(0, 4096, 512)])
-        again = np.concatenate([routing.choose_replicas(tokens_TK[t : t + 512], t // 512) for t in range(0, 4096, 512)])
-        assert np.array_equal(slots, again), "a repeated step chooses the same"
-        balanced.append(balancedness(np.bincount(slots.ravel() // 5, minlength=4).astype(float)))
-    assert balanced[0] == pytest.approx(balancedness(rank_loads(table_RC, load_E)), abs=0.03)
-    assert balanced[1] > balanced[0] + 0.03
+        slots = routing.choose_replicas(tokens_TK)
+        balanced = balancedness(np.bincount(slots.ravel() // 5, minlength=4).astype(float))
+        assert balanced > balancedness(rank_loads(table_RC, load_E)) + 0.03
 
 
 def test_a_drift_is_met_with_quotas_before_slots_are_moved() -> None:
