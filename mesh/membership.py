@@ -16,7 +16,10 @@ from expertmesh.v1 import mesh_pb2, mesh_pb2_grpc
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.1
-_MAX_RETRY_S = 1.0
+# While the channel knows that nobody listens, a call fails without a packet: this and the channel's own pause add up to
+# how long a balancer that is back waits for its last rank.
+_MAX_RETRY_S = 0.25
+_CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 500),)
 # A balancer that answers nothing to a registration for so long is taken for dead, and called again.
 _WELCOME_TIMEOUT_S = 5.0
 
@@ -70,14 +73,17 @@ class MembershipClient:
     async def run(self) -> None:
         """Register and stay registered, for ever."""
         retry_s = _FIRST_RETRY_S
-        async with rpc.open_channel(self._address, self._tls) as channel:
+        failing: grpc.StatusCode | None = None  # said once, however often it is tried
+        async with rpc.open_channel(self._address, self._tls, options=_CHANNEL_OPTIONS) as channel:
             stub = mesh_pb2_grpc.MembershipServiceStub(channel)
             while True:
                 try:
                     if await self._session(stub):
                         retry_s = _FIRST_RETRY_S
+                        failing = None
                 except grpc.aio.AioRpcError as error:
                     level = logging.INFO if error.code() == grpc.StatusCode.UNAVAILABLE else logging.WARNING
+                    level, failing = logging.DEBUG if error.code() == failing else level, error.code()
                     log.log(level, "balancer %s: %s: %s", self._address, error.code().name, error.details())
                 except TimeoutError:
                     log.warning("balancer %s: no answer to the registration", self._address)
