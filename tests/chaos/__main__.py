@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from chaos import network
 from chaos.outcome import Outcome, table
 from chaos.scenarios import SCENARIOS, play
 from chaos.stage import Stage
@@ -22,18 +26,17 @@ def main() -> int:
     options = _options()
     outcomes = asyncio.run(_play_all(options))
     print("\n" + table(outcomes))
-    if options.json:
-        report = {
-            "command": f"make chaos SEED={options.seed}"
-            if not options.only
-            else "python -m chaos " + " ".join(sys.argv[1:]),
-            "scenarios": [json.loads(outcome.as_json()) for outcome in outcomes],
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for outcome in outcomes:
         for failure in outcome.failures():
             print(f"{outcome.scenario}: {failure}")
     return int(any(outcome.failures() for outcome in outcomes))
+
+
+def _write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    """After each scenario, so that what was measured is there if a later one ends it all."""
+    command = f"make chaos SEED={options.seed}" if not options.only else f"python -m chaos {' '.join(sys.argv[1:])}"
+    report = {"command": command, "scenarios": [json.loads(outcome.as_json()) for outcome in outcomes]}
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -49,19 +52,37 @@ def _options() -> argparse.Namespace:
 
 async def _play_all(options: argparse.Namespace) -> list[Outcome]:
     chosen = [scenario for scenario in SCENARIOS if not options.only or scenario.name in options.only]
-    asked = questions(NUM_TOKENS)
-    outcomes = []
-    with tempfile.TemporaryDirectory(prefix="expertmesh-chaos-") as folder:
-        stage = Stage(options.logs or Path(folder))
+    here = [scenario for scenario in chosen if not scenario.apart or network.APART in os.environ]
+    outcomes: list[Outcome] = []
+
+    def say(outcome: Outcome) -> None:
+        print(outcome.as_json(), flush=True)
+        outcomes.append(outcome)
+        if options.json:
+            _write(options, outcomes)
+
+    with contextlib.ExitStack() as resources:
+        folder = options.logs or Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-chaos-")))
+        stage = Stage(folder)
+        if network.APART in os.environ:
+            stage = network.SplitStage(folder, between=resources.enter_context(network.halves()))
+        asked = questions(NUM_TOKENS)
         try:
-            for scenario, following in zip(chosen, [*chosen[1:], None], strict=True):
+            for scenario, following in zip(here, [*here[1:], None], strict=True) if here else ():
                 outcome = await play(
                     scenario, stage, asked, seed=options.seed, long=not options.short, following=following
                 )
-                print(outcome.as_json(), flush=True)
-                outcomes.append(outcome)
+                say(outcome)
         finally:
             await stage.clear()
+    for scenario in chosen:
+        reason = network.why_not()
+        if scenario in here:
+            continue
+        if reason is not None:
+            print(f"{scenario.name} was not played: {reason}", flush=True)
+            continue
+        say(await network.play_apart(scenario.name, seed=options.seed, long=not options.short))
     return outcomes
 
 

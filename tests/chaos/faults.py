@@ -59,8 +59,17 @@ async def balancer_killed(trial: Trial, traffic: Traffic) -> None:
 
 async def expert_frozen(trial: Trial, traffic: Traffic) -> None:
     """SIGSTOP an expert server, SIGCONT it when the mesh has long gone on: it is fenced and comes back as new."""
+    await _freeze_one(trial, "expert")
+
+
+async def attention_frozen(trial: Trial, traffic: Traffic) -> None:
+    """The same with an attention server: what it says when it wakes up belongs to requests that went on elsewhere."""
+    await _freeze_one(trial, "attention")
+
+
+async def _freeze_one(trial: Trial, role: str) -> None:
     mesh = trial.mesh
-    victim = trial.random.choice(mesh_state.rank_ids(mesh, ["expert"]))
+    victim = trial.random.choice(mesh_state.rank_ids(mesh, [role]))
     pid, last_event = mesh.servers[victim].pid, (await mesh_state.events(mesh))[-1].number
     await trial.freeze(victim, 10.0 if trial.long else 6.0)
     events = [event for event in await mesh_state.events(mesh) if event.number > last_event and event.subject == victim]
@@ -99,6 +108,7 @@ def _tpot(quiet: list[Recording], changed: list[Recording]) -> dict[str, float]:
 
 async def drain(mesh: LocalMesh, server_id: str) -> None:
     """Ask a server to leave, and wait until its process has ended by itself, with status 0."""
+    starts = mesh.servers[server_id].starts
     async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         await stub.Drain(admin_pb2.DrainRequest(server_id=server_id), timeout=10)
@@ -107,7 +117,7 @@ async def drain(mesh: LocalMesh, server_id: str) -> None:
         return mesh.servers[server_id].pid is None
 
     await mesh_state.until(has_ended, RECOVERY_TIMEOUT_S, lambda: f"{server_id} did not end\n{logs(mesh, 20)}", POLL_S)
-    assert mesh.servers[server_id].starts == 1, f"{server_id} was started again after it had left"
+    assert mesh.servers[server_id].starts == starts, f"{server_id} was started again after it had left"
     mesh.forget(server_id)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos import faults
+import grpc
+
+from chaos import faults, network
 from chaos.outcome import Outcome, Targets
 from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
 from chaos.traffic import Question, Traffic
@@ -27,6 +29,7 @@ class Scenario:
         play: does the damage and returns when the mesh is whole again.
         config: as ``mesh_config`` takes it.
         replays: requests have to be replayed, or the damage was none.
+        apart: it needs a network of its own (``chaos.network``), and is played in its long version only.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Scenario:
     targets: Targets
     config: dict[str, Any] = field(default_factory=dict)
     replays: bool = False
+    apart: bool = False
 
 
 SCENARIOS = (
@@ -46,8 +50,9 @@ SCENARIOS = (
     Scenario(name="expert-killed", play=faults.expert_killed, targets=Targets(longest_gap_s=2.0)),
     Scenario(name="attention-killed", play=faults.attention_killed, targets=Targets(longest_gap_s=1.5), replays=True),
     Scenario(name="balancer-killed", play=faults.balancer_killed, targets=Targets(longest_gap_s=1.0, adopted_s=2.0)),
-    # A server that hangs is given up when its lease ends (balancer.lease_s, 3 s); its peers leave half a second later.
-    Scenario(name="expert-frozen", play=faults.expert_frozen, targets=Targets(longest_gap_s=5.0)),
+    # A server that hangs or is cut off is given up when its lease ends: the pause is balancer.lease_s and a bit.
+    Scenario(name="expert-frozen", play=faults.expert_frozen, targets=Targets()),
+    Scenario(name="attention-frozen", play=faults.attention_frozen, targets=Targets(), replays=True),
     Scenario(name="servers-come-and-go", play=faults.servers_come_and_go, targets=Targets(tpot_ratio=2.0)),
     Scenario(
         name="random-kills",
@@ -56,6 +61,7 @@ SCENARIOS = (
         # One request may well lose more than the three servers that are enough for ordinary times.
         config={"balancer__mode": "online", "router__replay_attempts": 100},
     ),
+    Scenario(name="network-cut", play=network.network_cut, targets=Targets(), replays=True, apart=True),
 )
 
 
@@ -80,23 +86,30 @@ async def play(
         random=random.Random(f"{seed} {scenario.name}"),
         long=long,
     )
-    await trial.until_whole()
-    async with Traffic(mesh.router, asked, seed) as traffic:
-        await traffic.until_flowing()
-        await asyncio.sleep(QUIET_S if long else SHORT_QUIET_S)
-        faults_s = time.monotonic()
-        await scenario.play(trial, traffic)
-        await traffic.until_flowing()
-        ended_s = time.monotonic()
-        await traffic.stop()
-    outcome.count(traffic.recordings, faults_s, ended_s)
-    if scenario.replays and not outcome.replays:
-        outcome.problems.append("no request was replayed: the killed servers held none")
     try:
-        await mesh_state.until_idle(mesh, RECOVERY_TIMEOUT_S)
-    except AssertionError as error:
-        outcome.problems.append(str(error))
-    outcome.problems += census.leaks_running()
-    if following is None or following.config != scenario.config:
+        await _play(scenario, trial)
+    except (AssertionError, TimeoutError, grpc.aio.AioRpcError) as error:
+        outcome.problems.append(f"it broke off: {type(error).__name__}: {error}")
+    if outcome.problems or following is None or following.config != scenario.config:
         outcome.problems += await stage.clear()
     return outcome
+
+
+async def _play(scenario: Scenario, trial: Trial) -> None:
+    mesh, outcome = trial.mesh, trial.outcome
+    await trial.until_whole()
+    async with Traffic(mesh.router, trial.asked, outcome.seed) as traffic:
+        await traffic.until_flowing()
+        await asyncio.sleep(QUIET_S if trial.long else SHORT_QUIET_S)
+        faults_s = time.monotonic()
+        try:
+            await scenario.play(trial, traffic)
+            await traffic.until_flowing()
+        finally:
+            ended_s = time.monotonic()
+            await traffic.stop()
+            outcome.count(traffic.recordings, faults_s, ended_s)
+    if scenario.replays and not outcome.replays:
+        outcome.problems.append("no request was replayed: the servers concerned held none")
+    await mesh_state.until_idle(mesh, RECOVERY_TIMEOUT_S)
+    outcome.problems += trial.census.leaks_running()

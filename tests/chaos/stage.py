@@ -90,10 +90,13 @@ class Stage:
         if self._mesh is None or self._census is None:
             self._count += 1
             overrides = {"telemetry__metrics_port": 0, **config}
-            folder = self.folder / f"mesh-{self._count}"
-            self._mesh = await asyncio.to_thread(start_mesh, folder, mesh_config(**overrides), restart=True)
+            self._mesh = await asyncio.to_thread(self.start, self.folder / f"mesh-{self._count}", overrides)
             self._census, self._config = Census(self._mesh), config
         return self._mesh, self._census
+
+    def start(self, folder: Path, config: dict[str, Any]) -> LocalMesh:
+        """A mesh that serves, and starts again what dies."""
+        return start_mesh(folder, mesh_config(**config), restart=True)
 
     async def clear(self) -> list[str]:
         """Stop the mesh. Returns what it left behind."""

@@ -34,9 +34,9 @@ class Events:
     def put(self, event: ProcessEvent) -> None:
         self._queue.put(event)
 
-    def wait_for(self, kind: str) -> ProcessEvent:
+    def wait_for(self, kind: str, timeout_s: float = 20.0) -> ProcessEvent:
         while True:
-            event = self._queue.get(timeout=20)
+            event = self._queue.get(timeout=timeout_s)
             self.seen.append(event)
             if event.kind == kind:
                 return event
@@ -86,6 +86,30 @@ def test_killed_service_starts_again(start: StartService, events: Events) -> Non
     events.wait_for("ready")
     assert service.pid not in (None, first_pid)
     assert service.starts == 2
+
+
+def test_killed_service_starts_again_when_it_may(start: StartService, events: Events) -> None:
+    service = start(READY + WAIT)
+    events.wait_for("ready")
+    service.hold_restarts()
+    service.kill(signal.SIGKILL)
+    events.wait_for("restarting")
+    with pytest.raises(queue.Empty):  # longer than the first back-off
+        events.wait_for("starting", timeout_s=1.0)
+    service.allow_restarts()
+    events.wait_for("ready")
+    assert service.starts == 2
+
+
+def test_held_service_can_be_stopped(start: StartService, events: Events) -> None:
+    service = start(READY + WAIT)
+    events.wait_for("ready")
+    service.hold_restarts()
+    service.kill(signal.SIGKILL)
+    events.wait_for("restarting")
+    service.begin_stop()
+    assert service.finish_stop(5.0)
+    assert service.starts == 1
 
 
 def test_service_that_leaves_is_not_started_again(start: StartService, events: Events) -> None:
