@@ -1,4 +1,4 @@
-"""Threads whose work can wait: migrations, searches for better placements."""
+"""Priorities of threads whose work can wait for the steps: migrations, searches for better placements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ import os
 def only_idle_cores() -> None:
     """Let the calling thread run only where a core has nothing else to do, and leave it as soon as it has.
 
-    A thread of ordinary priority, however nice, keeps its core for a whole time slice when a step thread wakes up
-    (those run under SCHED_BATCH, which preempts nothing but SCHED_IDLE): some milliseconds in each exchange of a layer.
-    A wait for the interpreter's lock, which such a thread may hold, ends when the cores are idle for want of that wait.
+    For long computations without the interpreter's lock, in processes that make no steps. A thread of ordinary priority,
+    however nice, keeps its core for a whole time slice when a step thread wakes up (those run under SCHED_BATCH, which
+    preempts nothing but SCHED_IDLE): some milliseconds in each exchange of a layer.
     """
-    if hasattr(os, "SCHED_IDLE"):
+    _schedule("SCHED_IDLE")
+
+
+def preempt_nobody() -> None:
+    """Let the calling thread wait for its turn when it wakes up.
+
+    For short pieces of work in the process of a step thread: under SCHED_IDLE it might hold the interpreter's lock
+    without getting a core, on a machine that others keep busy, and the step with it.
+    """
+    _schedule("SCHED_BATCH")
+
+
+def _schedule(policy: str) -> None:
+    if hasattr(os, policy):
         with contextlib.suppress(OSError):  # a sandbox may forbid it: only speed is lost
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))

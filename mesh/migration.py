@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expertmesh.mesh.background import only_idle_cores
+from expertmesh.mesh.background import preempt_nobody
 from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables
@@ -173,7 +173,7 @@ class Migrations:
     # -- worker -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        only_idle_cores()
+        preempt_nobody()
         with torch.inference_mode():
             if self._c.side is not None:
                 self._c.side.open(Patience(self._closing, time.monotonic() + self._c.silence_s))
