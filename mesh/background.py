@@ -9,7 +9,7 @@ import os
 def only_idle_cores() -> None:
     """Let the calling thread run only where a core has nothing else to do, and leave it as soon as it has.
 
-    For long computations without the interpreter's lock, in processes that make no steps. A thread of ordinary priority,
+    For long computations without the interpreter's lock, where no steps are made. A thread of ordinary priority,
     however nice, keeps its core for a whole time slice when a step thread wakes up (those run under SCHED_BATCH, which
     preempts nothing but SCHED_IDLE): some milliseconds in each exchange of a layer.
     """
