@@ -86,7 +86,9 @@ class BalancerConfig(Section):
     state_dir: Path | None = Field(None, description="durable state; unset = .expertmesh/<mesh name>")
     mode: Literal["static", "offline", "online"] = "static"
     replica_quotas: bool = Field(
-        True, description="policy `solver` gives replicas shares of their expert's tokens by load; `false` = equal ones"
+        False,
+        description="policy `solver` gives replicas shares of their expert's tokens by load; the ranks' own prices even "
+        "out more, so that it gains next to nothing",
     )
     policy: Literal["solver", "eplb"] = Field(
         "solver",
