@@ -4,8 +4,8 @@ What torch does in some forty operators, each with its own overhead, is two call
 around it, and the gate with its norm. The torch reference is ``attention_server.dense.DenseModel`` with
 ``PagedKvCache``, which also serves every other kind of step. float32 only.
 
-Dimensions: T tokens, those of a sequence in the order of their positions; H hidden size; C query and key heads; D head size; K KV heads; N cache positions;
-B blocks of a sequence; E experts; O outputs of a matrix product.
+Dimensions: T tokens, those of a sequence in the order of their positions; H hidden size; C query and key heads; D head
+size; K KV heads; N cache positions; B blocks of a sequence; E experts; O outputs of a matrix product.
 """
 
 from __future__ import annotations

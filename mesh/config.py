@@ -87,8 +87,8 @@ class BalancerConfig(Section):
     mode: Literal["static", "offline", "online"] = "static"
     replica_quotas: bool = Field(
         False,
-        description="policy `solver` gives replicas shares of their expert's tokens by load; the ranks' own prices even "
-        "out more, so that it gains next to nothing",
+        description="policy `solver` gives replicas shares of their expert's tokens by load; the ranks' own prices "
+        "even out more, so that it gains next to nothing",
     )
     policy: Literal["solver", "eplb"] = Field(
         "solver",
