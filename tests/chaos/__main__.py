@@ -34,7 +34,7 @@ def main() -> int:
 
 def _write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """After each scenario, so that what was measured is there if a later one ends it all."""
-    command = f"make chaos SEED={options.seed}" if not options.only else f"python -m chaos {' '.join(sys.argv[1:])}"
+    command = f"python -m chaos {' '.join(sys.argv[1:])}"
     report = {"command": command, "scenarios": [json.loads(outcome.as_json()) for outcome in outcomes]}
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -45,6 +45,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--seed", type=int, default=1, help="of victims, moments and prompts (default 1)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of every process there")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of random kills (default 10)")
     parser.add_argument("--short", action="store_true", help="the versions that the CI plays")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of {', '.join(names)}")
     return parser.parse_args()
@@ -70,7 +71,13 @@ async def _play_all(options: argparse.Namespace) -> list[Outcome]:
         try:
             for scenario, following in zip(here, [*here[1:], None], strict=True) if here else ():
                 outcome = await play(
-                    scenario, stage, asked, seed=options.seed, long=not options.short, following=following
+                    scenario,
+                    stage,
+                    asked,
+                    seed=options.seed,
+                    long=not options.short,
+                    following=following,
+                    minutes=options.minutes,
                 )
                 say(outcome)
         finally:

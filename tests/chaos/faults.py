@@ -7,7 +7,7 @@ import time
 
 from chaos.outcome import tpot_ms
 from chaos.stage import POLL_S, RECOVERY_TIMEOUT_S, Trial
-from chaos.traffic import Recording, Traffic
+from chaos.traffic import NUM_STREAMS, Recording, Traffic
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
@@ -84,7 +84,7 @@ async def _freeze_one(trial: Trial, role: str) -> None:
 async def servers_come_and_go(trial: Trial, traffic: Traffic) -> None:
     """A new expert server joins, the oldest is drained, again and again."""
     mesh, outcome = trial.mesh, trial.outcome
-    quiet = [recording for recording in traffic.recordings if not recording.is_lost]
+    quiet = await traffic.until_ended(2 * NUM_STREAMS)
     seen, joins_s, drains_s = len(traffic.recordings), list[float](), list[float]()
     for _ in range(20 if trial.long else 2):
         started_s = time.monotonic()
@@ -127,7 +127,7 @@ async def random_kills(trial: Trial, traffic: Traffic) -> None:
     A beat passes when there is nobody but the last: a killed process needs some seconds to come back.
     """
     mesh, killed = trial.mesh, list[str]()
-    ends_s = time.monotonic() + (600.0 if trial.long else 30.0)
+    ends_s = time.monotonic() + (60.0 * trial.minutes if trial.long else 30.0)
     while time.monotonic() < ends_s:
         spare = await _spare(mesh)
         if spare:
@@ -141,6 +141,7 @@ async def random_kills(trial: Trial, traffic: Traffic) -> None:
     trial.outcome.recovery_s.append(time.monotonic() - started_s)
     status = await mesh_state.status(mesh)
     trial.outcome.figures |= {
+        "minutes": trial.minutes if trial.long else 0.5,
         "kills": {victim: killed.count(victim) for victim in sorted(set(killed))},
         "views": status.view_number,
         "migrations_committed": sum(e.kind == "migration_committed" for e in await mesh_state.events(mesh)),

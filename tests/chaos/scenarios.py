@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
 from chaos import faults, network
 from chaos.outcome import Outcome, Targets
 from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
@@ -73,6 +71,7 @@ async def play(
     seed: int,
     long: bool,
     following: Scenario | None,
+    minutes: float = 10.0,
 ) -> Outcome:
     """Play one scenario. Its mesh is left to the ``following`` one if that wants the same; else what it leaves behind
     when it stops belongs to the outcome."""
@@ -85,10 +84,11 @@ async def play(
         outcome=outcome,
         random=random.Random(f"{seed} {scenario.name}"),
         long=long,
+        minutes=minutes,
     )
     try:
         await _play(scenario, trial)
-    except (AssertionError, TimeoutError, grpc.aio.AioRpcError) as error:
+    except Exception as error:  # noqa: BLE001 - the others are played all the same
         outcome.problems.append(f"it broke off: {type(error).__name__}: {error}")
     if outcome.problems or following is None or following.config != scenario.config:
         outcome.problems += await stage.clear()

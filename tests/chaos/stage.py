@@ -32,6 +32,8 @@ class Trial:
     outcome: Outcome
     random: random.Random
     long: bool
+    minutes: float = 10.0
+    """Of the long version of a scenario that goes on and on."""
 
     async def kill(self, victim: str) -> None:
         """kill -9 a rank and wait until every server steps in one view again, the victim under a new incarnation."""

@@ -85,6 +85,7 @@ class Traffic:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._flowing = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        self._ended = asyncio.Condition()
         self.recordings: list[Recording] = []
 
     async def __aenter__(self) -> Self:
@@ -108,6 +109,15 @@ class Traffic:
         async with asyncio.timeout(DEADLINE_S):
             await asyncio.gather(*(event.wait() for event in self._flowing))
 
+    async def until_ended(self, count: int) -> list[Recording]:
+        """Until so many requests have ended since the start; returns those that have."""
+        async with asyncio.timeout(DEADLINE_S), self._ended:
+            await self._ended.wait_for(lambda: len(self._with_an_end()) >= count)
+        return self._with_an_end()
+
+    def _with_an_end(self) -> list[Recording]:
+        return [recording for recording in self.recordings if recording.finish is not None]
+
     async def stop(self) -> None:
         """Let the requests that run end, and start no more."""
         self._stopping = True
@@ -119,6 +129,8 @@ class Traffic:
             recording = Recording(question=choices.choice(self._questions), sent_s=time.monotonic())
             self.recordings.append(recording)
             await self._ask(stub, recording, self._flowing[number])
+            async with self._ended:
+                self._ended.notify_all()
 
     async def _ask(
         self, stub: generate_pb2_grpc.GenerationServiceStub, recording: Recording, flowing: asyncio.Event
