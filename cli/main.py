@@ -38,6 +38,7 @@ SUB_COMMANDS = {
     "serve": SubCommand(
         target="expertmesh.cli.serve:serve", summary="Run one service: what Slurm, Kubernetes and `up` start."
     ),
+    "place": SubCommand(target="expertmesh.cli.place:place", summary="Write a placement file from recorded routing."),
     "simulate": SubCommand(
         target="expertmesh.cli.simulate:simulate", summary="Compare placements on recorded routing."
     ),
