@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from expertmesh.kernels.host_mlp import host_expert_mlp
 from expertmesh.kernels.host_replicas import host_choose_replicas
 
 _HIDDEN, _DIM, _SLOTS, _TOP_K = 4, 2, 2, 1
+
+LOCK_TIMEOUT_S = 60.0
+"""A process that hangs while it compiles must not keep the others of its machine from starting."""
+_LOCK_POLL_S = 0.1
 
 
 def warm_up(*, attention: bool = True, experts: bool = True) -> None:
@@ -94,13 +99,23 @@ def _has_index(module: str, name: str) -> bool:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Only one process of this machine at a time."""
+    """Only one process of this machine at a time; whoever has waited ``LOCK_TIMEOUT_S`` compiles all the same."""
     folder = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+        while not _try_lock(folder) and time.monotonic() < deadline_s:
+            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(folder)
+
+
+def _try_lock(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
