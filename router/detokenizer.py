@@ -74,10 +74,14 @@ class WindowText:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._skipped = {token_id for token_id, token in added.items() if token.special}
         self._context_ids: list[int] = []  # shown already
         self._held_ids: list[int] = []  # not shown yet
 
     def add(self, token_id: int) -> str:
+        if token_id in self._skipped:  # not even the end of a run of bytes: decoding drops it first
+            return ""
         self._held_ids.append(token_id)
         token = self._tokenizer.id_to_token(token_id) or ""
         is_byte = len(token) == 6 and token.startswith("<0x")

@@ -80,6 +80,7 @@ def test_any_bytes_as_byte_tokens_equal_decode(data: bytes, cuts: list[int]) -> 
 @given(ids=st.lists(st.integers(0, 264), max_size=16), cuts=CUTS, skip=st.booleans())
 @example(ids=[258, 258, 259], cuts=[], skip=True)
 @example(ids=[1, 259, 197, 171, 260], cuts=[], skip=True)
+@example(ids=[2, 1, 130], cuts=[], skip=True)
 def test_byte_fallback_text_equals_decode(ids: list[int], cuts: list[int], skip: bool) -> None:
     vocabulary = byte_fallback()
     text, _, _ = run(Detokenizer(vocabulary.token_text(skip_special_tokens=skip)), split(ids, cuts))
