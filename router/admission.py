@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -20,14 +20,47 @@ _RETRY_MS_RANGE = (50, 10_000)
 _INTERVAL_WEIGHT = 0.1  # of the newest interval in the moving average
 
 
-@dataclass(slots=True)
+Shed = Callable[[Refusal], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """An admitted request. ``shed`` ends it; ``None`` while it cannot be, or once it has begun."""
+    """An admitted request."""
 
     tenant: str
     priority: int
-    serial: int
-    shed: Callable[[Refusal], None] | None = None
+
+
+class _Sheddable:
+    """The requests that may be shed, so ordered that a full router looks at tenants and not at requests."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, dict[str, dict[str, Shed]]] = {}
+
+    def put(self, request_id: str, entry: _Entry, shed: Shed) -> None:
+        self._classes.setdefault(entry.priority, {}).setdefault(entry.tenant, {})[request_id] = shed
+
+    def remove(self, request_id: str, entry: _Entry) -> None:
+        """Nothing happens if it is not there."""
+        tenants = self._classes.get(entry.priority, {})
+        requests = tenants.get(entry.tenant, {})
+        if requests.pop(request_id, None) is not None and not requests:
+            del tenants[entry.tenant]
+            if not tenants:
+                del self._classes[entry.priority]
+
+    def least_worth(self, by_tenant: Mapping[str, int]) -> _Entry | None:
+        """The lowest priority, of it the tenant with most requests; None when nothing may be shed."""
+        if not self._classes:
+            return None
+        priority = max(self._classes)
+        return _Entry(max(self._classes[priority], key=lambda tenant: by_tenant[tenant]), priority)
+
+    def pop_last(self, entry: _Entry) -> Shed:
+        """The newest request of that priority and tenant, which is no longer there then."""
+        request_id, shed = next(reversed(self._classes[entry.priority][entry.tenant].items()))
+        self.remove(request_id, entry)
+        return shed
 
 
 class Admission:
@@ -54,7 +87,7 @@ class Admission:
         self._backlog = backlog
         self._entries: dict[str, _Entry] = {}
         self._by_tenant: Counter[str] = Counter()
-        self._num_admitted = 0
+        self._sheddable = _Sheddable()
         self._last_release_s: float | None = None
         self._release_interval_s: float | None = None
         self._closed_reason = ""
@@ -109,15 +142,18 @@ class Admission:
         self._check_deadline(timeout_s)
         if len(self) >= self._max_requests:
             self._make_room(tenant, priority)
-        self._num_admitted += 1
-        self._entries[request_id] = _Entry(tenant, priority, self._num_admitted)
+        self._entries[request_id] = _Entry(tenant, priority)
         self._by_tenant[tenant] += 1
 
-    def may_shed(self, request_id: str, shed: Callable[[Refusal], None] | None) -> None:
+    def may_shed(self, request_id: str, shed: Shed | None) -> None:
         """From now on the request may be ended by ``shed``; ``None`` once it has begun."""
         entry = self._entries.get(request_id)
-        if entry is not None:
-            entry.shed = shed
+        if entry is None:
+            return
+        if shed is None:
+            self._sheddable.remove(request_id, entry)
+        else:
+            self._sheddable.put(request_id, entry, shed)
 
     def release(self, request_id: str) -> None:
         self._forget(request_id)
@@ -131,10 +167,11 @@ class Admission:
         self._last_release_s = now_s
 
     def _forget(self, request_id: str) -> None:
-        tenant = self._entries.pop(request_id).tenant
-        self._by_tenant[tenant] -= 1
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
+        entry = self._entries.pop(request_id)
+        self._sheddable.remove(request_id, entry)
+        self._by_tenant[entry.tenant] -= 1
+        if not self._by_tenant[entry.tenant]:
+            del self._by_tenant[entry.tenant]
         self._note_empty()
 
     def _note_empty(self) -> None:
@@ -156,22 +193,17 @@ class Admission:
             Refusal: it is not, or none can be shed.
         """
         problem = f"the router holds {len(self)} requests (router.max_queued_requests)"
-        waiting = [entry for entry in self._entries.values() if entry.shed is not None]
-        if not waiting:
+        entry = self._sheddable.least_worth(self._by_tenant)
+        if entry is None:
             raise self._full(problem)
-        entry = max(waiting, key=self._worthless)
         is_unfair = self._by_tenant[entry.tenant] > self._by_tenant[tenant] + 1
         if entry.priority < priority or (entry.priority == priority and not is_unfair):
             raise self._full(problem)
-        shed, entry.shed = entry.shed, None
-        assert shed is not None, "only requests that may be shed were looked at"
+        shed = self._sheddable.pop_last(entry)
         is_less_urgent = entry.priority > priority
         why = "one of higher priority" if is_less_urgent else f"one of a tenant with fewer than {entry.tenant!r}"
         shed(self._full(f"{problem} and gave the place of this one, which had not begun, to {why}"))
         # Its handler releases it when it runs next; the new one has the place now.
-
-    def _worthless(self, entry: _Entry) -> tuple[int, int, int]:
-        return entry.priority, self._by_tenant[entry.tenant], entry.serial
 
     def _full(self, problem: str) -> Refusal:
         lowest, highest = _RETRY_MS_RANGE
