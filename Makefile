@@ -23,7 +23,7 @@ help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
 	@echo "make test      everything the CI runs: lint, gen-check, all tests"
 	@echo "make unit      the fast tests only"
-	@echo "make chaos     kill, stop, add and drain servers while streams run, half an hour; SEED=N for other victims"
+	@echo "make chaos     kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
 	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
 	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
 	@echo "make bench     measure serving (benchmarks/results/)"

@@ -19,6 +19,7 @@ class Targets:
     longest_gap_s: float | None = None
     adopted_s: float | None = None
     tpot_ratio: float | None = None
+    lost_goodput: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos import faults, network
+from chaos import faults, network, overload, routers
 from chaos.outcome import Outcome, Targets
 from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
 from chaos.traffic import Question, Traffic
@@ -24,18 +24,22 @@ class Scenario:
     """One line of the table.
 
     Attributes:
-        play: does the damage and returns when the mesh is whole again.
+        play: does the damage while the usual traffic runs, and returns when the mesh is whole again.
+        load: instead of ``play``: brings requests of its own, and reports on them.
         config: as ``mesh_config`` takes it.
         replays: requests have to be replayed, or the damage was none.
-        apart: it needs a network of its own (``chaos.network``), and is played in its long version only.
+        apart: it needs a network of its own (``chaos.network``).
+        long_only: the CI does not play it.
     """
 
     name: str
-    play: Callable[[Trial, Traffic], Awaitable[None]]
+    play: Callable[[Trial, Traffic], Awaitable[None]] | None = None
+    load: Callable[[Trial], Awaitable[None]] | None = None
     targets: Targets
     config: dict[str, Any] = field(default_factory=dict)
     replays: bool = False
     apart: bool = False
+    long_only: bool = False
 
 
 SCENARIOS = (
@@ -52,6 +56,7 @@ SCENARIOS = (
     Scenario(name="expert-frozen", play=faults.expert_frozen, targets=Targets()),
     Scenario(name="attention-frozen", play=faults.attention_frozen, targets=Targets(), replays=True),
     Scenario(name="servers-come-and-go", play=faults.servers_come_and_go, targets=Targets(tpot_ratio=2.0)),
+    Scenario(name="router-killed", play=routers.router_killed, targets=Targets(longest_gap_s=1.0)),
     Scenario(
         name="random-kills",
         play=faults.random_kills,
@@ -59,7 +64,20 @@ SCENARIOS = (
         # One request may well lose more than the three servers that are enough for ordinary times.
         config={"balancer__mode": "online", "router__replay_attempts": 100},
     ),
-    Scenario(name="network-cut", play=network.network_cut, targets=Targets(), replays=True, apart=True),
+    Scenario(
+        name="overload",
+        load=overload.overload,
+        targets=Targets(lost_goodput=0.1, tpot_ratio=1.5),
+        config=overload.CONFIG,
+    ),
+    Scenario(
+        name="soak",
+        load=overload.soak,
+        targets=Targets(lost_goodput=0.1, tpot_ratio=1.5),
+        config=overload.CONFIG,
+        long_only=True,
+    ),
+    Scenario(name="network-cut", play=network.network_cut, targets=Targets(), replays=True, apart=True, long_only=True),
 )
 
 
@@ -98,6 +116,17 @@ async def play(
 async def _play(scenario: Scenario, trial: Trial) -> None:
     mesh, outcome = trial.mesh, trial.outcome
     await trial.until_whole()
+    if scenario.load is not None:
+        await scenario.load(trial)
+    else:
+        await _disturb(scenario, trial)
+    await mesh_state.until_idle(mesh, RECOVERY_TIMEOUT_S)
+    outcome.problems += trial.census.leaks_running()
+
+
+async def _disturb(scenario: Scenario, trial: Trial) -> None:
+    assert scenario.play is not None, f"{scenario.name} does nothing"
+    mesh, outcome = trial.mesh, trial.outcome
     async with Traffic(mesh.router, trial.asked, outcome.seed) as traffic:
         await traffic.until_flowing()
         await asyncio.sleep(QUIET_S if trial.long else SHORT_QUIET_S)
@@ -111,5 +140,3 @@ async def _play(scenario: Scenario, trial: Trial) -> None:
             outcome.count(traffic.recordings, faults_s, ended_s)
     if scenario.replays and not outcome.replays:
         outcome.problems.append("no request was replayed: the servers concerned held none")
-    await mesh_state.until_idle(mesh, RECOVERY_TIMEOUT_S)
-    outcome.problems += trial.census.leaks_running()

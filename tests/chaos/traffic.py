@@ -72,26 +72,26 @@ class Recording:
 
 
 class Traffic:
-    """``NUM_STREAMS`` requests at any time, from ``async with`` to ``stop``; who ends one starts the next.
+    """``num_streams`` requests at any time, from ``async with`` to ``stop``; who ends one starts the next.
 
     Args:
         seed: chooses which question follows which.
     """
 
-    def __init__(self, router: str, asked: Sequence[Question], seed: int) -> None:
+    def __init__(self, router: str, asked: Sequence[Question], seed: int, *, num_streams: int = NUM_STREAMS) -> None:
         self._router = router
         self._questions = asked
         self._seed = seed
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._flowing = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        self._flowing = [asyncio.Event() for _ in range(num_streams)]
         self._ended = asyncio.Condition()
         self.recordings: list[Recording] = []
 
     async def __aenter__(self) -> Self:
         self._channel = rpc.open_channel(self._router, TlsConfig())
         stub = generate_pb2_grpc.GenerationServiceStub(self._channel)
-        self._tasks = [asyncio.create_task(self._ask_on(stub, number)) for number in range(NUM_STREAMS)]
+        self._tasks = [asyncio.create_task(self._ask_on(stub, number)) for number in range(len(self._flowing))]
         return self
 
     async def __aexit__(
