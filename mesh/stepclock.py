@@ -56,13 +56,14 @@ class StepClock:
         self._last = now
         self._mark_ns = time.time_ns() if self._traceparent else 0
 
-    def dispatched(self, layer: int, num_tokens: int) -> None:
+    def dispatched(self, layer: int, num_tokens: int | None) -> None:
+        """``num_tokens`` None: only the device knows how many have arrived."""
         now = time.perf_counter()
         self._dispatch_s += now - self._last
         self._last = now
-        self._expert_tokens += num_tokens
+        self._expert_tokens += num_tokens or 0
         if self._traceparent:
-            self._marks.append(_LayerMarks(layer, self._mark_ns, time.time_ns(), num_tokens))
+            self._marks.append(_LayerMarks(layer, self._mark_ns, time.time_ns(), num_tokens or 0))
 
     def computed(self) -> None:
         now = time.perf_counter()

@@ -132,6 +132,13 @@ class CollectivePlane:
             own_sum = self._return_sums(y_NH, handle)
         return _PendingCombine(self, handle, back_NH, arrivals, own_sum)
 
+    @property
+    def is_on_device(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Errors rose when they happened."""
+
     def close(self) -> None:
         self._sends.clear()
         self._group = None
