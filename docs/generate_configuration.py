@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from expertmesh.mesh.config import MeshConfig, Section
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.config_section import Section
 
 INTRODUCTION = """\
 # Configuration
@@ -36,12 +38,19 @@ def document() -> str:
 
 
 def _section(title: str, section: type[Section], prefix: str) -> str:
-    lines = [f"## {title}\n", "| key | type | default | |", "|---|---|---|---|"]
-    for name, field in section.model_fields.items():
-        if _section_type(field) is None:
-            cells = [f"`{prefix}{name}`", _type(field), _default(field.default), field.description or ""]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines = [f"## {title}\n", "| key | type | default | |", "|---|---|---|---|", *_rows(section, prefix)]
     return "\n".join(lines) + "\n"
+
+
+def _rows(section: type[Section], prefix: str) -> Iterator[str]:
+    """Of the section's keys and, below the top level, of the sections in it."""
+    for name, field in section.model_fields.items():
+        inner = _section_type(field)
+        if inner is None:
+            cells = [f"`{prefix}{name}`", _type(field), _default(field.default), field.description or ""]
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        elif prefix:
+            yield from _rows(inner, f"{prefix}{name}.")
 
 
 def _section_type(field: FieldInfo) -> type[Section] | None:

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from expertmesh.mesh.config_scaling import ScalingConfig
+from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.errors import UserError
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class ModelConfig(Section):
@@ -76,7 +72,31 @@ class ExpertConfig(Section):
         le=256,
         description="slots a layer that one server has room for; unset = enough that the mesh outlives one server",
     )
+    min_replicas: int = Field(
+        1,
+        ge=1,
+        description="slots that hold each expert, on as many servers, as far as there is room: with 2 the mesh loses a "
+        "server without reading weights; what a lost server took is made up for in the background",
+    )
+    num_hot_experts: int = Field(
+        0,
+        ge=0,
+        description="so many experts of a layer, those with most load, have two replicas at least; loads are known in "
+        "mode `online`",
+    )
     num_threads: int = Field(1, ge=1)
+
+    @property
+    def replicas_wanted(self) -> str:
+        """Which key asks for replicas, and for how many: for messages."""
+        if self.min_replicas > 1 or not self.num_hot_experts:
+            return f"min_replicas = {self.min_replicas}"
+        return f"num_hot_experts = {self.num_hot_experts}"
+
+    def min_slots(self, num_experts: int) -> int:
+        """Slots a layer that ``min_replicas`` and ``num_hot_experts`` take."""
+        hot = 0 if self.min_replicas > 1 else min(self.num_hot_experts, num_experts)
+        return num_experts * self.min_replicas + hot
 
 
 class BalancerConfig(Section):
@@ -162,6 +182,7 @@ class MeshConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     expert: ExpertConfig = ExpertConfig()
     balancer: BalancerConfig = BalancerConfig()
+    scaling: ScalingConfig = ScalingConfig()
     dataplane: DataPlaneConfig = DataPlaneConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     tls: TlsConfig = TlsConfig()
@@ -174,6 +195,18 @@ class MeshConfig(Section):
             raise ValueError("expert.servers is 0 and both_servers is 0: the mesh needs at least one expert half")
         return self
 
+    @model_validator(mode="after")
+    def _replicas_have_servers(self) -> MeshConfig:
+        wanted = self.expert.min_replicas
+        if wanted > self.num_expert_ranks:
+            raise ValueError(
+                f"expert.min_replicas is {wanted}, more than the {self.num_expert_ranks} expert servers: "
+                "a server never holds two replicas of an expert, so lower it or add servers"
+            )
+        if self.expert.num_hot_experts and self.num_expert_ranks < 2:
+            raise ValueError("expert.num_hot_experts is set, and one expert server cannot hold two replicas: add one")
+        return self
+
     @property
     def num_expert_ranks(self) -> int:
         return self.expert.servers + self.both_servers
@@ -184,13 +217,20 @@ class MeshConfig(Section):
         Raises:
             UserError: the slots of all servers together cannot hold every expert, or ``num_slots``.
         """
-        ranks = self.num_expert_ranks
-        num_slots = self.expert.num_slots if self.expert.num_slots is not None else num_experts
+        ranks, needed = self.num_expert_ranks, self.expert.min_slots(num_experts)
+        num_slots = self.expert.num_slots if self.expert.num_slots is not None else needed
         if num_slots < num_experts:
             raise UserError(
                 "expert.num_slots",
                 f"{num_slots} slots cannot hold the model's {num_experts} experts a layer",
                 f"set it to {num_experts} or more, or leave it out",
+            )
+        if num_slots < needed:
+            raise UserError(
+                "expert.num_slots",
+                f"{num_slots} slots are fewer than the {needed} that {self.expert.replicas_wanted} takes with the "
+                f"model's {num_experts} experts a layer",
+                f"set it to {needed} or more, or leave it out",
             )
         if num_slots > num_experts * ranks:
             raise UserError(
@@ -201,11 +241,13 @@ class MeshConfig(Section):
             )
         if self.expert.slots_per_server is None:
             survivors = max(1, ranks - 1)
-            return min(num_experts, max(-(-num_slots // ranks), -(-num_experts // survivors)))
-        if self.expert.slots_per_server * ranks < num_slots:
+            return min(num_experts, max(-(-num_slots // ranks), -(-min(needed, num_experts * survivors) // survivors)))
+        if min(self.expert.slots_per_server, num_experts) * ranks < num_slots:
+            key = "num_slots" if self.expert.num_slots is not None else self.expert.replicas_wanted
             raise UserError(
                 "expert.slots_per_server",
-                f"{self.expert.slots_per_server} slots × {ranks} servers hold fewer than num_slots = {num_slots}",
+                f"{self.expert.slots_per_server} slots × {ranks} servers hold fewer than the {num_slots} "
+                f"that {key} takes",
                 f"set it to {-(-num_slots // ranks)} or more, or add expert servers",
             )
         return self.expert.slots_per_server
