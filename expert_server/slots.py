@@ -88,8 +88,17 @@ class Slots:
             time.monotonic() - started,
         )
 
-    def compute(self, layer: int, rows_NH: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
+    def compute(
+        self,
+        layer: int,
+        rows_NH: torch.Tensor,
+        counts_S: torch.Tensor,
+        *,
+        starts_S: torch.Tensor | None = None,
+        expected_rows: float | None = None,
+    ) -> torch.Tensor:
         """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp``. Returns y[N, H]."""
+        assert starts_S is None, "host planes leave no gaps between slots"
         row = self._row_of_layer[layer]
         return grouped_expert_mlp(rows_NH, counts_S, self._gate_up_LSFH[row], self._down_LSHI[row])
 

@@ -27,6 +27,7 @@ def grouped_expert_mlp_gpu(
     down_SHI: torch.Tensor,
     *,
     starts_S: torch.Tensor | None = None,
+    table_S: torch.Tensor | None = None,
     expected_rows: float | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
@@ -40,6 +41,8 @@ def grouped_expert_mlp_gpu(
         counts_S: int32 or int64 on the device.
         gate_up_SFH, down_SHI: contiguous, the rows' dtype.
         starts_S: int32 or int64 on the device, each slot's first row; None = slots follow each other without gaps.
+        table_S: int32 on the device, where in ``gate_up`` and ``down``, which may then hold more, each slot's weights
+            are; None = the weights of slot s are at s.
         expected_rows: mean rows a slot to choose tiles for, where N is a capacity and not what will come; default N/S.
         tiles: instead of the table's.
 
@@ -54,20 +57,22 @@ def grouped_expert_mlp_gpu(
         tiles = tiles_for(num_rows / num_slots if expected_rows is None else expected_rows)
     hidden_NI = rows_NH.new_empty(num_rows, down_SHI.shape[-1])
     overlaps = tiles.overlap and not IS_INTERPRETED
-    grouped_matmul(rows_NH, counts_S, starts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps)
-    grouped_matmul(hidden_NI, counts_S, starts_S, down_SHI, y_NH, tiles.down, is_gated=False, waits=overlaps)
+    where = {"starts_S": starts_S, "table_S": table_S}
+    grouped_matmul(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps, **where)
+    grouped_matmul(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, waits=overlaps, **where)
     return y_NH
 
 
 def grouped_matmul(
     x_NK: torch.Tensor,
     counts_S: torch.Tensor,
-    starts_S: torch.Tensor | None,
     weight_SCK: torch.Tensor,
     out_NC: torch.Tensor,
     tile: Tile,
     *,
     is_gated: bool,
+    starts_S: torch.Tensor | None = None,
+    table_S: torch.Tensor | None = None,
     signals: bool = False,
     waits: bool = False,
 ) -> None:
@@ -95,7 +100,7 @@ def grouped_matmul(
         weight = TensorDescriptor.from_tensor(weight_RK, [tile.columns, tile.depth])
         if tile.is_paired and is_gated:
             weight = TensorDescriptor.from_tensor(
-                weight_SCK.view(2 * num_slots, num_columns, depth), [2, tile.columns, tile.depth]
+                weight_SCK.view(-1, num_columns, depth), [2, tile.columns, tile.depth]
             )
     _grouped_matmul_kernel[(programs,)](
         x,
@@ -104,6 +109,7 @@ def grouped_matmul(
         out_NC,
         counts_S,
         counts_S if starts_S is None else starts_S,
+        counts_S if table_S is None else table_S,
         num_slots,
         num_rows,
         num_columns,
@@ -116,6 +122,7 @@ def grouped_matmul(
         STAGES=tile.stages,
         IS_GATED=is_gated,
         HAS_STARTS=starts_S is not None,
+        HAS_TABLE=table_S is not None,
         WEIGHTS_FIRST=tile.weights_first,
         LOOPS=tile.programs_per_sm > 0,
         IS_BULK=tile.bulk,
@@ -187,6 +194,7 @@ def _compute_tile(
     blocks_S,
     end_S,
     slot_S,
+    home_S,
     num_rows,
     num_columns,
     depth,
@@ -222,10 +230,11 @@ def _compute_tile(
     else:
         start = tl.sum(tl.where(slot_S < slot, count_S, 0), 0)
     row = start + block * BLOCK_M
+    home = tl.sum(tl.where(is_it, home_S, 0), 0)
     if IS_GATED:
-        weight_row = slot * (2 * num_columns) + column
+        weight_row = home * (2 * num_columns) + column
     else:
-        weight_row = slot * num_columns + column
+        weight_row = home * num_columns + column
     if IS_PAIRED:
         acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
     elif WEIGHTS_FIRST:
@@ -241,7 +250,7 @@ def _compute_tile(
     for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
         x_MK = _load_x(x, row, k, num_rows, depth, BLOCK_M, BLOCK_K, IS_BULK)
         if IS_PAIRED:
-            w_NK = tl.reshape(weight.load([2 * slot, column, k]), (2 * BLOCK_N, BLOCK_K))
+            w_NK = tl.reshape(weight.load([2 * home, column, k]), (2 * BLOCK_N, BLOCK_K))
         else:
             w_NK = _load_weight(weight, weight_row, left, k, depth, BLOCK_N, BLOCK_K, IS_BULK)
         acc = _multiply(x_MK, w_NK, acc, WEIGHTS_FIRST, PRECISION, WIDENS)
@@ -273,6 +282,7 @@ def _grouped_matmul_kernel(
     out,
     counts,
     starts,
+    table,
     num_slots,
     num_rows,
     num_columns,
@@ -285,6 +295,7 @@ def _grouped_matmul_kernel(
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     LOOPS: tl.constexpr,
     IS_BULK: tl.constexpr,
@@ -298,6 +309,9 @@ def _grouped_matmul_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     slot_S = tl.arange(0, SLOTS)
     count_S = tl.load(counts + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
+    home_S = slot_S
+    if HAS_TABLE:
+        home_S = tl.load(table + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
     blocks_S = tl.cdiv(count_S, BLOCK_M)
     end_S = tl.cumsum(blocks_S, 0)
     num_tiles = tl.sum(blocks_S, 0) * tl.cdiv(num_columns, BLOCK_N)
@@ -309,13 +323,13 @@ def _grouped_matmul_kernel(
     if LOOPS:
         for tile in range(pid, num_tiles, tl.num_programs(0)):
             _compute_tile(
-                tile, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, num_rows, num_columns, depth,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST, IS_BULK,
-                IS_PAIRED, PRECISION, WIDENS, WAITS,
+                tile, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
+                num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST,
+                IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
             )  # fmt: skip
     elif pid < num_tiles:
         _compute_tile(
-            pid, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, num_rows, num_columns, depth,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST, IS_BULK,
-                IS_PAIRED, PRECISION, WIDENS, WAITS,
+            pid, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
+            num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST,
+            IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
         )  # fmt: skip

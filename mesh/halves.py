@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from expertmesh.mesh.placement import RoutingTables, Topology
 
 
 @dataclass(frozen=True, slots=True)
 class Routes:
     """What the gate chose for each token of a rank.
 
-    ``expert_TK``: int64 expert ids of the layer. ``weight_TK``: float32, as the combine multiplies them.
+    ``expert_TK``: int64 expert ids of the layer. ``weight_TK``: float32, as the combine multiplies them. ``slot_TK``:
+    int64 global slots, where the gate has chosen them too (on a device); -1 = the token is padding.
     """
 
     expert_TK: torch.Tensor
     weight_TK: torch.Tensor
+    slot_TK: torch.Tensor | None = None
 
 
 ExpertWeights = tuple[torch.Tensor, ...]
@@ -73,6 +78,31 @@ class AttentionHalf(Protocol):
         """The rank entered or left a view that steps."""
 
 
+class DeviceAttentionHalf(AttentionHalf, Protocol):
+    """An attention half on a GPU: what it computes from ``begin`` to the last ``after_experts`` is work on the current
+    stream that a CUDA graph may hold, and a step's tokens come to the host after the next step has begun.
+
+    ``finish`` hands out the tokens of the step before; ``prepare`` does so too where nothing can be prepared without
+    them.
+    """
+
+    def bind(self, routing: RoutingTables, topology: Topology) -> None:
+        """A view begins: route by its tables. Steps that had not been handed out are run again."""
+
+    def graph_sizes(self) -> Sequence[int]:
+        """Tokens T of the steps that graphs are wanted for, ascending."""
+
+    def stage(self, size: int | None) -> None:
+        """Bring the prepared batch to the device, padded to ``size`` tokens; None = eagerly, as it is."""
+
+    def stage_nothing(self, size: int) -> None:
+        """Bring a batch of ``size`` tokens that are all padding to the device, to capture a graph with."""
+
+    @property
+    def is_decode(self) -> bool:
+        """The prepared batch has one token a sequence: a graph can serve it."""
+
+
 class ExpertHalf(Protocol):
     """Slots and the expert MLP.
 
@@ -90,10 +120,19 @@ class ExpertHalf(Protocol):
         What no slot of this server holds yet is read from the checkpoint.
         """
 
-    def compute(self, layer: int, rows_NH: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
+    def compute(
+        self,
+        layer: int,
+        rows_NH: torch.Tensor,
+        counts_S: torch.Tensor,
+        *,
+        starts_S: torch.Tensor | None = None,
+        expected_rows: float | None = None,
+    ) -> torch.Tensor:
         """The expert MLP on rows grouped by local slot: the first ``counts_S[0]`` rows go through slot 0, and so on.
 
-        ``counts_S`` is int64 on the CPU or the device. Returns y[N, H].
+        ``counts_S`` is int64 on the CPU or the device. ``starts_S`` and ``expected_rows`` come from device planes alone
+        (see ``Dispatched``). Returns y[N, H].
         """
 
     def reserve(self, num_experts: int) -> list[ExpertWeights]:

@@ -7,7 +7,7 @@ G global slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,7 @@ class RoutingTables:
         self._num_experts = num_experts
         self._topology = topology
         self._layers: dict[int, LayerRouting] = {}
+        self._follower: Callable[[int, LayerRouting], None] | None = None
         for placement in placements:
             self.replace(placement)
             if earlier is not None:
@@ -173,6 +174,12 @@ class RoutingTables:
         if layer in self._layers:
             routing.set_prices(self._layers[layer].price_R)
         self._layers[layer] = routing
+        if self._follower is not None:
+            self._follower(layer, routing)
+
+    def follow(self, follower: Callable[[int, LayerRouting], None]) -> None:
+        """``follower`` is called at every ``put`` from now on: it keeps copies on a device."""
+        self._follower = follower
 
     def commit(self) -> None:
         """A step is completed in which every layer has chosen."""

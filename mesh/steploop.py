@@ -2,21 +2,24 @@
 
 For each step the ranks agree in lockstep, then pass through all MoE layers together: attention halves compute up to
 the experts, the data plane dispatches, expert halves compute, the data plane combines. A rank without one of the
-halves, or without tokens, takes part with nothing.
+halves, or without tokens, takes part with nothing. On a device the pass through the layers is captured into a CUDA
+graph for each size of decode steps, and replayed.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 
 from expertmesh.mesh.dataplane import DataPlane, Dispatched, Exchange
-from expertmesh.mesh.dataplane.collective import CollectiveHandle
-from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
+from expertmesh.mesh.graphs import StepGraphs, round_up
+from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.migration import Migrations
 from expertmesh.mesh.placement import RoutingTables
@@ -27,15 +30,20 @@ from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopContext:
-    """What the loop of one view works with. ``view`` is as it began; its placements may be switched since."""
+    """What the loop of one view works with. ``view`` is as it began; its placements may be switched since.
+
+    ``graphs``: of a device plane on a GPU; the attention half is then a ``DeviceAttentionHalf``.
+    """
 
     view: ViewInfo
     attention: AttentionHalf | None
     experts: ExpertHalf | None
-    plane: DataPlane[CollectiveHandle]
+    plane: DataPlane[Any]
     lockstep: Lockstep
     migrations: Migrations
     routing: RoutingTables
@@ -46,6 +54,8 @@ class LoopContext:
     dtype: torch.dtype
     max_num_tokens: int
     clock: StepClock
+    graphs: StepGraphs | None = None
+    device: torch.device = CPU
 
 
 @dataclass
@@ -62,18 +72,31 @@ class StepLoop:
         self._c = context
         self._progress = progress
         self._versions = context.view.versions
-        self._no_x = torch.empty(0, context.hidden_size, dtype=context.dtype)
-        self._no_slots = torch.empty(0, context.top_k, dtype=torch.int64)
-        self._no_weights = torch.empty(0, context.top_k, dtype=torch.float32)
+        device = context.device
+        self._no_x = torch.empty(0, context.hidden_size, dtype=context.dtype, device=device)
+        self._no_slots = torch.empty(0, context.top_k, dtype=torch.int64, device=device)
+        self._no_weights = torch.empty(0, context.top_k, dtype=torch.float32, device=device)
 
     def run(self) -> None:
         """Step until the leader ends the view in good order."""
         with torch.inference_mode():
+            self.capture()
             while True:
                 go = self.exchange()
                 if go.stop:
                     return
                 self.step(go)
+
+    def capture(self) -> None:
+        """Capture the graphs that decode steps of this rank will want; without graphs nothing happens."""
+        graphs, attention = self._c.graphs, self._c.attention
+        if graphs is not None and attention is not None:
+            half = cast(DeviceAttentionHalf, attention)
+            graphs.capture_all(reversed(half.graph_sizes()), partial(self._pass_of_nothing, half))
+
+    def _pass_of_nothing(self, half: DeviceAttentionHalf, size: int) -> Callable[[], None]:
+        half.stage_nothing(size)
+        return partial(self._pass, half, [size])
 
     def exchange(self) -> mesh_pb2.StepGo:
         """The lockstep before a step."""
@@ -103,12 +126,12 @@ class StepLoop:
             clock = self._c.clock
             clock.start(go)
             attention = self._c.attention if tokens[self._c.view.rank] else None
-            if attention is not None:
-                attention.begin()
-                if self._c.observer is not None:
-                    self._c.observer.begin()
-            for layer in self._c.moe_layers:
-                self._layer(layer, attention, tokens)
+            if attention is not None and self._c.observer is not None:
+                self._c.observer.begin()
+            if self._c.graphs is None:
+                self._pass(attention, tokens)
+            else:
+                self._pass_on_device(self._c.graphs, cast("DeviceAttentionHalf | None", attention), tokens)
             clock.attention_done()
             if attention is not None:
                 attention.finish()
@@ -118,14 +141,35 @@ class StepLoop:
             clock.finish(sum(tokens))
         self._progress.step = go.step
 
+    def _pass(self, attention: AttentionHalf | None, tokens: list[int]) -> None:
+        """All layers, from the tokens to what is sampled from."""
+        if attention is not None:
+            attention.begin()
+        for layer in self._c.moe_layers:
+            self._layer(layer, attention, tokens)
+
+    def _pass_on_device(self, graphs: StepGraphs, half: DeviceAttentionHalf | None, tokens: list[int]) -> None:
+        """Replay the graph of the step's size where there is one, or else enqueue the pass."""
+        size = round_up(max(tokens))
+        if half is not None:
+            has_graph = half.is_decode and graphs.has(size)
+            half.stage(size if has_graph else None)
+            if has_graph:
+                graphs.replay(size)
+                return
+        self._pass(half, tokens)
+
     def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int]) -> None:
         x_TH, slot_TK, weight_TK = self._no_x, self._no_slots, self._no_weights
         if attention is not None:
             x_TH, routes = attention.before_experts(layer)
-            slot_TK = self._c.routing[layer].choose(routes.expert_TK)
             weight_TK = routes.weight_TK
-            if self._c.observer is not None:
-                self._c.observer.observe(self._versions[layer], routes.expert_TK, slot_TK)
+            if routes.slot_TK is not None:
+                slot_TK = routes.slot_TK
+            else:
+                slot_TK = self._c.routing[layer].choose(routes.expert_TK)
+                if self._c.observer is not None:
+                    self._c.observer.observe(self._versions[layer], routes.expert_TK, slot_TK)
         self._c.clock.attention_done()
         limit = self._c.max_num_tokens
         if max(tokens) <= limit:
@@ -151,12 +195,18 @@ class StepLoop:
     ) -> torch.Tensor:
         """Dispatch, expert compute and combine of at most ``max_num_tokens`` tokens a rank."""
         clock, plane = self._c.clock, self._c.plane
-        exchange = Exchange(layer=layer, version=self._versions[layer], tokens=tokens)
-        dispatched: Dispatched[CollectiveHandle] = plane.dispatch(x_TH, slot_TK, weight_TK, exchange).wait()
+        exchange = Exchange(layer=layer, version=self._versions[layer], tokens=tokens, capacity=round_up(max(tokens)))
+        dispatched: Dispatched[Any] = plane.dispatch(x_TH, slot_TK, weight_TK, exchange).wait()
         clock.dispatched(layer, dispatched.num_tokens)
         y_NH = dispatched.rows_NH
         if self._c.experts is not None and y_NH.shape[0]:
-            y_NH = self._c.experts.compute(layer, y_NH, dispatched.counts_S)
+            y_NH = self._c.experts.compute(
+                layer,
+                y_NH,
+                dispatched.counts_S,
+                starts_S=dispatched.starts_S,
+                expected_rows=dispatched.expected_rows,
+            )
         clock.computed()
         out_TH = plane.combine(y_NH, dispatched.handle).wait()
         clock.combined()

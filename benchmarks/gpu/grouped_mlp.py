@@ -125,7 +125,7 @@ def _compile(job: tuple[Shape, int, Tile, bool]) -> None:
     x, weight, out = _operands(shape, tokens, is_gated)
     counts = torch.empty(shape.experts, dtype=torch.int64, device="cuda")
     with compile_only(grouped_mlp_gpu, "_grouped_matmul_kernel"):
-        grouped_matmul(x, counts, None, weight, out, tile, is_gated=is_gated)
+        grouped_matmul(x, counts, weight, out, tile, is_gated=is_gated)
 
 
 def _operands(shape: Shape, tokens: int, is_gated: bool) -> tuple[torch.Tensor, ...]:
@@ -185,7 +185,7 @@ def _time_tiles(inputs: Inputs, tokens: int, gated: bool, tiles: list[Tile]) -> 
         expected = torch.nn.functional.silu(gate) * up
     for tile in tiles:
         calls = [
-            partial(grouped_matmul, x[i], counts[i], None, weights[i], out[i], tile, is_gated=gated)
+            partial(grouped_matmul, x[i], counts[i], weights[i], out[i], tile, is_gated=gated)
             for i in range(_SETS)
         ]
         try:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from expertmesh.mesh.dataplane import Dispatched
 from expertmesh.mesh.errors import DataPlaneError
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.placement import RoutingTables, Topology
@@ -41,7 +42,7 @@ class Plane:
         if len(self.slots) == self._breaks_at:
             raise DataPlaneError("a peer is gone")
         self.slots.append(slot_TK.ravel().tolist())
-        dispatched = SimpleNamespace(num_tokens=0, rows_NH=torch.empty(0, HIDDEN), handle=None)
+        dispatched = Dispatched(torch.empty(0, HIDDEN), torch.zeros(1, dtype=torch.int64), 0, None)
         return SimpleNamespace(wait=lambda: dispatched)
 
     def combine(self, y_NH: torch.Tensor, handle: object) -> Any:
@@ -75,6 +76,8 @@ def loop(routing: RoutingTables, plane: Plane) -> StepLoop:
         dtype=torch.float32,
         max_num_tokens=8,
         clock=Clock(),
+        graphs=None,
+        device=torch.device("cpu"),
     )
     return StepLoop(cast(LoopContext, context), Progress())
 

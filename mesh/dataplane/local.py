@@ -1,0 +1,62 @@
+"""``local``: the data plane of a view whose only rank has both halves: nothing is sent, rows are regrouped in place.
+
+A device plane (see ``base``): one launch groups a decode step's rows by slot, one adds them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expertmesh.kernels.row_groups import combine_rows, group_rows
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending, R
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """The row of each token's choices, and their factors."""
+
+    place_TK: torch.Tensor
+    weight_TK: torch.Tensor
+
+
+class LocalPlane:
+    """Implements ``DataPlane``; all of it is work on the current stream.
+
+    ``counts_LS`` int32: rows of each slot in the last exchange of each layer, for whoever wants to know how many
+    experts were active.
+    """
+
+    def __init__(self, moe_layers: Sequence[int], num_slots: int, device: torch.device) -> None:
+        self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
+        self.counts_LS = torch.zeros(len(moe_layers), num_slots, dtype=torch.int32, device=device)
+
+    @property
+    def is_on_device(self) -> bool:
+        return True
+
+    def dispatch(
+        self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
+    ) -> Pending[Dispatched[LocalHandle]]:
+        groups = group_rows(x_TH, slot_TK, self.counts_LS[self._row_of_layer[exchange.layer]])
+        handle = LocalHandle(groups.place_TK, weight_TK)
+        return _Done(Dispatched(groups.rows_NH, groups.counts_S, None, handle))
+
+    def combine(self, y_NH: torch.Tensor, handle: LocalHandle) -> Pending[torch.Tensor]:
+        return _Done(combine_rows(y_NH, handle.place_TK, handle.weight_TK))
+
+    def check(self) -> None:
+        """Nobody can be lost."""
+
+    def close(self) -> None:
+        """Nobody waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Pending[R]):
+    result: R
+
+    def wait(self) -> R:
+        return self.result
