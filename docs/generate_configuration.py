@@ -69,6 +69,8 @@ def _type_words(annotation: Any) -> str:
         return " or ".join(_type_words(part) for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_type_words(get_args(annotation)[0])}"
     if annotation is Path:
         return "path"
     return str({int: "integer", float: "number", str: "text", bool: "`true` or `false`"}.get(annotation, annotation))
@@ -85,6 +87,8 @@ def _limit(limit: Any) -> str:
 def _default(value: Any) -> str:
     if value is None:
         return "unset"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

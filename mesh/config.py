@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from expertmesh.mesh.addresses import is_address, split_addresses
 from expertmesh.mesh.config_scaling import ScalingConfig
 from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.errors import UserError
@@ -99,11 +100,52 @@ class ExpertConfig(Section):
         return num_experts * self.min_replicas + hot
 
 
+class EtcdConfig(Section):
+    """Where ``balancer.state: etcd`` keeps what the balancers of one mesh share."""
+
+    endpoints: tuple[str, ...] = Field(
+        ("127.0.0.1:2379",), min_length=1, description="HOST:PORT of the cluster's members; tried in turn"
+    )
+    prefix: str = Field(
+        "/expertmesh", pattern=r"^/.*[^/]$", description="every key is below it and the mesh's name: PREFIX/NAME/..."
+    )
+    lease_s: int = Field(
+        2, ge=2, le=60, description="a leader that has not renewed its lease for so long is over; etcd grants no less"
+    )
+    user: str | None = Field(None, description="for an etcd that asks who one is")
+    password_file: Path | None = Field(None, description="unset = the variable EXPERTMESH_ETCD_PASSWORD")
+    ca_file: Path | None = Field(None, description="authority of etcd's certificate; with it the connection uses TLS")
+    cert_file: Path | None = Field(None, description="with key_file: this client's certificate")
+    key_file: Path | None = Field(None, description="of cert_file")
+
+    @model_validator(mode="after")
+    def _whole(self) -> EtcdConfig:
+        for endpoint in self.endpoints:
+            if not is_address(endpoint):
+                raise ValueError(f"endpoints: {endpoint!r} is not HOST:PORT, such as 127.0.0.1:2379")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together: set both or neither")
+        if self.cert_file is not None and self.ca_file is None:
+            raise ValueError("cert_file is set and ca_file is not: name the authority of etcd's certificate")
+        if self.password_file is not None and self.user is None:
+            raise ValueError("password_file is set and user is not: set both or neither")
+        return self
+
+
 class BalancerConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535)
-    address: str | None = Field(None, description="where servers find it; unset = host:port")
-    state_dir: Path | None = Field(None, description="durable state; unset = .expertmesh/<mesh name>")
+    address: str | None = Field(
+        None, description="where servers find it; unset = host:port; several balancers: HOST:PORT,HOST:PORT"
+    )
+    servers: int = Field(
+        1, ge=1, le=9, description="balancers that `expertmesh up` starts: one leads, the others stand by (state: etcd)"
+    )
+    state: Literal["file", "etcd"] = Field(
+        "file", description="where it keeps what it must not forget; etcd lets several balancers elect a leader"
+    )
+    state_dir: Path | None = Field(None, description="state `file`: its folder; unset = .expertmesh/<mesh name>")
+    etcd: EtcdConfig = EtcdConfig()
     mode: Literal["static", "offline", "online"] = "static"
     replica_quotas: bool = Field(
         False,
@@ -138,6 +180,15 @@ class BalancerConfig(Section):
                 f"lease_s is {self.lease_s}, less than two heartbeats of {self.heartbeat_s} s: "
                 "raise lease_s or lower heartbeat_s"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _balancers_share_state(self) -> BalancerConfig:
+        for address in split_addresses(self.address or ""):
+            if not is_address(address):
+                raise ValueError(f"address: {address!r} is not HOST:PORT; write several as HOST:PORT,HOST:PORT")
+        if self.servers > 1 and self.state == "file":
+            raise ValueError(f"servers is {self.servers} and state is file, which has room for one: set state: etcd")
         return self
 
 

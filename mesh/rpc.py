@@ -137,16 +137,18 @@ def open_channel(
     *,
     options: Sequence[tuple[str, Any]] = (),
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    section: str = "tls",
 ) -> grpc.aio.Channel:
     """A channel to ``host:port`` that reconnects for ever, at most a second between attempts, and uses no proxy.
 
-    Connects with TLS when ``tls`` names a CA or a certificate. ``options`` override the defaults.
+    Connects with TLS when ``tls`` names a CA or a certificate. ``options`` override the defaults; ``section`` is where
+    the configuration has the files of ``tls``.
 
     Raises:
         UserError: a TLS file cannot be used.
     """
     merged = _merge(_CHANNEL_OPTIONS, max_message_bytes, options)
-    credentials = channel_credentials(tls)
+    credentials = channel_credentials(tls, section)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=merged)
     return grpc.aio.secure_channel(address, credentials, options=merged)
@@ -188,7 +190,7 @@ def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
 
-def channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials | None:
+def channel_credentials(tls: TlsConfig, section: str = "tls") -> grpc.ChannelCredentials | None:
     """What a client of this mesh connects with; None = without TLS.
 
     Raises:
@@ -196,33 +198,33 @@ def channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials | None:
     """
     if tls.ca_file is None and tls.cert_file is None:
         return None
-    ca = _read_ca(tls.ca_file) if tls.ca_file is not None else None
+    ca = _read_ca(tls.ca_file, section) if tls.ca_file is not None else None
     key, certificate = (None, None)
     if tls.cert_file is not None and tls.key_file is not None:
-        key, certificate = _read_pair(tls.cert_file, tls.key_file)
+        key, certificate = _read_pair(tls.cert_file, tls.key_file, section)
     return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-def _read_pair(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
+def _read_pair(cert_file: Path, key_file: Path, section: str = "tls") -> tuple[bytes, bytes]:
     """Private key and certificate chain, tried in OpenSSL: gRPC would find bad ones only at the first handshake."""
-    certificate, key = _read("tls.cert_file", cert_file), _read("tls.key_file", key_file)
+    certificate, key = _read(f"{section}.cert_file", cert_file), _read(f"{section}.key_file", key_file)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=_no_password)
     except (ssl.SSLError, ValueError) as error:
         raise UserError(
-            "tls.cert_file",
+            f"{section}.cert_file",
             f"{cert_file} and {key_file} are not a certificate and its key ({error})",
             "give PEM files that belong together, the key without a password",
         ) from None
     return key, certificate
 
 
-def _read_ca(path: Path) -> bytes:
-    data = _read("tls.ca_file", path)
+def _read_ca(path: Path, section: str = "tls") -> bytes:
+    data = _read(f"{section}.ca_file", path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError as error:
-        raise UserError("tls.ca_file", f"{path} holds no CA certificate ({error})", "give a PEM file") from None
+        raise UserError(f"{section}.ca_file", f"{path} holds no CA certificate ({error})", "give a PEM file") from None
     return data
 
 

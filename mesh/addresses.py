@@ -1,0 +1,14 @@
+"""``HOST:PORT``, and several of them in one text: where the balancers of a mesh may be found."""
+
+from __future__ import annotations
+
+
+def is_address(text: str) -> bool:
+    """Whether it is one ``HOST:PORT``."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536 and "," not in host
+
+
+def split_addresses(text: str) -> tuple[str, ...]:
+    """The addresses between commas, in order; none of an empty text."""
+    return tuple(part.strip() for part in text.split(",")) if text.strip() else ()
