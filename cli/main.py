@@ -42,6 +42,10 @@ SUB_COMMANDS = {
     "simulate": SubCommand(
         target="expertmesh.cli.simulate:simulate", summary="Compare placements on recorded routing."
     ),
+    "plan-deployment": SubCommand(
+        target="expertmesh.cli.plan_deployment:plan_deployment",
+        summary="Which layout of so many GPUs decodes fastest: attention and experts together or apart.",
+    ),
     "bench": SubCommand(target="expertmesh.cli.bench:app", summary="Measure: the numbers of the README."),
 }
 

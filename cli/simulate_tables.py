@@ -1,14 +1,16 @@
-"""What ``expertmesh simulate`` prints for people."""
+"""What ``expertmesh simulate`` and ``plan-deployment`` print for people."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
+from expertmesh.balancer.simulator.planner import Demand, Plan
 from expertmesh.balancer.simulator.serve import ServeResult
 from expertmesh.balancer.simulator.simulate import PolicyResult
 
 NONE = "–"
+PLANS_SHOWN = 8
 
 
 def print_scores(results: list[PolicyResult]) -> None:
@@ -73,9 +75,37 @@ def print_serving(results: list[ServeResult]) -> None:
         console.print(f"  {name} = {constant['value']:g}: {constant['source']}")
 
 
-def _table(*columns: str) -> Table:
+def print_plans(demand: Demand, plans: list[Plan]) -> None:
+    """The fastest layouts, a line each."""
+    table = _table(
+        "batches", "seqs", "step", "attn", "expert", "exch", "hidden", "tokens/s", "a GPU", "bound", first="layout"
+    )
+    for one in plans[:PLANS_SHOWN]:
+        table.add_row(
+            one.layout,
+            str(one.micro_batches),
+            str(one.sequences),
+            *(f"{ms:.1f}" for ms in (one.step_ms, one.attention_ms, one.experts_ms, one.exchange_ms)),
+            f"{one.hidden_exchange:.0%}",
+            f"{one.tokens_per_s:,.0f}",
+            f"{one.tokens_per_s_per_gpu:,.0f}",
+            one.bound,
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if len(plans) > PLANS_SHOWN:
+        console.print(f"and {len(plans) - PLANS_SHOWN} layouts that are slower: --json has them")
+    console.print(
+        f"{demand.shape.name} on {demand.num_gpus} GPUs, contexts of {demand.context_tokens}. Predicted, not measured."
+    )
+    console.print(
+        "Milliseconds of a step: its parts over all micro-batches, and the share of the exchanges that is hidden"
+    )
+
+
+def _table(*columns: str, first: str = "policy") -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
-    table.add_column("policy", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -105,7 +105,8 @@ def measure(
         inside, between = counted.visits_a_token()
         sent += repeats * inside * _exchange_s(shape, hardware)
         sent_rdma += repeats * between * _rdma_s(shape, hardware)
-    latency_us = hardware.exchange_us + (hardware.rdma_us if topology.num_nodes > 1 else 0.0)
+    is_alone = origins.colocated and topology.num_ranks == 1
+    latency_us = 0.0 if is_alone else hardware.exchange_us + (hardware.rdma_us if topology.num_nodes > 1 else 0.0)
     return ExpertTimes(
         tokens_G=tokens_G.astype(np.float64),
         experts_s=experts_G,
