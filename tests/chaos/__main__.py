@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from chaos import network
@@ -33,16 +34,26 @@ def main() -> int:
 
 
 def _write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
-    """After each scenario, so that what was measured is there if a later one ends it all."""
-    command = f"python -m chaos {' '.join(sys.argv[1:])}"
-    report = {"command": command, "scenarios": [json.loads(outcome.as_json()) for outcome in outcomes]}
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """After each scenario, so that what was measured is there if a later one ends it all; what the file has of
+    scenarios that this run does not play stays, with the command and the date of its own."""
+    played = {outcome.scenario for outcome in outcomes}
+    known = json.loads(options.json.read_text(encoding="utf-8"))["scenarios"] if options.json.exists() else []
+    made = {"command": f"python -m chaos {' '.join(sys.argv[1:])}", "date": datetime.now(UTC).date().isoformat()}
+    found = [entry for entry in known if entry["scenario"] not in played]
+    found += [{**json.loads(outcome.as_json()), **made} for outcome in outcomes]
+    order = [scenario.name for scenario in SCENARIOS]
+    found = sorted(
+        (entry for entry in found if entry["scenario"] in order), key=lambda entry: order.index(entry["scenario"])
+    )
+    options.json.write_text(json.dumps({"scenarios": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
     names = [scenario.name for scenario in SCENARIOS]
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there, beside other scenarios' that it has"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of victims, moments and prompts (default 1)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of every process there")
     parser.add_argument("--minutes", type=float, default=10.0, help="of random kills, and of the soak (default 10)")
