@@ -16,10 +16,11 @@ EVENTS_KEPT = 2000
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
     """``subject`` is the server, the view or the layer that it is about; ``kind`` one of: balancer_started,
-    state_not_saved, state_saved, server_joined, server_returned, server_refused, drain_asked, server_draining,
-    server_left, server_lost, server_fenced, waiting, view_published, view_serving, view_broken, view_adopted,
-    view_over, paused, mode_changed, migration_planned, migration_staging, migration_committing, migration_committed,
-    migration_aborted, migration_dropped, placement_adopted, apply_accepted, apply_dropped, solver_failed, solver_late.
+    balancer_leads, state_not_saved, state_saved, server_joined, server_returned, server_refused, drain_asked,
+    server_draining, server_left, server_lost, server_fenced, waiting, view_published, view_serving, view_broken,
+    view_adopted, view_over, paused, mode_changed, migration_planned, migration_staging, migration_committing,
+    migration_committed, migration_aborted, migration_dropped, placement_adopted, apply_accepted, apply_dropped,
+    solver_failed, solver_late, replicas_short, replicas_possible.
     """
 
     number: int

@@ -1,169 +1,33 @@
-"""The balancer as a process: state, services, the loop's driver, the rendezvous store."""
+"""The balancer as a process: its turns at leading, its port, the rendezvous store."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import secrets
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import grpc
 
-from expertmesh.balancer.actual import LIVE, Actual
-from expertmesh.balancer.compiling import KernelCompiler
-from expertmesh.balancer.control import PlacementControl
-from expertmesh.balancer.draining import Draining
-from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
-from expertmesh.balancer.events import EventLog
-from expertmesh.balancer.load_gauges import LoadGauges
-from expertmesh.balancer.migrations import Migrations, Stage
-from expertmesh.balancer.placement_admin import PlacementAdmin
+from expertmesh.balancer.leading import Leading
 from expertmesh.balancer.placement_file import PlacementFile, read_placement_file
-from expertmesh.balancer.reconcile import Reconciler
-from expertmesh.balancer.routing import RoutingDesk
-from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
-from expertmesh.balancer.state import DurableState, StateFile, fresh_state
-from expertmesh.balancer.statistics import Statistics
+from expertmesh.balancer.standby import Switchboard
+from expertmesh.balancer.state import fresh_state
 from expertmesh.balancer.store import RendezvousStore
+from expertmesh.balancer.turns import Turn, Turns, open_turns
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.telemetry import Metrics, Telemetry
-from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.v1 import admin_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
 
-_SECRET_BYTES = 32
+_SERVICES = (
+    mesh_pb2.DESCRIPTOR.services_by_name["MembershipService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
 _STOP_GRACE_S = 0.5
-_SAVE_RETRY_S = 5.0
-
-
-class StateSaver:
-    """Writes the newest state on a thread: a slow or full disk holds up nothing else."""
-
-    def __init__(self, file: StateFile, events: EventLog) -> None:
-        self._file = file
-        self._events = events
-        self._newest: DurableState | None = None
-        self._asked = asyncio.Event()
-        self._failed = False
-
-    def ask(self, state: DurableState) -> None:
-        self._newest = state
-        self._asked.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            if not await self.flush():
-                await asyncio.sleep(_SAVE_RETRY_S)
-                self._asked.set()
-
-    async def flush(self) -> bool:
-        """Write what was asked for last; False when that failed."""
-        state = self._newest
-        if state is None:
-            return True
-        try:
-            await asyncio.to_thread(self._file.save, state)
-        except OSError as error:
-            if not self._failed:
-                text = f"the state cannot be saved ({error}); serving goes on, and saving is tried again"
-                self._events.add("state_not_saved", "balancer", text, logging.ERROR)
-            self._failed = True
-            return False
-        if self._failed:
-            self._events.add("state_saved", "balancer", "the state can be saved again")
-        self._failed = False
-        return True
-
-
-class Outside:
-    """``Effects`` on the real world."""
-
-    def __init__(self, sessions: Sessions, saver: StateSaver, evaluations: Evaluations, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self.send: Callable[[int, mesh_pb2.JoinResponse], None] = sessions.send
-        self.close: Callable[[int], None] = sessions.close
-        self.save: Callable[[DurableState], None] = saver.ask
-        self.evaluate: Callable[[Job], None] = evaluations.start
-
-    def new_secret(self) -> bytes:
-        return secrets.token_bytes(_SECRET_BYTES)
-
-    def view_published(self, reason: str) -> None:
-        self._metrics.view_changes.add(reason=reason)
-
-    def migration_stage(self, stage: str, seconds: float) -> None:
-        self._metrics.balancer_migration_stage_seconds.observe(seconds, stage=stage)
-
-    def migration_ended(self, outcome: str) -> None:
-        self._metrics.balancer_migrations.add(outcome=outcome)
-
-
-class Driver:
-    """Runs the reconcile loop whenever something came in, and when it is due."""
-
-    def __init__(
-        self,
-        reconciler: Reconciler,
-        actual: Actual,
-        migrations: Migrations,
-        loads: LoadGauges,
-        metrics: Metrics,
-    ) -> None:
-        self._reconciler = reconciler
-        self._actual = actual
-        self._migrations = migrations
-        self._loads = loads
-        self._metrics = metrics
-        self._woken = asyncio.Event()
-        self._states: set[str] = set()
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    async def run(self) -> None:
-        while True:
-            self._woken.clear()
-            self._tick_until_done()
-            self._loads.update(time.monotonic())
-            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._reconciler.due_in_s(time.monotonic())):
-                    await self._woken.wait()
-
-    def _tick_until_done(self) -> None:
-        action: str | None = ""
-        while action is not None:
-            started_s = time.monotonic()
-            action = self._reconciler.tick(started_s)
-            took_s = time.monotonic() - started_s
-            self._metrics.reconcile_duration_seconds.observe(took_s)
-            if action is not None:
-                log.info("%s (%.1f ms)", action, 1e3 * took_s)
-                self._show()
-
-    def _show(self) -> None:
-        """Gauges change only with an action."""
-        actual = self._actual
-        self._metrics.view_number.set(actual.view.number if actual.phase in LIVE else 0)
-        counts = Counter(
-            mesh_pb2.ServerState.Name(actual.state_of(member)).removeprefix("SERVER_STATE_").lower()
-            for member in actual.members
-        )
-        self._states |= counts.keys()
-        for state in self._states:
-            self._metrics.server_states.set(counts[state], state=state)
-        stages = Counter(migration.stage for migration in self._migrations)
-        for stage in Stage:
-            self._metrics.balancer_migrations_running.set(stages[stage], stage=stage)
 
 
 async def serve(
@@ -174,116 +38,173 @@ async def serve(
     ready: Callable[[str], None],
     telemetry: Telemetry,
 ) -> None:
-    """Be the mesh's balancer until ``stop`` is set.
+    """Be the mesh's balancer until ``stop`` is set; stand by while another one is.
 
     Args:
-        ready: called with ``host:port`` as soon as servers can register.
+        ready: called with ``host:port`` as soon as servers can register, or stands by for that.
 
     Raises:
-        UserError: the port, the state folder, the data plane's interface or the placement file cannot be used.
+        UserError: the port, the state folder, etcd, the data plane's interface or the placement file cannot be used.
     """
-    file = StateFile(config.balancer.state_dir or Path(".expertmesh") / config.name)
-    try:
+    async with open_turns(config, server_id) as turns:
         store = RendezvousStore(config.dataplane.interface_host)
+        opening = asyncio.create_task(store.open(), name="rendezvous-store")
+        stopping = asyncio.create_task(stop.wait(), name="balancer-stop")
         try:
-            await _serve(config, server_id, stop, ready, telemetry, file, store)
+            office = Office(
+                config, server_id=server_id, telemetry=telemetry, turns=turns, store_address=store.address, ready=ready
+            )
+            while not stop.is_set():
+                await office.take_turn(opening, stopping)
         finally:
+            stopping.cancel()
+            # The store's thread cannot be interrupted; what it opens must not outlive this call.
+            await asyncio.gather(opening, stopping, return_exceptions=True)
             store.close()
-    finally:
-        file.close()
 
 
-async def _serve(
-    config: MeshConfig,
-    server_id: str,
-    stop: asyncio.Event,
-    ready: Callable[[str], None],
-    telemetry: Telemetry,
-    file: StateFile,
-    store: RendezvousStore,
-) -> None:
-    initial = _initial_placement(config)
-    known = file.load()
-    state = known or fresh_state()
-    # Above every id of an earlier process, also when its last save was lost.
-    state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
-    events, metrics = EventLog(time.time, state.events), telemetry.metrics
-    sessions, saver = Sessions(), StateSaver(file, events)
-    compiler = KernelCompiler()
-    make_policy = (
-        partial(eplb_policy, config.expert.num_slots)
-        if config.balancer.policy == "eplb"
-        else partial(solver_policy, config.expert.num_slots, replica_quotas=config.balancer.replica_quotas)
-    )
-    worker = EvaluationWorker(make_policy, compiler.finished)
-    evaluations = Evaluations(worker)
-    outside = Outside(sessions, saver, evaluations, metrics)
-    actual = Actual(config.balancer, effects=outside, events=events, state=state)
-    statistics = Statistics(config.balancer.stats_half_life_tokens)
-    routing = RoutingDesk(actual, statistics, sessions.send, time.monotonic)
-    control = PlacementControl.create(config.balancer, actual, statistics=statistics, effects=outside, events=events)
-    reconciler = Reconciler(
-        config,
-        actual,
-        control=control,
-        effects=outside,
-        events=events,
-        store_address=store.address,
-        initial=initial,
-    )
-    driver = Driver(reconciler, actual, control.migrations, LoadGauges(routing, metrics), metrics)
+class Office:
+    """Where this balancer is found: its port is the same from turn to turn.
 
-    def on_answer(answer: Answer) -> None:
-        metrics.balancer_evaluation_duration_seconds.observe(answer.seconds)
-        control.online.answered(answer, time.monotonic())
-        driver.wake()
+    Raises:
+        UserError: the placement file cannot be used.
+    """
 
-    evaluations.on_answer = on_answer
-    if control.online.mode == "online":
-        worker.warm_up()
+    def __init__(
+        self,
+        config: MeshConfig,
+        *,
+        server_id: str,
+        telemetry: Telemetry,
+        turns: Turns,
+        store_address: str,
+        ready: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._server_id = server_id
+        self._telemetry = telemetry
+        self._turns = turns
+        self._store_address = store_address
+        self._ready = ready
+        self._told = False
+        self._leader_gauge = telemetry.metrics.balancer_leader.labels()
+        self._port = config.balancer.port
+        self._initial = _initial_placement(config)
 
-    def register(server: grpc.aio.Server) -> Sequence[str]:
-        membership = MembershipServicer(actual, sessions, routing, driver.wake, time.monotonic)
-        mesh_pb2_grpc.add_MembershipServiceServicer_to_server(membership, server)
-        placement = PlacementAdmin(
-            actual,
-            control,
-            worker,
-            max_loads=config.balancer.max_slots_per_update,
-            wake=driver.wake,
-            clock=time.monotonic,
+    async def take_turn(self, opening: asyncio.Task[None], stopping: asyncio.Task[bool]) -> None:
+        """Listen, wait for a turn, lead until it is over or ``stopping`` ends.
+
+        Args:
+            opening: a part of the process; its end means nothing, its failure ends everything.
+
+        Raises:
+            UserError: as ``serve``.
+        """
+        board = Switchboard(_SERVICES, self._turns.refusal)
+        server = await self._listen(board)
+        turn: Turn | None = None
+        leading: Leading | None = None
+        try:
+            if self._turns.shared:
+                self._tell_ready(server.address)
+            turn = await self._wait(server.address, opening, stopping)
+            leading = await self._begin(turn) if turn is not None else None
+            if turn is None or leading is None:
+                return
+            leading.answer_calls(board)
+            server.set_serving(True)
+            self._leader_gauge.set(1)
+            self._tell_ready(server.address)
+            await self._lead(turn, leading, opening, stopping)
+        finally:
+            self._leader_gauge.set(0)
+            if leading is not None:
+                leading.hang_up()
+            await server.stop(_STOP_GRACE_S)
+            if leading is not None:
+                await leading.close()
+            if turn is not None:
+                await turn.resign()
+
+    async def _listen(self, board: Switchboard) -> rpc.RpcServer:
+        def register(server: grpc.aio.Server) -> Sequence[str]:
+            server.add_generic_rpc_handlers((board,))
+            return _SERVICES
+
+        server = await rpc.start_server(
+            host=self._config.balancer.host,
+            port=self._port,
+            tls=self._config.tls,
+            register=register,
+            telemetry=self._telemetry,
+            key="balancer.port",
         )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(actual, events, placement, Draining(actual, outside, events), routing, time.monotonic), server
-        )
-        return (
-            mesh_pb2.DESCRIPTOR.services_by_name["MembershipService"].full_name,
-            admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
-        )
+        self._port = int(server.address.rpartition(":")[2])
+        return server
 
-    server = await rpc.start_server(
-        host=config.balancer.host,
-        port=config.balancer.port,
-        tls=config.tls,
-        register=register,
-        telemetry=telemetry,
-        key="balancer.port",
-    )
-    last = f"with the state of view {state.view.number}" if known else "without earlier state"
-    events.add("balancer_started", server_id, f"mesh {state.mesh_id} {last}")
-    saver.ask(actual.durable())
-    server.set_serving(True)
-    ready(server.address)
-    try:
-        await _run_until(stop, driver, saver, store)
-    finally:
-        sessions.close_all()
-        await server.stop(_STOP_GRACE_S)
-        await evaluations.close()
-        await worker.close()
-        await compiler.close()
-        saver.ask(actual.durable())
-        await saver.flush()
+    def _tell_ready(self, address: str) -> None:
+        """Once in the life of the process."""
+        if not self._told:
+            self._told = True
+            self._ready(address)
+
+    async def _wait(self, address: str, opening: asyncio.Task[None], stopping: asyncio.Task[bool]) -> Turn | None:
+        """The next turn; None when the process stops before it."""
+        waiting = asyncio.create_task(self._turns.next(address), name="turn")
+        try:
+            await _first_of(opening, waiting, stopping)
+            return waiting.result() if waiting.done() else None
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    async def _begin(self, turn: Turn) -> Leading | None:
+        """Go on from what is saved; None when that cannot be read now."""
+        try:
+            known = await turn.state.load()
+        except OSError as error:
+            log.warning("%s: the state cannot be read: %s", turn.name, error)
+            return None
+        state = known or fresh_state()
+        leading = Leading(
+            self._config,
+            turn,
+            state,
+            store_address=self._store_address,
+            initial=self._initial,
+            telemetry=self._telemetry,
+        )
+        last = f"with the state of view {state.view.number}" if known else "without earlier state"
+        kind, how = ("balancer_leads", f"{turn.name}: ") if self._turns.shared else ("balancer_started", "")
+        leading.events.add(kind, self._server_id, f"{how}mesh {state.mesh_id} {last}")
+        return leading
+
+    async def _lead(
+        self, turn: Turn, leading: Leading, opening: asyncio.Task[None], stopping: asyncio.Task[bool]
+    ) -> None:
+        """Until the turn is over, or ``stopping`` ends, or a part fails: then its error rises."""
+        keeping = asyncio.create_task(turn.keep(), name="turn-keeper")
+        tasks = [keeping, *leading.tasks()]
+        try:
+            await _first_of(opening, stopping, *tasks)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            if keeping.done():
+                log.warning("%s of %s is over: %s", turn.name, self._server_id, keeping.result())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first_of(opening: asyncio.Task[None], *tasks: asyncio.Task[Any]) -> None:
+    """Until one of ``tasks`` ends, or ``opening`` fails: then its error rises."""
+    done, _ = await asyncio.wait({opening, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    if opening in done:
+        opening.result()
+    if done == {opening}:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _initial_placement(config: MeshConfig) -> PlacementFile | None:
@@ -299,24 +220,3 @@ def _initial_placement(config: MeshConfig) -> PlacementFile | None:
             "balancer.placement_file", "is unset, and mode offline starts from it", "name a file, or use mode static"
         )
     return read_placement_file(path)
-
-
-async def _run_until(stop: asyncio.Event, driver: Driver, saver: StateSaver, store: RendezvousStore) -> None:
-    """Until ``stop``, or until a part fails: then its error rises."""
-    opening = asyncio.create_task(store.open(), name="rendezvous-store")
-    tasks = [
-        asyncio.create_task(driver.run(), name="reconcile"),
-        asyncio.create_task(saver.run(), name="state-saver"),
-        asyncio.create_task(stop.wait(), name="balancer-stop"),
-    ]
-    try:
-        done, _ = await asyncio.wait({*tasks, opening}, return_when=asyncio.FIRST_COMPLETED)
-        if done == {opening} and opening.exception() is None:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        # The store's thread cannot be interrupted; what it opens must not outlive this call.
-        await asyncio.gather(*tasks, opening, return_exceptions=True)

@@ -263,6 +263,9 @@ class Metrics:
     )
 
     # Membership.
+    balancer_leader = Declared(
+        Gauge, "expertmesh_balancer_leader", "1 while this balancer leads, 0 while it stands by.", starts_on=BALANCER
+    )
     view_number = Declared(
         Gauge, "expertmesh_view_number", "The current view; 0 = none.", starts_on=(*RANKS, *BALANCER)
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from expertmesh.balancer.leading import Driver
 from expertmesh.balancer.load_gauges import LoadGauges
 from expertmesh.balancer.routing import RoutingDesk
-from expertmesh.balancer.server import Driver
 from expertmesh.balancer.statistics import Statistics
 from expertmesh.mesh.telemetry import disabled_telemetry
 from support.balancer_world import World, config

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.balancer.events import Event, EventLog
-from expertmesh.balancer.server import StateSaver
+from expertmesh.balancer.saver import FileState, StateSaver
 from expertmesh.balancer.state import (
     EVENTS_STORED,
     PREVIOUS_FILE,
@@ -153,7 +153,7 @@ class FullDisk(StateFile):
 
 async def test_a_full_disk_is_one_event_and_the_newest_state_is_saved_later() -> None:
     events, disk = EventLog(lambda: 0.0), FullDisk()
-    saver = StateSaver(disk, events)
+    saver = StateSaver(FileState(disk), events)
     for number in (3, 4):
         saver.ask(state(number))
         assert not await saver.flush()

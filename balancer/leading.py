@@ -1,0 +1,233 @@
+"""Everything of a balancer that leads: made for one turn, gone with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import grpc
+
+from expertmesh.balancer.actual import LIVE, Actual
+from expertmesh.balancer.compiling import KernelCompiler
+from expertmesh.balancer.control import PlacementControl
+from expertmesh.balancer.draining import Draining
+from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
+from expertmesh.balancer.events import EventLog
+from expertmesh.balancer.load_gauges import LoadGauges
+from expertmesh.balancer.migrations import Migrations, Stage
+from expertmesh.balancer.placement_admin import PlacementAdmin
+from expertmesh.balancer.placement_file import PlacementFile
+from expertmesh.balancer.reconcile import Reconciler
+from expertmesh.balancer.routing import RoutingDesk
+from expertmesh.balancer.saver import Outgoing, SavedFirst, StateSaver
+from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
+from expertmesh.balancer.standby import Switchboard
+from expertmesh.balancer.state import DurableState
+from expertmesh.balancer.statistics import Statistics
+from expertmesh.balancer.turns import Turn
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.v1 import admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_SECRET_BYTES = 32
+
+
+class Outside:
+    """``Effects`` on the real world."""
+
+    def __init__(self, outgoing: Outgoing, saver: StateSaver, evaluations: Evaluations, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.send: Callable[[int, mesh_pb2.JoinResponse], None] = outgoing.send
+        self.close: Callable[[int], None] = outgoing.close
+        self.save: Callable[[DurableState], None] = saver.ask
+        self.evaluate: Callable[[Job], None] = evaluations.start
+
+    def new_secret(self) -> bytes:
+        return secrets.token_bytes(_SECRET_BYTES)
+
+    def view_published(self, reason: str) -> None:
+        self._metrics.view_changes.add(reason=reason)
+
+    def migration_stage(self, stage: str, seconds: float) -> None:
+        self._metrics.balancer_migration_stage_seconds.observe(seconds, stage=stage)
+
+    def migration_ended(self, outcome: str) -> None:
+        self._metrics.balancer_migrations.add(outcome=outcome)
+
+
+class Driver:
+    """Runs the reconcile loop whenever something came in, and when it is due.
+
+    Args:
+        may_act: asked before each action.
+    """
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        actual: Actual,
+        migrations: Migrations,
+        loads: LoadGauges,
+        metrics: Metrics,
+        may_act: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._may_act = may_act
+        self._reconciler = reconciler
+        self._actual = actual
+        self._migrations = migrations
+        self._loads = loads
+        self._metrics = metrics
+        self._woken = asyncio.Event()
+        self._states: set[str] = set()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def run(self) -> None:
+        while True:
+            self._woken.clear()
+            self._tick_until_done()
+            self._loads.update(time.monotonic())
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._reconciler.due_in_s(time.monotonic())):
+                    await self._woken.wait()
+
+    def _tick_until_done(self) -> None:
+        action: str | None = ""
+        while action is not None and self._may_act():
+            started_s = time.monotonic()
+            action = self._reconciler.tick(started_s)
+            took_s = time.monotonic() - started_s
+            self._metrics.reconcile_duration_seconds.observe(took_s)
+            if action is not None:
+                log.info("%s (%.1f ms)", action, 1e3 * took_s)
+                self._show()
+
+    def _show(self) -> None:
+        """Gauges change only with an action."""
+        actual = self._actual
+        self._metrics.view_number.set(actual.view.number if actual.phase in LIVE else 0)
+        counts = Counter(
+            mesh_pb2.ServerState.Name(actual.state_of(member)).removeprefix("SERVER_STATE_").lower()
+            for member in actual.members
+        )
+        self._states |= counts.keys()
+        for state in self._states:
+            self._metrics.server_states.set(counts[state], state=state)
+        stages = Counter(migration.stage for migration in self._migrations)
+        for stage in Stage:
+            self._metrics.balancer_migrations_running.set(stages[stage], stage=stage)
+
+
+class Leading:
+    """A balancer at work on the state that its predecessor left.
+
+    Args:
+        store_address: of the rendezvous store that its views name.
+        initial: mode offline: the placement that the first view starts with.
+    """
+
+    def __init__(
+        self,
+        config: MeshConfig,
+        turn: Turn,
+        state: DurableState,
+        *,
+        store_address: str,
+        initial: PlacementFile | None,
+        telemetry: Telemetry,
+    ) -> None:
+        # Above every id of an earlier process, also when its last save was lost.
+        state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
+        metrics = telemetry.metrics
+        self.events = EventLog(time.time, state.events)
+        self._config = config
+        self._turn = turn
+        self._sessions = Sessions()
+        self._saver = StateSaver(turn.state, self.events, turn.save_retry_s)
+        self._compiler = KernelCompiler()
+        make_policy = (
+            partial(eplb_policy, config.expert.num_slots)
+            if config.balancer.policy == "eplb"
+            else partial(solver_policy, config.expert.num_slots, replica_quotas=config.balancer.replica_quotas)
+        )
+        self._worker = EvaluationWorker(make_policy, self._compiler.finished)
+        self._evaluations = Evaluations(self._worker)
+        outgoing: Outgoing = self._sessions
+        if turn.saves_first:
+            outgoing = SavedFirst(self._sessions, self._saver, turn.holds)
+        self._outside = Outside(outgoing, self._saver, self._evaluations, metrics)
+        self._actual = Actual(config.balancer, effects=self._outside, events=self.events, state=state)
+        statistics = Statistics(config.balancer.stats_half_life_tokens)
+        self._routing = RoutingDesk(self._actual, statistics, outgoing.send, time.monotonic)
+        self._control = PlacementControl.create(
+            config.balancer, self._actual, statistics=statistics, effects=self._outside, events=self.events
+        )
+        reconciler = Reconciler(
+            config,
+            self._actual,
+            control=self._control,
+            effects=self._outside,
+            events=self.events,
+            store_address=store_address,
+            initial=initial,
+        )
+        loads = LoadGauges(self._routing, metrics)
+        self._driver = Driver(reconciler, self._actual, self._control.migrations, loads, metrics, turn.holds)
+        self._evaluations.on_answer = partial(self._answered, metrics)
+        if self._control.online.mode == "online":
+            self._worker.warm_up()
+        self._saver.ask(self._actual.durable())
+
+    def _answered(self, metrics: Metrics, answer: Answer) -> None:
+        metrics.balancer_evaluation_duration_seconds.observe(answer.seconds)
+        self._control.online.answered(answer, time.monotonic())
+        self._driver.wake()
+
+    def answer_calls(self, board: Switchboard) -> None:
+        """Put the services on it, for as long as the turn holds."""
+        server = cast(grpc.aio.Server, board)  # as far as generated code looks at it
+        membership = MembershipServicer(self._actual, self._sessions, self._routing, self._driver.wake, time.monotonic)
+        mesh_pb2_grpc.add_MembershipServiceServicer_to_server(membership, server)
+        placement = PlacementAdmin(
+            self._actual,
+            self._control,
+            self._worker,
+            max_loads=self._config.balancer.max_slots_per_update,
+            wake=self._driver.wake,
+            clock=time.monotonic,
+        )
+        draining = Draining(self._actual, self._outside, self.events)
+        admin = AdminServicer(self._actual, self.events, placement, draining, self._routing, time.monotonic)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        board.open(self._turn.holds)
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What runs as long as the balancer leads; a part that fails ends its task with the error."""
+        return [
+            asyncio.create_task(self._driver.run(), name="reconcile"),
+            asyncio.create_task(self._saver.run(), name="state-saver"),
+        ]
+
+    def hang_up(self) -> None:
+        """End every server's stream."""
+        self._sessions.close_all()
+
+    async def close(self) -> None:
+        """After the services: end what still computes, and save for the last time."""
+        await self._evaluations.close()
+        await self._worker.close()
+        await self._compiler.close()
+        if self._turn.holds():
+            self._saver.ask(self._actual.durable())
+            await self._saver.flush()
