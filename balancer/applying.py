@@ -90,7 +90,7 @@ class Applying:
             return None
         placement = self._queue.popleft()
         why = "asked for by an administrator"
-        migration = self._migrations.start(placement.layer, placement.slots, placement.quotas, why, now)
+        migration = self._migrations.start(placement.layer, placement.slots, {}, why, now)
         return f"planned {migration.subject}"
 
     def _check_model(self, request: admin_pb2.ApplyRequest) -> None:
@@ -139,7 +139,7 @@ class Applying:
     def _accept(self, placement: mesh_pb2.LayerPlacement) -> mesh_pb2.LayerPlacement:
         current = self._actual.layer_placement(placement.layer)
         assert current is not None
-        if list(current.slots) == list(placement.slots) and list(current.quotas) == list(placement.quotas):
+        if list(current.slots) == list(placement.slots):
             return current
         self._queue.append(placement)
         self._view_number = self._actual.view.number

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from expertmesh.balancer.policy import LayerStatistics, Layout, PlacementPolicy, Proposal
+from expertmesh.balancer.policy import LayerStatistics, Layout, PlacementPolicy, Proposal, Quotas
+from expertmesh.balancer.source_quotas import with_quotas
 from expertmesh.mesh.background import only_idle_cores
 
 log = logging.getLogger(__name__)
@@ -21,13 +22,13 @@ milliseconds."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerQuestion:
-    """``version``, ``slots`` (global slot → expert) and ``quotas``: of the placement in force."""
+    """``version``, ``slots`` (global slot → expert) and ``quotas`` of sources: of the placement in force."""
 
     layer: int
     version: int
     slots: tuple[int, ...]
     statistics: LayerStatistics
-    quotas: tuple[float, ...] = ()
+    quotas: Quotas = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +59,8 @@ def answer(policy: PlacementPolicy, job: Job) -> Answer:
     refusals: dict[int, str] = {}
     for asked in job.layers:
         try:
-            proposals[asked.layer] = policy.propose(
-                asked.statistics, job.layout, asked.slots, job.max_loads, asked.quotas
-            )
+            proposal = policy.propose(asked.statistics, job.layout, asked.slots, job.max_loads)
+            proposals[asked.layer] = with_quotas(proposal, asked.statistics, job.layout, asked.slots, asked.quotas)
         except ValueError as error:
             refusals[asked.layer] = str(error)
     return Answer(job=job, proposals=proposals, refusals=refusals, seconds=time.monotonic() - started_s)
@@ -147,12 +147,12 @@ class Evaluations:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-def solver_policy(max_filled: int | None = None, *, replica_quotas: bool = False) -> PlacementPolicy:
-    """The solver of this package, compiled; arguments as for ``SolverPolicy``."""
+def solver_policy(max_filled: int | None = None) -> PlacementPolicy:
+    """The solver of this package, compiled; ``max_filled`` as for ``SolverPolicy``."""
     from expertmesh.balancer.policy_solver import SolverPolicy
 
     started_s = time.monotonic()
-    policy = SolverPolicy(max_filled=max_filled, replica_quotas=replica_quotas)
+    policy = SolverPolicy(max_filled=max_filled)
     policy.compile()
     log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
     return policy

@@ -159,7 +159,7 @@ class Leading:
         make_policy = (
             partial(eplb_policy, config.expert.num_slots)
             if config.balancer.policy == "eplb"
-            else partial(solver_policy, config.expert.num_slots, replica_quotas=config.balancer.replica_quotas)
+            else partial(solver_policy, config.expert.num_slots)
         )
         self._worker = EvaluationWorker(make_policy, self._compiler.finished)
         self._evaluations = Evaluations(self._worker)

@@ -52,13 +52,9 @@ def _layer_loads(
 
 
 def _expected_slot_load(placement: mesh_pb2.LayerPlacement, load_E: Floats) -> Floats:
-    """Until tokens have been counted under a new placement: each expert's load, shared out by the quotas."""
+    """Until tokens have been counted under a new placement: each expert's load, shared out equally."""
     expert_G = np.array(placement.slots, np.int64)
     held_G = expert_G >= 0
-    weight_G = held_G * (np.array(placement.quotas, np.float64) if placement.quotas else 1.0)
-    total_E = np.zeros(len(load_E))
-    np.add.at(total_E, expert_G[held_G], weight_G[held_G])
-    slot_load_G = np.zeros(len(expert_G))
-    expert = expert_G[held_G]
-    slot_load_G[held_G] = load_E[expert] * weight_G[held_G] / np.where(total_E > 0, total_E, 1.0)[expert]
+    count_E = np.bincount(expert_G[held_G], minlength=len(load_E))
+    slot_load_G: Floats = np.where(held_G, (load_E / np.maximum(count_E, 1))[expert_G], 0.0)
     return slot_load_G

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from expertmesh.balancer.actual import Actual, Effects, Phase
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import Member
-from expertmesh.balancer.policy import Layout
+from expertmesh.balancer.policy import Layout, Quotas
+from expertmesh.balancer.source_quotas import quota_messages
 from expertmesh.balancer.transfers import plan_transfers
 from expertmesh.v1 import mesh_pb2
 
@@ -118,12 +119,12 @@ class Migrations:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, layer: int, slots: Sequence[int], quotas: Sequence[float], why: str, now: float) -> Migration:
+    def start(self, layer: int, slots: Sequence[int], quotas: Quotas, why: str, now: float) -> Migration:
         """Plan one layer's way to ``slots``; it is sent with the next tick.
 
         Args:
             slots: global slot → expert in the numbering of the current view.
-            quotas: of the slots, or empty.
+            quotas: of the sources, or none.
             why: for the event.
         """
         actual = self._actual
@@ -133,7 +134,7 @@ class Migrations:
         assert all(migration.layer != layer for migration in self), "one plan a layer at a time"
         plan = mesh_pb2.MigrationPlan(
             view_number=actual.view.number,
-            placement=mesh_pb2.LayerPlacement(layer=layer, slots=slots, quotas=quotas),
+            placement=mesh_pb2.LayerPlacement(layer=layer, slots=slots, source_quotas=quota_messages(quotas)),
             transfers=plan_transfers(current.slots, slots, Layout.of(actual.view)),
             timeout_s=self._timeout_s,
         )

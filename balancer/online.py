@@ -23,6 +23,7 @@ from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Outcome
 from expertmesh.balancer.noise import Dispersion
 from expertmesh.balancer.policy import Floats, Layout, Proposal, StatisticsSource
+from expertmesh.balancer.source_quotas import quotas_of
 from expertmesh.balancer.state import ModeSwitch
 from expertmesh.mesh.config import BalancerConfig
 
@@ -217,7 +218,7 @@ class Online:
             version=placement.version,
             slots=tuple(placement.slots),
             statistics=replace(statistics, dispersion=self._state(layer).dispersion.value),
-            quotas=tuple(placement.quotas),
+            quotas=quotas_of(placement),
         )
 
     def known_loads(self) -> dict[int, Floats]:

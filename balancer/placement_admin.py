@@ -136,14 +136,12 @@ class PlacementAdmin:
     def _add_change(
         self, response: admin_pb2.GetPlanResponse, asked: LayerQuestion, proposal: Proposal, layout: Layout
     ) -> None:
-        if proposal.slots == asked.slots and proposal.quotas == asked.quotas:
+        if proposal.slots == asked.slots:  # quotas come with traffic and are nothing to apply
             return
         num_loads = len(plan_transfers(asked.slots, proposal.slots, layout))
         before, after = proposal.before, proposal.after
         response.changes.add(
-            placement=mesh_pb2.LayerPlacement(
-                layer=asked.layer, version=asked.version, slots=proposal.slots, quotas=proposal.quotas
-            ),
+            placement=mesh_pb2.LayerPlacement(layer=asked.layer, version=asked.version, slots=proposal.slots),
             balancedness_before=before.balancedness,
             balancedness_after=after.balancedness,
             fanout_ranks_before=before.fanout_ranks or 0.0,

@@ -31,7 +31,6 @@ class _Layer(_Part):
     layer: int = Field(ge=0, lt=2**32)
     version: int = Field(0, ge=0)
     slots: list[int]
-    quotas: list[float] = []
 
 
 class _File(_Part):
@@ -106,9 +105,7 @@ def _placement(path: Path, layer: _Layer, made: _File) -> mesh_pb2.LayerPlacemen
     limit = 2**31
     if any(not -limit <= expert < limit for expert in layer.slots):
         raise UserError(str(path), f"layer {layer.layer}: an expert id is out of range", _REMEDY)
-    placement = mesh_pb2.LayerPlacement(
-        layer=layer.layer, version=layer.version, slots=layer.slots, quotas=layer.quotas
-    )
+    placement = mesh_pb2.LayerPlacement(layer=layer.layer, version=layer.version, slots=layer.slots)
     try:
         check_experts(placement, made.servers, made.num_experts)
     except PlacementError as error:
@@ -129,9 +126,7 @@ def write_placement_file(path: Path, file: PlacementFile) -> None:
         "view": file.view_number,
         "servers": list(file.slot_servers),
         "layers": [
-            {"layer": layer.layer, "version": layer.version, "slots": list(layer.slots)}
-            | ({"quotas": list(layer.quotas)} if layer.quotas else {})
-            for layer in file.layers
+            {"layer": layer.layer, "version": layer.version, "slots": list(layer.slots)} for layer in file.layers
         ],
     }
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,21 +22,16 @@ def arrange(
         slot_servers: server of each slot of ``placement``; empty = it uses the view's own numbering.
 
     Raises:
-        PlacementError: see ``check_experts``; or a server is unknown or has too few slots, two replicas of an expert
-            are on one server, or the quotas of an expert's replicas do not add up to 1.
+        PlacementError: see ``check_experts``; or a server is unknown or has too few slots, or two replicas of an
+            expert are on one server.
     """
     servers = slot_servers or [server for server in layout.server_R for _ in range(layout.width)]
     check_experts(placement, servers, num_experts)
     target_of = _targets(placement, servers, layout)
     num_slots = len(layout.room_R) * layout.width
     arranged = mesh_pb2.LayerPlacement(layer=placement.layer, version=placement.version, slots=[-1] * num_slots)
-    if placement.quotas:
-        _check_quotas(placement, num_experts)
-        arranged.quotas.extend([0.0] * num_slots)
     for slot, target in target_of.items():
         arranged.slots[target] = placement.slots[slot]
-        if placement.quotas:
-            arranged.quotas[target] = placement.quotas[slot]
     return arranged
 
 
@@ -86,18 +80,3 @@ def _targets(placement: mesh_pb2.LayerPlacement, servers: Sequence[str], layout:
             raise PlacementError(f"layer {placement.layer}: slot {local} of {server} is filled, it has room for {room}")
         targets[slot] = rank * layout.width + local
     return targets
-
-
-def _check_quotas(placement: mesh_pb2.LayerPlacement, num_experts: int) -> None:
-    layer = f"layer {placement.layer}"
-    if len(placement.quotas) != len(placement.slots):
-        raise PlacementError(f"{layer}: {len(placement.quotas)} quotas for {len(placement.slots)} slots")
-    total_E = [0.0] * num_experts
-    for expert, quota in zip(placement.slots, placement.quotas, strict=True):
-        if not 0.0 <= quota <= 1.0:  # also refuses NaN
-            raise PlacementError(f"{layer}: quota {quota} is not between 0 and 1")
-        if expert >= 0:
-            total_E[expert] += quota
-    for expert, total in enumerate(total_E):
-        if not math.isclose(total, 1.0, abs_tol=1e-3):
-            raise PlacementError(f"{layer}: the quotas of expert {expert} add up to {total:g}, not to 1")

@@ -49,12 +49,7 @@ class EplbPolicy:
             self.propose(counts, layout, current, None)
 
     def propose(
-        self,
-        statistics: LayerStatistics,
-        layout: Layout,
-        current: Sequence[int],
-        max_loads: int | None,
-        quotas: Sequence[float] = (),
+        self, statistics: LayerStatistics, layout: Layout, current: Sequence[int], max_loads: int | None
     ) -> Proposal:
         """See ``PlacementPolicy``."""
         load_E = statistics.load_E

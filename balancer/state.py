@@ -14,9 +14,10 @@ import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from expertmesh.balancer.events import Event
 from expertmesh.balancer.ledger import Ledger
@@ -31,6 +32,8 @@ PREVIOUS_FILE = "state.previous.json"
 DAMAGED_FILE = "state.damaged.json"
 LOCK_FILE = "lock"
 EVENTS_STORED = 200
+
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,18 +179,23 @@ def decode(data: bytes) -> DurableState:
         mesh_id=fields["mesh_id"],
         fingerprint=fields["fingerprint"],
         fenced=tuple(fields["fenced"]),
-        view=json_format.ParseDict(fields["view"], mesh_pb2.View()),
+        view=_parsed(fields["view"], mesh_pb2.View()),
         events=tuple(Event(**event) for event in fields["events"]),
         ledger=_decode_ledger(fields.get("migrations")),
         mode_switch=_decode_mode_switch(fields.get("mode_switch")),
     )
 
 
+def _parsed(fields: dict[str, Any], message: M) -> M:
+    """Fields that an earlier version wrote and this one does without are passed over."""
+    return json_format.ParseDict(fields, message, ignore_unknown_fields=True)
+
+
 def _decode_ledger(fields: dict[str, Any] | None) -> Ledger:
     """None: the state of a version without migrations."""
     if fields is None:
         return Ledger()
-    plans = [json_format.ParseDict(plan, mesh_pb2.MigrationPlan()) for plan in fields["plans"]]
+    plans = [_parsed(plan, mesh_pb2.MigrationPlan()) for plan in fields["plans"]]
     return Ledger(
         last_id=fields["last_id"],
         versions=dict(fields["versions"]),

@@ -148,7 +148,10 @@ class Statistics:
         if counts is None:
             return None
         return LayerStatistics(
-            tokens=counts.tokens, load_E=counts.load_E.copy(), coactivation_EE=self._square(counts.pairs_P)
+            tokens=counts.tokens,
+            load_E=counts.load_E.copy(),
+            coactivation_EE=self._square(counts.pairs_P),
+            sources={server_id: source.load_E.copy() for server_id, source in counts.sources.items()},
         )
 
     def layer_load(self, layer: int) -> Floats | None:

@@ -14,7 +14,7 @@ from expertmesh.balancer.placement_rules import PlacementError, arrange
 from expertmesh.balancer.placement_static import Table, place_layer, usable_slots
 from expertmesh.balancer.policy import Floats, Layout
 from expertmesh.mesh.config import MeshConfig
-from expertmesh.mesh.view import HOSTS_EXPERTS
+from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
 
 PlaceLayer = Callable[[int, int, Sequence[int], Table | None, Floats | None], Table]
@@ -132,7 +132,8 @@ def _place(
         old = old_layers.get(layer)
         if old is not None and not moved:  # as good as it was, and perhaps made with care
             version = plan.ledger.next_version(layer, old.version, changes=False)
-            view.placement.add(layer=layer, version=version, slots=old.slots, quotas=old.quotas)
+            quotas = old.source_quotas if _sources(view) == _sources(previous) else ()  # level together, not alone
+            view.placement.add(layer=layer, version=version, slots=old.slots, source_quotas=quotas)
             continue
         current_RS = _current(old, previous, view.slots_per_rank, came_from)
         load_E = plan.loads.get(layer)
@@ -172,6 +173,10 @@ def _old_ranks(view: mesh_pb2.View, previous: mesh_pb2.View) -> set[tuple[str, s
     """Ranks that were in the view before and hold experts."""
     before = {(rank.server_id, rank.incarnation) for rank in _hosts(previous)}
     return before & {(rank.server_id, rank.incarnation) for rank in _hosts(view)}
+
+
+def _sources(view: mesh_pb2.View) -> set[str]:
+    return {rank.server_id for rank in view.ranks if rank.role in HOSTS_ATTENTION}
 
 
 def _hosts(view: mesh_pb2.View) -> list[mesh_pb2.Rank]:

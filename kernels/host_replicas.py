@@ -27,7 +27,7 @@ ROW_PRICE = 1 / 64
 """By how much a row raises its rank's price: some 50 rows more than others have outweigh a rank and a node. On
 gpt-oss-20b's tokens half of it was less even over hundreds of tokens, and twice of it cost 0.01 visits more."""
 MEAN_PRICE_LIMIT = 1.0
-"""Where a layer's ranks cannot be level, prices would rise for ever: this is the most that they are on average."""
+"""Where a layer's ranks cannot get their shares, prices would rise for ever: the most that they are on average."""
 
 
 @compiled
@@ -35,10 +35,10 @@ def host_choose_replicas(
     expert_TK: Ints,
     slot_EW: Ints,
     rank_EW: Ints,
-    lean_EW: Floats,
     node_R: Ints,
     own_rank: int,
     own_node: int,
+    share_R: Floats,
     price_R: Floats,
     after_R: Floats,
     slot_TK: Ints,
@@ -48,9 +48,9 @@ def host_choose_replicas(
     Args:
         expert_TK: below E; distinct in a token.
         slot_EW, rank_EW: where the expert's replicas are, on different ranks; -1 behind the last one. W is 2 or more.
-        lean_EW: cost of a replica, whatever the token.
         node_R: from 0.
         own_rank, own_node: visits to them cost nothing; -1 = none.
+        share_R: of the rows, that prices lead to in the long run; they add up to 1.
     """
     num_tokens, top_k = expert_TK.shape
     after_R[:] = price_R
@@ -77,12 +77,12 @@ def host_choose_replicas(
             else:
                 slot_K[k] = -1
         for _ in range(left):
-            k, w = _cheapest(expert_K, is_open_K, rank_EW, lean_EW, node_R, visited_R, visited_N, reach_R, after_R)
+            k, w = _cheapest(expert_K, is_open_K, rank_EW, node_R, visited_R, visited_N, reach_R, after_R)
             expert = expert_K[k]
             _take(slot_EW[expert, w], rank_EW[expert, w], k, slot_K, node_R, visited_R, visited_N, after_R)
             _reach(rank_EW[expert], reach_R, -1)
             is_open_K[k] = False
-        _relax(after_R, slot_K)
+        _relax(after_R, share_R, slot_K)
 
 
 @compiled
@@ -109,7 +109,6 @@ def _cheapest(
     expert_K: Ints,
     is_open_K: Flags,
     rank_EW: Ints,
-    lean_EW: Floats,
     node_R: Ints,
     visited_R: Flags,
     visited_N: Flags,
@@ -126,7 +125,7 @@ def _cheapest(
             rank = rank_EW[expert, w]
             if rank < 0:
                 break
-            cost = price_R[rank] + lean_EW[expert, w]
+            cost = price_R[rank]
             if not visited_R[rank]:
                 visit = RANK_COST if visited_N[node_R[rank]] else RANK_COST + NODE_COST
                 cost += visit / reach_R[rank]
@@ -136,17 +135,17 @@ def _cheapest(
 
 
 @compiled
-def _relax(price_R: Floats, slot_K: Ints) -> None:
-    """After a token every price falls by what the mean of its rows raises one; none falls below 0.
+def _relax(price_R: Floats, share_R: Floats, slot_K: Ints) -> None:
+    """After a token every price falls by the rank's share of what its rows raised; none falls below 0.
 
     What is then above the limit is taken off all ranks equally, so that their differences stay.
     """
     num_rows = 0
     for slot in slot_K:
         num_rows += slot >= 0
-    fall, total, num_priced = ROW_PRICE * num_rows / len(price_R), 0.0, 0
+    fall, total, num_priced = ROW_PRICE * num_rows, 0.0, 0
     for rank in range(len(price_R)):
-        price_R[rank] = max(price_R[rank] - fall, 0.0)
+        price_R[rank] = max(price_R[rank] - fall * share_R[rank], 0.0)
         total += price_R[rank]
         num_priced += price_R[rank] > 0
     beyond = total - MEAN_PRICE_LIMIT * len(price_R)

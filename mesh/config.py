@@ -147,11 +147,6 @@ class BalancerConfig(Section):
     state_dir: Path | None = Field(None, description="state `file`: its folder; unset = .expertmesh/<mesh name>")
     etcd: EtcdConfig = EtcdConfig()
     mode: Literal["static", "offline", "online"] = "static"
-    replica_quotas: bool = Field(
-        False,
-        description="policy `solver` gives replicas shares of their expert's tokens by load; the ranks' own prices "
-        "even out more, so that it gains next to nothing",
-    )
     policy: Literal["solver", "eplb"] = Field(
         "solver",
         description="what places experts: the mesh's own solver (load and co-activation), or DeepSeek's EPLB (load "

@@ -6,7 +6,6 @@ G global slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,8 @@ from expertmesh.v1 import mesh_pb2
 Ints = npt.NDArray[np.signedinteger[Any]]
 Floats = npt.NDArray[np.float64]
 
-LEAN = 0.05
-"""Cost of a replica for each factor of e by which its quota is below its expert's largest: it decides among equals."""
-_SMALLEST_SHARE = 1e-5
+SHARES_TOLERANCE = 1e-3
+"""By how much a quota may miss the sum of 1: it comes in float32, for up to thousands of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,8 @@ class Topology:
 
     ``node_R``: the node of each expert rank, numbered from 0. ``own_rank``: this rank's expert-rank index, None when
     it hosts no slots; ``own_node``: its node, None when no expert rank is on it; ``source``: its number in the view.
-    ``server_R``: ids of the expert ranks' servers, which keep their meaning in the next view; none = it has no next.
+    ``server_id``: of this rank's server; ``server_R``: of the expert ranks', which keep their meaning in the next view;
+    none = it has no next.
     """
 
     slots_per_rank: int
@@ -41,6 +40,7 @@ class Topology:
     own_rank: int | None = None
     own_node: int | None = None
     source: int = 0
+    server_id: str = ""
     server_R: tuple[str, ...] = ()
 
     @classmethod
@@ -53,6 +53,7 @@ class Topology:
             own_rank=view.expert_index,
             own_node=number.get(view.proto.ranks[view.rank].node),
             source=view.rank,
+            server_id=view.proto.ranks[view.rank].server_id,
             server_R=tuple(view.server_ids(view.expert_ranks)),
         )
 
@@ -62,28 +63,27 @@ class LayerRouting:
 
     A token pays for each rank and each node that it visits, and for each row the price of its rank: it finds all that
     it can where it has to go anyway, then meets several of its experts in one place, and leaves a rank for another
-    when that rank has had some dozens of rows more. Prices rise with this source's own rows and fall with the mean;
-    they carry over from step to step once ``commit`` has said that a step is completed. Until then the same tokens get
-    the same slots, however often they are asked for.
+    when that rank has had some dozens of rows more than its share. Prices rise with this source's own rows and fall
+    with the ranks' shares of them; they carry over from step to step once ``commit`` has said that a step is completed.
+    Until then the same tokens get the same slots, however often they are asked for.
     """
 
     def __init__(
-        self, slots: Iterable[int], num_experts: int, topology: Topology, *, quotas: Sequence[float] = ()
+        self, slots: Iterable[int], num_experts: int, topology: Topology, *, quota_R: Sequence[float] = ()
     ) -> None:
         """
         Args:
             slots: global slot → expert, -1 = empty.
-            quotas: global slot → share of its expert's tokens, none = equal shares. Among replicas that cost a token
-                the same the largest comes first; one of 0 gets nothing.
+            quota_R: share of this source's rows that each expert rank should get; none = equal shares.
 
         Raises:
-            ValueError: an expert has no slot, an id is outside the layer's experts, or the quotas are not one
-                non-negative number a slot.
+            ValueError: an expert has no slot, an id is outside the layer's experts, or the quota is not one
+                non-negative number a rank, 1 in all.
         """
         expert_G = np.fromiter(slots, dtype=np.int64)
         homes = _homes(expert_G, num_experts)
-        share_G = _shares(expert_G, homes, quotas)
-        homes = [_one_a_rank(home, share_G, topology) for home in homes]
+        homes = [_one_a_rank(home, topology) for home in homes]
+        self._share_R = _shares(len(topology.node_R), quota_R)
         width = max(len(home) for home in homes)
         self.is_replicated = width > 1
         self.only_E = torch.tensor([home[0] for home in homes], dtype=torch.int64)
@@ -93,7 +93,6 @@ class LayerRouting:
             return
         self._slot_EW = np.array([home + [-1] * (width - len(home)) for home in homes], dtype=np.int64)
         self._rank_EW = np.where(self._slot_EW < 0, -1, self._slot_EW // topology.slots_per_rank)
-        self._lean_EW = np.array([_leans(home, share_G) + [0.0] * (width - len(home)) for home in homes])
         self._node_R = np.array(topology.node_R, dtype=np.int64)
         self._own_rank = -1 if topology.own_rank is None else topology.own_rank
         self._own_node = -1 if topology.own_node is None else topology.own_node
@@ -114,10 +113,10 @@ class LayerRouting:
             np.ascontiguousarray(expert_TK),
             self._slot_EW,
             self._rank_EW,
-            self._lean_EW,
             self._node_R,
             self._own_rank,
             self._own_node,
+            self._share_R,
             self.price_R,
             self._after_R,
             slot_TK,
@@ -161,13 +160,15 @@ class RoutingTables:
         """Route a layer by another placement from now on; ``prepare`` and ``put`` are its two halves.
 
         Raises:
-            ValueError: the placement misses an expert or is not of this view.
+            ValueError: the placement misses an expert or is not of this view, or this rank's quota is wrong.
         """
         self.put(placement.layer, self.prepare(placement))
 
     def prepare(self, placement: mesh_pb2.LayerPlacement) -> LayerRouting:
         """The table of a placement; from any thread."""
-        return LayerRouting(placement.slots, self._num_experts, self._topology, quotas=placement.quotas)
+        own = self._topology.server_id
+        quota_R = next((quota.rank_share for quota in placement.source_quotas if quota.server_id == own), ())
+        return LayerRouting(placement.slots, self._num_experts, self._topology, quota_R=quota_R)
 
     def put(self, layer: int, routing: LayerRouting) -> None:
         """Between two steps."""
@@ -209,31 +210,22 @@ def _homes(expert_G: Ints, num_experts: int) -> list[list[int]]:
     return homes
 
 
-def _one_a_rank(home: list[int], share_G: Floats, topology: Topology) -> list[int]:
-    """Of an expert's slots that get tokens the one with the largest share on each rank; sources begin with different
-    ones."""
-    best: dict[int, int] = {}
+def _one_a_rank(home: list[int], topology: Topology) -> list[int]:
+    """The first of an expert's slots on each rank; sources begin with different ones."""
+    first_of: dict[int, int] = {}
     for slot in home:
-        rank = slot // topology.slots_per_rank
-        if share_G[slot] > 0 and (rank not in best or share_G[slot] > share_G[best[rank]]):
-            best[rank] = slot
-    slots = list(best.values())
+        first_of.setdefault(slot // topology.slots_per_rank, slot)
+    slots = list(first_of.values())
     first = topology.source % len(slots)
     return slots[first:] + slots[:first]
 
 
-def _leans(home: list[int], share_G: Floats) -> list[float]:
-    shares = [max(float(share_G[slot]), _SMALLEST_SHARE) for slot in home]
-    return [LEAN * math.log(max(shares) / share) for share in shares]
-
-
-def _shares(expert_G: Ints, homes: list[list[int]], quotas: Sequence[float]) -> Floats:
-    """Global slot → share of its expert's tokens; those of an expert add up to 1."""
-    quota_G = np.array(quotas, dtype=np.float64) if len(quotas) else np.ones(len(expert_G))
-    if quota_G.shape != expert_G.shape or not np.isfinite(quota_G).all() or (quota_G < 0).any():
-        raise ValueError(f"quotas: {len(expert_G)} slots need as many non-negative numbers")
-    share_G = np.zeros(len(expert_G))
-    for home in homes:
-        total = quota_G[home].sum()
-        share_G[home] = quota_G[home] / total if total else 1 / len(home)
-    return share_G
+def _shares(num_ranks: int, quota_R: Sequence[float]) -> Floats:
+    """The quota as shares that add up to 1."""
+    if not len(quota_R):
+        return np.full(num_ranks, 1 / num_ranks)
+    share_R = np.array(quota_R, dtype=np.float64)
+    if share_R.shape != (num_ranks,) or not (share_R >= 0).all() or abs(share_R.sum() - 1) > SHARES_TOLERANCE:
+        raise ValueError(f"quota: {num_ranks} expert ranks need as many shares of 0 or more that add up to 1")
+    normed_R: Floats = share_R / share_R.sum()
+    return normed_R

@@ -15,7 +15,6 @@ import numpy as np
 
 from expertmesh.balancer.solver.compiled import caches
 from expertmesh.balancer.solver.linear import linear
-from expertmesh.balancer.solver.quotas import balanced_quotas
 from expertmesh.balancer.solver.solve import Budget, SolverOptions, solve_layer
 from expertmesh.balancer.solver.topology import Topology
 
@@ -31,7 +30,6 @@ def warm_up() -> None:
     for pairs in (None, pair_EE):
         solve_layer(load_E, pairs, topology, options, current=current)
         solve_layer(load_E, pairs, topology, options, current=current, budget=Budget(slots=2))
-    balanced_quotas(current.reshape(3, 2), load_E)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,11 +16,16 @@ class FixedStatistics:
     def __init__(self) -> None:
         self._load: dict[int, Floats] = {}
         self._tokens: dict[int, float] = {}
+        self._sources: dict[int, dict[str, Floats]] = {}
 
-    def count(self, layer: int, load_E: Sequence[float], tokens: float) -> None:
-        """``tokens`` tokens that chose one expert each, in the proportions of ``load_E``; they replace those before."""
+    def count(self, layer: int, load_E: Sequence[float], tokens: float, *, sources: Mapping[str, float] = {}) -> None:
+        """``tokens`` tokens that chose one expert each, in the proportions of ``load_E``; they replace those before.
+
+        ``sources``: server id → its part of them.
+        """
         share_E = np.array(load_E, dtype=float)
         self._load[layer] = tokens * share_E / share_E.sum()
+        self._sources[layer] = {server: part * self._load[layer] for server, part in sources.items()}
         self._tokens[layer] = self._tokens.get(layer, 0.0) + tokens
 
     def tokens_seen(self, layer: int) -> float:
@@ -30,7 +35,8 @@ class FixedStatistics:
         if layer not in self._load:
             return None
         load_E = self._load[layer]
-        return LayerStatistics(tokens=float(load_E.sum()), load_E=load_E, coactivation_EE=None)
+        sources = self._sources[layer]
+        return LayerStatistics(tokens=float(load_E.sum()), load_E=load_E, coactivation_EE=None, sources=sources)
 
     def layer_load(self, layer: int) -> Floats | None:
         return self._load.get(layer)
@@ -47,12 +53,7 @@ class SwapPolicy:
         self.broken = False
 
     def propose(
-        self,
-        statistics: LayerStatistics,
-        layout: Layout,
-        current: Sequence[int],
-        max_loads: int | None,
-        quotas: Sequence[float] = (),
+        self, statistics: LayerStatistics, layout: Layout, current: Sequence[int], max_loads: int | None
     ) -> Proposal:
         self.asked.append(tuple(statistics.load_E.tolist()))
         if self.broken:

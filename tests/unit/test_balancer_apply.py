@@ -66,27 +66,6 @@ def test_replicas_and_emptied_slots_are_carried_out(w: World) -> None:
     assert w.agree()
 
 
-def test_quotas_come_along(w: World) -> None:
-    slots = [0, 1, 2, 3, 4, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1]
-    quotas = [1.0, 1.0, 1.0, 1.0, 0.25, 0, 0, 0, 0.75, 1.0, 1.0, 1.0, 0, 0, 0, 0]
-    asked = w.wish(0, slots)
-    asked.layers[0].quotas.extend(quotas)
-    w.control.applying.request(asked)
-    w.advance(1)
-    assert list(w.view.placement[0].quotas) == quotas
-    w.join("a2")
-    w.advance(1)
-    assert list(w.view.placement[0].quotas) == quotas, "the expert servers are the same"
-    assert w.slots(0) == slots
-    asked = w.wish(0, WANTED)
-    asked.layers[0].quotas.extend([0.5] * 16)
-    assert "quotas of expert 0 add up to 0.5" in refusal(w, asked).message
-    asked.layers[0].quotas[:] = [float("nan")] * 16
-    assert "not between 0 and 1" in refusal(w, asked).message
-    asked.layers[0].quotas[:] = [1.0]
-    assert "1 quotas for 16 slots" in refusal(w, asked).message
-
-
 @pytest.mark.parametrize(
     ("slots", "reason"),
     [

@@ -34,9 +34,9 @@ asyncio.run(KernelCompiler().finished())
 """
 MISSES = """
 from expertmesh.balancer.policy_solver import SolverPolicy
-from expertmesh.balancer.solver import anneal, balance, expected, problem, quotas, relabel, relieve, search_state
-SolverPolicy(replica_quotas=True).compile()
-modules = anneal, balance, expected, problem, quotas, relabel, relieve, search_state
+from expertmesh.balancer.solver import anneal, balance, expected, problem, relabel, relieve, search_state
+SolverPolicy().compile()
+modules = anneal, balance, expected, problem, relabel, relieve, search_state
 kernels = {kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "stats")}
 assert len(kernels) > 20
 print(sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels))

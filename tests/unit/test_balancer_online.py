@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -11,7 +10,6 @@ import pytest
 
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
-from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Proposal
 from expertmesh.balancer.state import decode, encode
 from support.balancer_world import World, config, registration
 
@@ -312,47 +310,58 @@ def test_replicas_that_the_loop_added_outlive_a_view() -> None:
     assert sum(expert >= 0 for expert in w.slots(2)) == 8
 
 
-class QuotaPolicy:
-    """Wants expert 0's two replicas to share 3 to 1."""
-
-    def propose(
-        self,
-        statistics: LayerStatistics,
-        layout: Layout,
-        current: Sequence[int],
-        max_loads: int | None,
-        quotas: Sequence[float] = (),
-    ) -> Proposal:
-        wanted = [1.0 if expert >= 0 else 0.0 for expert in current]
-        for slot, share in zip((s for s, expert in enumerate(current) if expert == 0), (0.75, 0.25), strict=True):
-            wanted[slot] = share
-        here = Prediction(balancedness=0.9, fanout_ranks=None, fanout_nodes=None)
-        is_new = list(quotas) != wanted
-        return Proposal(
-            slots=tuple(current),
-            before=here,
-            after=here,
-            gain=0.1,
-            noise=0.0,
-            worthwhile=is_new,
-            num_loads=0,
-            quotas=tuple(wanted),
-        )
-
-
-def test_other_quotas_are_a_new_version_that_loads_nothing() -> None:
-    settings = config(mode="online", stats_half_life_tokens=HALF_LIFE)
-    settings = settings.model_copy(update={"expert": settings.expert.model_copy(update={"num_slots": 9})})
-    w = World(settings)
-    w.policy = QuotaPolicy()  # type: ignore[assignment]  # a policy too
-    w.form("a1", "e1", "e2")
-    before = w.slots(0)
-    traffic(w, SKEWED, windows=3, layers=(0,))
-    assert w.versions() == {0: 2, 2: 1}, "once: they are in force then"
-    assert (w.slots(0), loads(w)) == (before, 0)
-    assert w.agree()
-    quotas = w.view.placement[0].quotas
-    assert [quotas[slot] for slot, expert in enumerate(before) if expert == 0] == [0.75, 0.25]
-    w.join("a2")
+def two_nodes() -> World:
+    """An attention and an expert server on each of two nodes; experts 0 and 1 are on both."""
+    w = World(config(attention=2, mode="online", stats_half_life_tokens=HALF_LIFE))
+    for number in "12":
+        w.join(f"a{number}", f"e{number}", node=f"n{number}")
     w.advance(1)
-    assert w.view.placement[0].quotas == quotas, "attention servers come and go, and the experts stay"
+    w.apply(0, [0, 1, 2, 3, 4, -1, -1, -1, 0, 1, 5, 6, 7, -1, -1, -1])
+    w.advance(1)
+    return w
+
+
+def test_quotas_of_sources_are_a_new_version_that_loads_nothing() -> None:
+    w = two_nodes()
+    version, before = w.versions()[0], w.slots(0)
+    moved = loads(w)
+    for _ in range(3):
+        w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
+        w.advance(1)
+    assert w.versions()[0] == version + 1, "once: they are in force then"
+    assert (w.slots(0), loads(w)) == (before, moved)
+    assert w.agree()
+    quotas = {quota.server_id: list(quota.rank_share) for quota in w.view.placement[0].source_quotas}
+    assert quotas["a1"] == pytest.approx(quotas["a2"][::-1])
+    assert sum(quotas["a1"]) == pytest.approx(1)
+    assert quotas["a1"][0] > 0.55
+    w.restart_balancer()
+    for server_id in list(w.servers):
+        w.rejoin(server_id)
+    w.advance(2)
+    assert quotas == {quota.server_id: list(quota.rank_share) for quota in w.view.placement[0].source_quotas}
+    assert w.versions()[0] == version + 1
+
+
+def test_quotas_follow_the_sources() -> None:
+    w = two_nodes()
+    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
+    w.advance(1)
+    version, first = w.versions()[0], w.view.placement[0].source_quotas[0].rank_share[0]
+    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.9, "a2": 0.1})
+    w.advance(1)
+    assert w.versions()[0] == version + 1
+    assert w.view.placement[0].source_quotas[0].rank_share[0] < first, "the other source fills less of its own node"
+
+
+def test_quotas_end_with_the_set_of_sources() -> None:
+    """Those that are left would not be level without those that have gone."""
+    w = two_nodes()
+    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
+    w.advance(1)
+    before = w.slots(0)
+    assert w.view.placement[0].source_quotas
+    w.join("a3")
+    w.advance(1)
+    assert not w.view.placement[0].source_quotas
+    assert w.slots(0) == before

@@ -53,21 +53,6 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         write_placement_file(tmp_path, file)
 
 
-def test_quotas_survive_the_file(tmp_path: Path) -> None:
-    layer = mesh_pb2.LayerPlacement(layer=0, slots=[0, 1], quotas=[1.0, 1.0])
-    file = PlacementFile(
-        source="",
-        model="m",
-        fingerprint="f",
-        num_experts=2,
-        view_number=0,
-        slot_servers=("e1", "e1"),
-        layers=(layer,),
-    )
-    write_placement_file(tmp_path / "a.json", file)
-    assert read_placement_file(tmp_path / "a.json").layers == (layer,)
-
-
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

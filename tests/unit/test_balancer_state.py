@@ -32,7 +32,8 @@ from expertmesh.v1 import mesh_pb2
 def state(number: int = 3) -> DurableState:
     view = mesh_pb2.View(number=number, slots_per_rank=2, store_address="h:1", secret=b"\x00\xff")
     view.ranks.add(rank=0, server_id="a1", incarnation="x", role=mesh_pb2.ROLE_ATTENTION)
-    view.placement.add(layer=4, version=7, slots=[0, -1, 1, 2])
+    placement = view.placement.add(layer=4, version=7, slots=[0, -1, 1, 2])
+    placement.source_quotas.add(server_id="a1", rank_share=[0.75, 0.25])
     event = Event(number=5, unix_s=1.5, kind="view_published", subject="view 3", message="é")
     switch = ModeSwitch(mode="online", layer_updates_per_iter=3, configured="static")
     return DurableState(
@@ -60,6 +61,13 @@ def test_the_state_of_a_version_that_forgot_mode_switches_loads() -> None:
     body = json.dumps(fields).encode()
     old = decode(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n")
     assert old == replace(state(), mode_switch=None)
+
+
+def test_the_state_of_a_version_with_shares_of_slots_loads() -> None:
+    fields = json.loads(encode(state()).split(b"\n")[1])
+    fields["view"]["placement"][0]["quotas"] = [0.25, 0.0, 1.0, 1.0]
+    body = json.dumps(fields).encode()
+    assert decode(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n") == state()
 
 
 @given(st.integers(0, len(encode(state())) - 1), st.binary(max_size=3))

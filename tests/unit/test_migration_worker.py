@@ -405,8 +405,10 @@ def test_plans_that_do_not_fit_are_refused_with_a_reason(ranks: Ranks) -> None:
         assert status.phase == FAILED
         assert "view 99" in status.reason
     quotas = ranks.plan(1, NEW)
-    quotas.placement.quotas.extend([-1.0] * len(NEW))
-    assert ranks.announce(quotas)[0].phase == FAILED  # the rank that routes
+    quotas.placement.source_quotas.add(server_id=ranks.ranks[0].server_id, rank_share=[2.0, -1.0])
+    status = ranks.announce(quotas)[0]  # of the rank that routes
+    assert status.phase == FAILED
+    assert "quota" in status.reason
 
 
 def test_a_view_that_ends_in_the_middle(ranks: Ranks) -> None:

@@ -19,7 +19,7 @@ NUM_EXPERTS, TOP_K = 12, 4
 
 @st.composite
 def placements(draw: st.DrawFn) -> tuple[list[int], Topology, list[float]]:
-    """A placement of 12 experts with replicas and empty slots, its topology, its quotas or none."""
+    """A placement of 12 experts with replicas and empty slots, its topology, a quota or none."""
     num_ranks, num_nodes = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     width = draw(st.integers(-(-NUM_EXPERTS // num_ranks), NUM_EXPERTS))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -35,8 +35,8 @@ def placements(draw: st.DrawFn) -> tuple[list[int], Topology, list[float]]:
         own_node=draw(st.none() | st.integers(0, num_nodes - 1)),
         source=draw(st.integers(0, 9)),
     )
-    quotas = [] if draw(st.booleans()) else generator.choice([0.0, 0.1, 1.0, 7.0], len(slots)).tolist()
-    return slots.tolist(), topology, quotas
+    share_R = generator.choice([0.0, 0.1, 1.0, 7.0], num_ranks) + (np.arange(num_ranks) == 0)
+    return slots.tolist(), topology, [] if draw(st.booleans()) else (share_R / share_R.sum()).tolist()
 
 
 def tokens(seed: int, count: int, skew: float = 1.0) -> torch.Tensor:
@@ -54,9 +54,9 @@ def ranks_visited(slot_TK: Ints, width: int) -> float:
 def test_choices_hold_their_expert_and_repeat_until_they_are_committed(
     placed: tuple[list[int], Topology, list[float]], seed: int, count: int
 ) -> None:
-    slots, topology, quotas = placed
+    slots, topology, quota_R = placed
     expert_TK = tokens(seed, count)
-    routing, other = (LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas) for _ in range(2))
+    routing, other = (LayerRouting(slots, NUM_EXPERTS, topology, quota_R=quota_R) for _ in range(2))
     for _ in range(3):
         slot_TK = routing.choose(expert_TK)
         assert slot_TK.dtype == torch.int64
@@ -73,10 +73,10 @@ def test_choices_hold_their_expert_and_repeat_until_they_are_committed(
 def test_the_same_tokens_in_one_step_or_in_many(
     placed: tuple[list[int], Topology, list[float]], seed: int, step: int
 ) -> None:
-    slots, topology, quotas = placed
+    slots, topology, quota_R = placed
     expert_TK = tokens(seed, 200)
-    whole = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas).choose(expert_TK)
-    routing = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas)
+    whole = LayerRouting(slots, NUM_EXPERTS, topology, quota_R=quota_R).choose(expert_TK)
+    routing = LayerRouting(slots, NUM_EXPERTS, topology, quota_R=quota_R)
     parts = []
     for start in range(0, 200, step):
         parts.append(routing.choose(expert_TK[start : start + step]))
@@ -84,21 +84,10 @@ def test_the_same_tokens_in_one_step_or_in_many(
     assert torch.equal(torch.cat(parts), whole)
 
 
-@given(placements(), st.integers(0, 2**32 - 1))
-def test_a_replica_without_a_quota_gets_nothing(placed: tuple[list[int], Topology, list[float]], seed: int) -> None:
-    slots, topology, quotas = placed
-    if not quotas:
-        return
-    slot_TK = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas).choose(tokens(seed, 100))
-    quota_G, expert_G = np.array(quotas), np.array(slots)
-    for slot in set(slot_TK.ravel().tolist()):
-        assert quota_G[slot] > 0 or quota_G[expert_G == expert_G[slot]].sum() == 0
-
-
 @given(placements(), st.integers(0, 2**32 - 1), st.integers(1, 2000))
 def test_prices_have_a_limit(placed: tuple[list[int], Topology, list[float]], seed: int, count: int) -> None:
-    slots, topology, quotas = placed
-    routing = LayerRouting(slots, NUM_EXPERTS, topology, quotas=quotas)
+    slots, topology, quota_R = placed
+    routing = LayerRouting(slots, NUM_EXPERTS, topology, quota_R=quota_R)
     for _ in range(3):
         routing.choose(tokens(seed, count, skew=3.0))
         routing.commit()
@@ -198,13 +187,6 @@ def slots_of_one_expert(routing: LayerRouting, count: int, batch: int) -> list[i
     return [int(load) for load in load_G]
 
 
-def test_a_larger_quota_comes_first_among_equals() -> None:
-    for source in range(2):
-        topology = Topology(slots_per_rank=1, node_R=(0, 0), source=source)
-        routing = LayerRouting([0, 0], 1, topology, quotas=[0.2, 0.8])
-        assert routing.choose(torch.tensor([[0]])).tolist() == [[1]]
-
-
 def test_ranks_are_level_within_a_few_steps_and_from_then_on() -> None:
     """Every expert is on two ranks, the first ones are asked for most: turns would load rank 0 twice as much."""
     slots = [0, 1, 2, 3, 4, 5, 0, 1, 6, 7, 8, 9, 2, 3, 6, 7, 10, 11, 4, 5, 8, 9, 10, 11]
@@ -238,19 +220,21 @@ def test_a_layer_without_replicas_is_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "quotas", "words"),
+    ("slots", "quota_R", "words"),
     [
         ([0, 1], [], "experts .2. have no slot"),
         ([0, 1, 2, 3], [], "slot 3 holds expert 3"),
         ([0, 1, 2, -2], [], "slot 3 holds expert -2"),
-        ([0, 1, 2, 2], [1.0], "quotas"),
-        ([0, 1, 2, 2], [1.0, 1.0, -1.0, 2.0], "quotas"),
-        ([0, 1, 2, 2], [1.0, 1.0, float("nan"), 2.0], "quotas"),
+        ([0, 1, 2, 2], [1.0], "quota: 2 expert ranks"),
+        ([0, 1, 2, 2], [2.0, -1.0], "quota"),
+        ([0, 1, 2, 2], [1.0, float("nan")], "quota"),
+        ([0, 1, 2, 2], [float("inf"), 0.0], "quota"),
+        ([0, 1, 2, 2], [0.6, 0.6], "quota"),
     ],
 )
-def test_a_wrong_placement_is_refused(slots: list[int], quotas: list[float], words: str) -> None:
+def test_a_wrong_placement_is_refused(slots: list[int], quota_R: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        LayerRouting(slots, 3, two_ranks(), quotas=quotas)
+        LayerRouting(slots, 3, two_ranks(), quota_R=quota_R)
 
 
 def test_tables_of_a_view_are_replaced_layer_by_layer() -> None:
@@ -263,6 +247,27 @@ def test_tables_of_a_view_are_replaced_layer_by_layer() -> None:
     with pytest.raises(ValueError, match=r"experts .1. have no slot"):
         tables.replace(mesh_pb2.LayerPlacement(layer=1, version=2, slots=[0, -1, -1, 2, -1, -1]))
     assert tables[1].choose(expert_TK).tolist() == [[0, 1, 3]]
+
+
+def test_a_source_takes_its_own_quota_from_the_wire() -> None:
+    placement = mesh_pb2.LayerPlacement(layer=1, version=1, slots=[0, 0])
+    placement.source_quotas.add(server_id="a1", rank_share=[0.5, 0.5])
+    placement.source_quotas.add(server_id="a2", rank_share=[0.1, 0.9])
+    sent = mesh_pb2.LayerPlacement.FromString(placement.SerializeToString())
+    for server, second in (("a1", 0.5), ("a2", 0.9), ("a3", 0.5)):
+        tables = RoutingTables([sent], 1, Topology(slots_per_rank=1, node_R=(0, 0), server_id=server))
+        assert mean_slot(tables) == pytest.approx(
+            second, abs=0.02
+        )
+    placement.source_quotas[1].rank_share.append(0.0)
+    placement.source_quotas[1].server_id = "a3"
+    with pytest.raises(ValueError, match="quota: 2 expert ranks"):
+        RoutingTables([placement], 1, Topology(slots_per_rank=1, node_R=(0, 0), server_id="a3"))
+
+
+def mean_slot(tables: RoutingTables) -> float:
+    """Over 4000 tokens of expert 0."""
+    return float(tables[1].choose(torch.zeros(4000, 1, dtype=torch.int64)).double().mean())
 
 
 def placed_on(servers: str, slots: list[int], earlier: RoutingTables | None = None) -> RoutingTables:

@@ -595,7 +595,7 @@ class LayerPlacement(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
-    QUOTAS_FIELD_NUMBER: _builtins.int
+    SOURCE_QUOTAS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """the checkpoint's layer number"""
     version: _builtins.int
@@ -604,10 +604,8 @@ class LayerPlacement(_message.Message):
         """global slot -> expert, -1 = empty"""
 
     @_builtins.property
-    def quotas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Global slot -> share of its expert's tokens that it should get, the replicas of an expert adding up to 1. Empty =
-        equal shares.
-        """
+    def source_quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceQuota]:
+        """an attention half that none of them names sends all expert ranks equally much"""
 
     def __init__(
         self,
@@ -615,15 +613,42 @@ class LayerPlacement(_message.Message):
         layer: _builtins.int = ...,
         version: _builtins.int = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
-        quotas: _abc.Iterable[_builtins.float] | None = ...,
+        source_quotas: _abc.Iterable[Global___SourceQuota] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "quotas", b"quotas", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "slots", b"slots", "source_quotas", b"source_quotas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerPlacement: _TypeAlias = LayerPlacement  # noqa: Y015
+
+@_typing.final
+class SourceQuota(_message.Message):
+    """How an attention half should spread its rows, so that those of all of them together are level and stay near."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    RANK_SHARE_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    @_builtins.property
+    def rank_share(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[expert ranks] of its rows; they add up to 1"""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        rank_share: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank_share", b"rank_share", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceQuota: _TypeAlias = SourceQuota  # noqa: Y015
 
 @_typing.final
 class StatsReport(_message.Message):
