@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, PlacementPolicy, Proposal, Quotas
+from expertmesh.balancer.replicas import ANY_REPLICAS, ReplicaRule
 from expertmesh.balancer.source_quotas import with_quotas
 from expertmesh.mesh.background import only_idle_cores
 
@@ -147,21 +148,21 @@ class Evaluations:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-def solver_policy(max_filled: int | None = None) -> PlacementPolicy:
-    """The solver of this package, compiled; ``max_filled`` as for ``SolverPolicy``."""
+def solver_policy(max_filled: int | None = None, *, rule: ReplicaRule = ANY_REPLICAS) -> PlacementPolicy:
+    """The solver of this package, compiled; arguments as for ``SolverPolicy``."""
     from expertmesh.balancer.policy_solver import SolverPolicy
 
     started_s = time.monotonic()
-    policy = SolverPolicy(max_filled=max_filled)
+    policy = SolverPolicy(max_filled=max_filled, rule=rule)
     policy.compile()
     log.info("the solver is ready after %.1f s", time.monotonic() - started_s)
     return policy
 
 
-def eplb_policy(max_filled: int | None = None) -> PlacementPolicy:
-    """DeepSeek's EPLB, ready to run; ``max_filled`` as for ``solver_policy``."""
+def eplb_policy(max_filled: int | None = None, *, rule: ReplicaRule = ANY_REPLICAS) -> PlacementPolicy:
+    """DeepSeek's EPLB, ready to run; arguments as for ``solver_policy``."""
     from expertmesh.balancer.policy_eplb import EplbPolicy
 
-    policy = EplbPolicy(max_filled=max_filled)
+    policy = EplbPolicy(max_filled=max_filled, rule=rule)
     policy.compile()
     return policy

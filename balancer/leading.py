@@ -25,6 +25,7 @@ from expertmesh.balancer.migrations import Migrations, Stage
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.reconcile import Reconciler
+from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.saver import Outgoing, SavedFirst, StateSaver
 from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
@@ -156,10 +157,11 @@ class Leading:
         self._sessions = Sessions()
         self._saver = StateSaver(turn.state, self.events, turn.save_retry_s)
         self._compiler = KernelCompiler()
+        rule = ReplicaRule.of(config.expert)
         make_policy = (
-            partial(eplb_policy, config.expert.num_slots)
+            partial(eplb_policy, config.expert.num_slots, rule=rule)
             if config.balancer.policy == "eplb"
-            else partial(solver_policy, config.expert.num_slots)
+            else partial(solver_policy, config.expert.num_slots, rule=rule)
         )
         self._worker = EvaluationWorker(make_policy, self._compiler.finished)
         self._evaluations = Evaluations(self._worker)
@@ -171,7 +173,7 @@ class Leading:
         statistics = Statistics(config.balancer.stats_half_life_tokens)
         self._routing = RoutingDesk(self._actual, statistics, outgoing.send, time.monotonic)
         self._control = PlacementControl.create(
-            config.balancer, self._actual, statistics=statistics, effects=self._outside, events=self.events
+            config.balancer, self._actual, statistics=statistics, effects=self._outside, events=self.events, rule=rule
         )
         reconciler = Reconciler(
             config,

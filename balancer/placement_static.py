@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Table = NDArray[np.int32]
-Held = NDArray[np.bool_]
-Floats = NDArray[np.float64]
+from expertmesh.balancer.replicas import (
+    ANY_REPLICAS,
+    Counts,
+    Floats,
+    Held,
+    ReplicaRule,
+    Table,
+    add_replica,
+    hold,
+    to_slots,
+)
 
 
 class CapacityError(ValueError):
@@ -31,6 +38,7 @@ def place_layer(
     capacities: Sequence[int],
     current_RS: Table | None = None,
     load_E: Floats | None = None,
+    rule: ReplicaRule = ANY_REPLICAS,
 ) -> Table:
     """Slot → expert for every expert rank.
 
@@ -40,6 +48,8 @@ def place_layer(
 
     Without loads replica counts differ by at most one. With them the replicas that are there stay, the least useful
     ones go where slots are short, and the rest of the slots goes to the experts whose replicas carry most.
+
+    Either way no expert has fewer replicas than ``rule`` asks for, as far as the slots go.
 
     Args:
         num_slots: slots to fill over all ranks; cut to what the ranks can hold.
@@ -57,31 +67,24 @@ def place_layer(
     usable = usable_slots(num_experts, capacities)
     if usable < num_experts:
         raise CapacityError(f"{usable} usable slots a layer for {num_experts} experts")
-    current_RE = _held(current_RS, len(capacities), num_experts)
+    current_RE = hold(current_RS, len(capacities), num_experts)
     num_slots = min(num_slots, usable)
     quota_R = _even_quotas(num_slots, np.minimum(capacities, num_experts), current_RE.sum(axis=1))
     if not current_RE.any():
         wanted_RE = _linear(num_experts, quota_R)
     elif load_E is not None and load_E.any():
-        replicas_E = _held_replicas(num_slots, current_RE.sum(axis=0), load_E)
+        floor_E = rule.floors(current_RE.sum(axis=0), load_E, num_slots, len(capacities))
+        replicas_E = _held_replicas(num_slots, current_RE.sum(axis=0), load_E, floor_E)
         wanted_RE = _thin_out(current_RE, quota_R, replicas_E, load_E / replicas_E)
-        _fill_by_load(wanted_RE, quota_R, load_E)
+        _fill_by_load(wanted_RE, quota_R, load_E, floor_E)
     else:
         replicas_E = _even_replicas(num_slots, current_RE.sum(axis=0))
         wanted_RE = _thin_out(current_RE, quota_R, replicas_E, np.zeros(num_experts))
         _complete(wanted_RE, quota_R, replicas_E)
-    return _to_slots(wanted_RE, capacities, current_RS)
+    return to_slots(wanted_RE, capacities, current_RS, max(capacities))
 
 
-def _held(current_RS: Table | None, num_ranks: int, num_experts: int) -> Held:
-    held_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
-    if current_RS is not None:
-        rank, slot = np.nonzero(current_RS >= 0)
-        held_RE[rank, current_RS[rank, slot]] = True
-    return held_RE
-
-
-def _even_quotas(num_slots: int, room_R: NDArray[np.int64], held_R: NDArray[np.int64]) -> NDArray[np.int64]:
+def _even_quotas(num_slots: int, room_R: Counts, held_R: Counts) -> Counts:
     """Experts a rank: equal up to each rank's room; the odd ones go where most is held already."""
     low, high = 0, int(room_R.max())
     while low < high:  # the highest level that all ranks can fill up to
@@ -94,7 +97,7 @@ def _even_quotas(num_slots: int, room_R: NDArray[np.int64], held_R: NDArray[np.i
     return quota_R
 
 
-def _even_replicas(num_slots: int, held_E: NDArray[np.int64]) -> NDArray[np.int64]:
+def _even_replicas(num_slots: int, held_E: Counts) -> Counts:
     """Replicas of each expert: equal; the odd ones go to the experts that have most replicas already."""
     base, odd = divmod(num_slots, len(held_E))
     replicas_E = np.full(len(held_E), base, dtype=np.int64)
@@ -102,40 +105,45 @@ def _even_replicas(num_slots: int, held_E: NDArray[np.int64]) -> NDArray[np.int6
     return replicas_E
 
 
-def _held_replicas(num_slots: int, held_E: NDArray[np.int64], load_E: Floats) -> NDArray[np.int64]:
-    """Replicas of each expert: those that are there, one at least; while those are too many for the slots, the ones go
-    that leave the smallest load a replica."""
-    replicas_E = np.maximum(held_E, 1)
+def _held_replicas(num_slots: int, held_E: Counts, load_E: Floats, floor_E: Counts) -> Counts:
+    """Replicas of each expert: those that are there, ``floor_E`` at least; while those are too many for the slots, the
+    ones go that leave the smallest load a replica."""
+    replicas_E = np.maximum(held_E, floor_E)
     while replicas_E.sum() > num_slots:
-        replicas_E[np.where(replicas_E > 1, load_E / np.maximum(replicas_E - 1, 1), np.inf).argmin()] -= 1
+        replicas_E[np.where(replicas_E > floor_E, load_E / np.maximum(replicas_E - 1, 1), np.inf).argmin()] -= 1
     return replicas_E
 
 
-def _fill_by_load(held_RE: Held, quota_R: NDArray[np.int64], load_E: Floats) -> None:
-    """Fill the quotas up in place, among others with every expert that is missing; none that is there makes way."""
+def _fill_by_load(held_RE: Held, quota_R: Counts, load_E: Floats, floor_E: Counts) -> None:
+    """Fill the quotas up in place, among others with the experts that have less than their floor; no expert makes way
+    for another one that would go below its own."""
     room_R = quota_R - held_RE.sum(axis=1)
-    added, share_E = _additions(held_RE, int(room_R.sum()), load_E)
+    added, share_E = _additions(held_RE, int(room_R.sum()), load_E, floor_E)
     for expert in added:
         _add_to_lightest(held_RE, room_R, int(expert), share_E)
+    held_E = held_RE.sum(axis=0)
+    for expert in np.repeat(np.arange(len(floor_E)), np.maximum(floor_E - held_E, 0)):
+        add_replica(held_RE, quota_R - held_RE.sum(axis=1), int(expert), held_RE.sum(axis=0) - floor_E)
+    room_R = quota_R - held_RE.sum(axis=1)
     while room_R.any():  # the ranks with room had some of these already
         share_E = load_E / held_RE.sum(axis=0)
         lacking_E = (~held_RE & (room_R > 0)[:, None]).any(axis=0)
         _add_to_lightest(held_RE, room_R, int(np.where(lacking_E, share_E, -1.0).argmax()), share_E)
 
 
-def _additions(held_RE: Held, room: int, load_E: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """``room`` experts to add, the heaviest replicas first: the missing ones, and where a replica carries most; and
+def _additions(held_RE: Held, room: int, load_E: Floats, floor_E: Counts) -> tuple[Counts, Floats]:
+    """``room`` experts to add, the heaviest replicas first: up to ``floor_E``, and where a replica carries most; and
     the load of a replica [E] that results."""
     held_E = held_RE.sum(axis=0)
-    replicas_E = np.maximum(held_E, 1)
-    for _ in range(room - int((held_E == 0).sum())):
+    replicas_E = np.maximum(held_E, floor_E)
+    for _ in range(room - int((replicas_E - held_E).sum())):
         replicas_E[np.where(replicas_E < len(held_RE), load_E / replicas_E, -1.0).argmax()] += 1
     share_E = load_E / replicas_E
     added = np.repeat(np.arange(len(load_E)), replicas_E - held_E)
     return added[np.argsort(-share_E[added], kind="stable")], share_E
 
 
-def _add_to_lightest(held_RE: Held, room_R: NDArray[np.int64], expert: int, share_E: Floats) -> None:
+def _add_to_lightest(held_RE: Held, room_R: Counts, expert: int, share_E: Floats) -> None:
     """Where there is room for it; nowhere if every rank with room holds it."""
     takes_R = (room_R > 0) & ~held_RE[:, expert]
     if takes_R.any():
@@ -144,7 +152,7 @@ def _add_to_lightest(held_RE: Held, room_R: NDArray[np.int64], expert: int, shar
         room_R[rank] -= 1
 
 
-def _linear(num_experts: int, quota_R: NDArray[np.int64]) -> Held:
+def _linear(num_experts: int, quota_R: Counts) -> Held:
     """Experts 0, 1, 2, ... in order over the ranks, again from 0 for replicas: no rank sees an expert twice, since
     none takes more than E in a row."""
     held_RE = np.zeros((len(quota_R), num_experts), dtype=np.bool_)
@@ -154,7 +162,7 @@ def _linear(num_experts: int, quota_R: NDArray[np.int64]) -> Held:
     return held_RE
 
 
-def _thin_out(current_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64], share_E: Floats) -> Held:
+def _thin_out(current_RE: Held, quota_R: Counts, replicas_E: Counts, share_E: Floats) -> Held:
     """The part of ``current_RE`` that fits the quotas: surplus goes first where both rank and expert have too much.
 
     Of equal experts a rank gives the lightest away, so that the heavy ones can get replicas elsewhere.
@@ -174,59 +182,14 @@ def _thin_out(current_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[
     return kept_RE
 
 
-def _complete(held_RE: Held, quota_R: NDArray[np.int64], replicas_E: NDArray[np.int64]) -> None:
+def _complete(held_RE: Held, quota_R: Counts, replicas_E: Counts) -> None:
     """Add experts in place until every rank has its quota and every expert its replicas.
 
-    Where an expert is missing but each rank with room holds it already, experts move along a shortest augmenting path
-    of the bipartite graph ranks × experts. One exists as long as something is missing: near-equal replica counts are
-    majorised by every other split, so quotas ≤ E can always be met (Gale–Ryser).
+    An augmenting path exists as long as something is missing: near-equal replica counts are majorised by every other
+    split, so quotas ≤ E can always be met (Gale–Ryser).
     """
     while True:
         missing = np.flatnonzero(held_RE.sum(axis=0) < replicas_E)
         if len(missing) == 0:
             return
-        room_R = quota_R - held_RE.sum(axis=1)
-        free = np.flatnonzero((room_R > 0) & ~held_RE[:, missing[0]])
-        if len(free):
-            held_RE[free[np.argmax(room_R[free])], missing[0]] = True
-        else:
-            _augment(held_RE, room_R > 0, int(missing[0]))
-
-
-def _augment(held_RE: Held, has_room_R: Held, expert: int) -> None:
-    """Give ``expert`` one more rank by handing other experts on, rank to rank, until one lands where there is room."""
-    came_from: dict[int, tuple[int, int]] = {}  # rank → (expert that it takes, rank that hands it over; -1 = new)
-    frontier = [(int(rank), expert, -1) for rank in np.flatnonzero(~held_RE[:, expert])]
-    while frontier:
-        following = []
-        for rank, taken, giver in frontier:
-            if rank in came_from:
-                continue
-            came_from[rank] = (taken, giver)
-            if has_room_R[rank]:
-                while rank != -1:
-                    taken, giver = came_from[rank]
-                    held_RE[rank, taken] = True
-                    if giver != -1:
-                        held_RE[giver, taken] = False
-                    rank = giver
-                return
-            handable_RE = held_RE[rank] & ~held_RE
-            following += [(int(to), int(np.argmax(handable_RE[to])), rank) for to in np.flatnonzero(handable_RE.any(1))]
-        frontier = following
-    raise AssertionError("quotas and replica counts cannot be met together")
-
-
-def _to_slots(wanted_RE: Held, capacities: Sequence[int], current_RS: Table | None) -> Table:
-    """Local slots: what stays keeps its slot, what comes takes the lowest free ones, in the order of expert ids."""
-    table_RS = np.full((len(capacities), max(capacities)), -1, dtype=np.int32)
-    for rank, capacity in enumerate(capacities):
-        missing_E = wanted_RE[rank].copy()
-        if current_RS is not None:
-            for slot, expert in enumerate(current_RS[rank, :capacity]):
-                if expert >= 0 and missing_E[expert]:
-                    table_RS[rank, slot] = expert
-                    missing_E[expert] = False
-        incoming = np.flatnonzero(missing_E)
-        table_RS[rank, np.flatnonzero(table_RS[rank, :capacity] < 0)[: len(incoming)]] = incoming
-    return table_RS
+        add_replica(held_RE, quota_R - held_RE.sum(axis=1), int(missing[0]))

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, Proposal
-from expertmesh.balancer.policy_solver import compact, node_numbers, prediction_of, usable_slots
+from expertmesh.balancer.policy_solver import compact, floors_of, node_numbers, prediction_of, usable_slots
+from expertmesh.balancer.replicas import ANY_REPLICAS, ReplicaRule, restore
 from expertmesh.balancer.solver import Topology, eplb_global, eplb_hierarchical, evaluate, judge
 from expertmesh.balancer.solver.balance import min_max_replicas, pack
 from expertmesh.balancer.solver.relabel import relabel
@@ -34,10 +35,12 @@ class EplbPolicy:
     Args:
         max_filled: slots of a layer that may hold an expert, over all ranks; more only where more do already. None =
             all that there are.
+        rule: replicas that experts have at least, as far as the slots go.
     """
 
-    def __init__(self, *, max_filled: int | None = None) -> None:
+    def __init__(self, *, max_filled: int | None = None, rule: ReplicaRule = ANY_REPLICAS) -> None:
         self._max_filled = max_filled
+        self._rule = rule
 
     def compile(self) -> None:
         """Have what is compiled compiled, or loaded from the cache of an earlier process."""
@@ -59,7 +62,11 @@ class EplbPolicy:
             slots_of_rank=tuple(usable_RW.sum(axis=1).tolist()), node_of_rank=node_numbers(layout.node_R)
         )
         current_RC = compact(current_RW, usable_RW, topology.width).reshape(topology.num_ranks, -1)
-        planned_RC = relabel(eplb_table(load_E, topology), current_RC, topology, len(load_E))
+        table_RC = eplb_table(load_E, topology)
+        if self._rule.asks_for_any:
+            floor_E = floors_of(self._rule, current_RW, load_E, int(usable_RW.sum())).astype(np.int64)
+            table_RC = restore(table_RC, topology.slots_of_rank, floor_E)
+        planned_RC = relabel(table_RC, current_RC, topology, len(load_E))
         planned = evaluate(planned_RC.ravel(), load_E, None, topology, current=current_RC.ravel())
         verdict = judge(
             evaluate(current_RC.ravel(), load_E, None, topology),
@@ -96,7 +103,9 @@ def eplb_table(load_E: Floats, topology: Topology) -> Ints:
     if not np.isfinite(load_E).all() or (load_E < 0).any():
         raise ValueError("load_E must hold one finite number for each expert, none negative")
     if len(set(topology.slots_of_rank)) > 1:
-        replicas_E = min_max_replicas(load_E, topology.usable_slots(len(load_E)), topology.num_ranks)
+        replicas_E = min_max_replicas(
+            load_E, topology.usable_slots(len(load_E)), topology.num_ranks, np.ones(len(load_E), np.int32)
+        )
         return pack(load_E, replicas_E, topology.room_R, topology.width)
     sizes = set(np.bincount(topology.node_R).tolist())
     nodes = topology.num_nodes

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Proposal
+from expertmesh.balancer.replicas import ANY_REPLICAS, ReplicaRule, hold, restore
 from expertmesh.balancer.solver import (
     Budget,
     LayerPlan,
@@ -34,11 +35,19 @@ class SolverPolicy:
     Args:
         max_filled: slots of a layer that may hold an expert, over all ranks; more only where more do already. None =
             all that there are.
+        rule: replicas that experts have at least, as far as the slots go.
     """
 
-    def __init__(self, options: SolverOptions | None = None, *, max_filled: int | None = None) -> None:
+    def __init__(
+        self,
+        options: SolverOptions | None = None,
+        *,
+        max_filled: int | None = None,
+        rule: ReplicaRule = ANY_REPLICAS,
+    ) -> None:
         self._options = options or SolverOptions()
         self._max_filled = max_filled
+        self._rule = rule
 
     def compile(self) -> None:
         """Have every kernel compiled, or loaded from the cache of an earlier process: two tiny problems."""
@@ -62,9 +71,13 @@ class SolverPolicy:
         current_S = compact(current_RW, usable_RW, topology.width)
         counts = (load_E, statistics.coactivation_EE, topology)
         budget = None if max_loads is None else Budget(slots=max_loads, move_cost=MIN_SAVING)
-        planned = solve_layer(*counts, self._options, current=current_S, budget=budget)
+        floor_E = floors_of(self._rule, current_RW, load_E, int(usable_RW.sum()))
+        planned = solve_layer(*counts, self._options, current=current_S, budget=budget, floor_E=floor_E)
         planned_RW = np.full_like(current_RW, -1)
         planned_RC = planned.slots.reshape(len(layout.room_R), topology.width)
+        if max_loads is None and self._rule.asks_for_any:  # packing may have dropped some
+            planned_RC = restore(planned_RC, topology.slots_of_rank, floor_E.astype(np.int64))
+            planned = evaluate(planned_RC.ravel(), *counts, current=current_S)
         planned_RW[usable_RW] = planned_RC[np.arange(topology.width) < topology.room_R[:, None]]
         now = evaluate(current_S, *counts)
         verdict = judge(
@@ -84,6 +97,12 @@ class SolverPolicy:
             worthwhile=verdict.worthwhile,
             num_loads=planned.num_loads,
         )
+
+
+def floors_of(rule: ReplicaRule, current_RW: Ints, load_E: NDArray[np.float64], num_slots: int) -> Ints:
+    """Replicas that ``rule`` asks for when ``num_slots`` can be filled, int32 [E]."""
+    held_E = hold(current_RW, len(current_RW), len(load_E)).sum(axis=0)
+    return rule.floors(held_E, load_E, num_slots, len(current_RW)).astype(np.int32)
 
 
 def node_numbers(nodes: Sequence[str]) -> tuple[int, ...]:

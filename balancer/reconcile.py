@@ -14,6 +14,7 @@ from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.faults import Strikes, Suspicions
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
+from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.views import NoView, ViewPlan, next_view, still_missing
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.v1 import mesh_pb2
@@ -49,6 +50,7 @@ class Reconciler:
         self._events = events
         self._store_address = store_address
         self._initial = initial
+        self._rule = ReplicaRule.of(config.expert)
         self._known_loads = control.online.known_loads
         self._suspicions = Suspicions()
         self._strikes = Strikes(config.balancer.view_timeout_s)
@@ -67,6 +69,7 @@ class Reconciler:
             self._change_view,
             self._tell,
             control.applying.tick,
+            control.upkeep.tick,
             control.online.tick,
             self._forget,
         )
@@ -278,6 +281,7 @@ class Reconciler:
             ledger=actual.ledger,
             initial=self._initial,
             loads=self._known_loads(),
+            rule=self._rule,
         )
         view = next_view(candidates, plan, actual.view)
         if isinstance(view, NoView):

@@ -11,14 +11,15 @@ from expertmesh.balancer.ledger import Ledger
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.placement_rules import PlacementError, arrange
-from expertmesh.balancer.placement_static import Table, place_layer, usable_slots
+from expertmesh.balancer.placement_static import place_layer, usable_slots
 from expertmesh.balancer.policy import Floats, Layout
+from expertmesh.balancer.replicas import ReplicaRule, Table
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
 
-PlaceLayer = Callable[[int, int, Sequence[int], Table | None, Floats | None], Table]
-"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS, load_E) → table_RS."""
+PlaceLayer = Callable[[int, int, Sequence[int], Table | None, Floats | None, ReplicaRule], Table]
+"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS, load_E, rule) → table_RS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +34,14 @@ class ViewPlan:
     """What a new view needs beside its members."""
 
     number: int
-    num_slots: int | None  # to fill in a layer; None = one for each expert
+    num_slots: int | None  # to fill in a layer; None = those that ``rule`` asks for
     store_address: str
     secret: bytes
     fingerprint: str = ""  # of the members' model
     ledger: Ledger = field(default_factory=Ledger)
     initial: PlacementFile | None = None  # for a view whose ranks hold nothing yet
     loads: Mapping[int, Floats] = field(default_factory=dict)  # layer → load_E, where it is known
+    rule: ReplicaRule = field(default_factory=ReplicaRule)
 
 
 def still_missing(config: MeshConfig, members: Sequence[Member]) -> str | None:
@@ -139,17 +141,22 @@ def _place(
         load_E = plan.loads.get(layer)
         key = current_RS.tobytes(), None if load_E is None else load_E.tobytes()
         if key not in solved:
-            num_slots = max(_wanted_slots(plan, current_RS, load_E), model.num_experts)
-            solved[key] = place(model.num_experts, num_slots, capacities, current_RS, load_E)
+            num_slots = max(_wanted_slots(plan, current_RS, load_E, model.num_experts), model.num_experts)
+            solved[key] = place(model.num_experts, num_slots, capacities, current_RS, load_E, plan.rule)
         version = plan.ledger.next_version(layer, 0 if old is None else old.version, changes=True)
         view.placement.add(layer=layer, version=version, slots=solved[key].ravel().tolist())
 
 
-def _wanted_slots(plan: ViewPlan, current_RS: Table, load_E: Floats | None) -> int:
-    """Slots to fill. Where replicas go by load and the number is left open, those that are there are kept."""
-    if plan.num_slots is not None or load_E is None:
-        return plan.num_slots or 0
-    return int((current_RS >= 0).sum())
+def _wanted_slots(plan: ViewPlan, current_RS: Table, load_E: Floats | None, num_experts: int) -> int:
+    """Slots to fill. Where the number is left open, replicas that are there are kept when they go by load or by the
+    rule; those that the rule asks for beside them are loaded when the view serves, so that no token waits for it."""
+    if plan.num_slots is not None:
+        return plan.num_slots
+    held = int((current_RS >= 0).sum())
+    if plan.rule.asks_for_any:
+        missing = num_experts - len(np.unique(current_RS[current_RS >= 0]))
+        return held + missing if held else num_experts * plan.rule.min_replicas
+    return 0 if load_E is None else held
 
 
 def _place_as(view: mesh_pb2.View, model: mesh_pb2.ModelShape, file: PlacementFile, fingerprint: str) -> str | None:

@@ -226,7 +226,7 @@ def anneal(
             f = int(_random(seed) * len(s.load_E))
             if c < s.room_R[r] and not s.holds_RE[r, f]:
                 more = _fill_slot(s, goal, goal.budget - moved, max(floor, TINY), r, c, f)
-        elif s.replicas_E[e] > 1 and _random(seed) < replace_share:
+        elif s.replicas_E[e] > s.floor_E[e] and _random(seed) < replace_share:
             f = int(_random(seed) * len(s.load_E))
             if not s.holds_RE[r, f]:
                 more = _replace_slot(s, goal, goal.budget - moved, floor, r, c, f)

@@ -15,16 +15,16 @@ Floats = NDArray[np.float64]
 
 
 @compiled
-def min_max_replicas(load_E: Floats, num_slots: int, num_ranks: int) -> Ints:
+def min_max_replicas(load_E: Floats, num_slots: int, num_ranks: int, floor_E: Ints) -> Ints:
     """Replicas of each expert such that the largest load of a replica is as small as it can be.
 
-    One replica each; then every further slot goes to the expert whose replicas carry most. No expert gets more
+    ``floor_E`` replicas each; then every further slot goes to the expert whose replicas carry most. No expert gets more
     replicas than there are ranks.
     """
     num_experts = len(load_E)
-    replicas_E = np.ones(num_experts, np.int32)
-    share_E = load_E.copy()
-    for _ in range(num_slots - num_experts):
+    replicas_E = floor_E.copy()
+    share_E = load_E / replicas_E
+    for _ in range(num_slots - replicas_E.sum()):
         best, most = -1, -1.0
         for e in range(num_experts):
             if share_E[e] > most and replicas_E[e] < num_ranks:

@@ -26,6 +26,8 @@ class Problem:
     likeness_EE: Floats
     """``pair_EE`` over the geometric mean of the two experts' shares"""
     has_pairs: bool
+    floor_E: Ints
+    """replicas that each expert has at least"""
     topology: Topology
 
     @property
@@ -33,11 +35,13 @@ class Problem:
         return len(self.load_E)
 
 
-def build_problem(load_E: Floats, coactivation_EE: Floats | None, topology: Topology) -> Problem:
+def build_problem(
+    load_E: Floats, coactivation_EE: Floats | None, topology: Topology, floor_E: Ints | None = None
+) -> Problem:
     """
     Raises:
-        ValueError: fewer usable slots than experts, other shapes than [E] and [E, E], or a number that is negative or
-            not finite.
+        ValueError: fewer usable slots than experts, or than the replicas of ``floor_E``, other shapes than [E] and
+            [E, E], or a number that is negative or not finite.
     """
     load_E = np.ascontiguousarray(load_E, np.float64)
     if load_E.ndim != 1 or not np.isfinite(load_E).all() or (load_E < 0).any():
@@ -45,6 +49,10 @@ def build_problem(load_E: Floats, coactivation_EE: Floats | None, topology: Topo
     num_experts, total = len(load_E), float(load_E.sum())
     if topology.usable_slots(num_experts) < num_experts:
         raise ValueError(f"{topology.usable_slots(num_experts)} usable slots a layer for {num_experts} experts")
+    floor_E = np.ones(num_experts, np.int32) if floor_E is None else np.ascontiguousarray(floor_E, np.int32)
+    has_room = floor_E.sum() <= topology.usable_slots(num_experts)
+    if not has_room or not 1 <= floor_E.min() <= floor_E.max() <= topology.num_ranks:
+        raise ValueError(f"floor_E asks for {floor_E.sum()} replicas, {floor_E.max()} of one expert: they have no room")
     pair_EE, pairs = np.zeros((num_experts, num_experts)), 0.0
     if coactivation_EE is not None and total > 0:
         pair_EE, pairs = _pairs(coactivation_EE, num_experts)
@@ -59,6 +67,7 @@ def build_problem(load_E: Floats, coactivation_EE: Floats | None, topology: Topo
         pair_EE=pair_EE,
         likeness_EE=_likeness(pair_EE, per_token / total if total > 0 else 0.0, share_E),
         has_pairs=pairs > 0,
+        floor_E=floor_E,
         topology=topology,
     )
 

@@ -37,6 +37,8 @@ class Layer(NamedTuple):
     """what the share becomes with one more replica"""
     over_R: Floats
     """load above the mean, of a rank; negative below it"""
+    floor_E: Ints
+    """replicas below which no expert may go"""
 
 
 class Change(NamedTuple):
@@ -55,14 +57,22 @@ class Change(NamedTuple):
 
 @compiled
 def relieve(
-    table_RC: Ints, room_R: Ints, load_E: Floats, was_RE: Bools, cap: float, budget: int, move_cost: float
+    table_RC: Ints,
+    room_R: Ints,
+    load_E: Floats,
+    was_RE: Bools,
+    floor_E: Ints,
+    cap: float,
+    budget: int,
+    move_cost: float,
 ) -> int:
     """Bring the ranks above ``cap`` down, in place, changing at most ``budget`` slots, best change first.
 
     A change swaps two slots, puts another expert into the slot of a replica, or a replica into an empty slot.
-    ``move_cost`` ends the search when no slot takes off that much of the mean load. Returns the slots changed.
+    No expert goes below ``floor_E`` replicas. ``move_cost`` ends the search when no slot takes off that much of the
+    mean load. Returns the slots changed.
     """
-    layer = layer_of(table_RC, room_R, load_E, was_RE)
+    layer = layer_of(table_RC, room_R, load_E, was_RE, floor_E)
     moved = 0
     cap -= load_E.sum() / len(room_R)
     while layer.over_R.max() > cap:
@@ -75,7 +85,7 @@ def relieve(
 
 
 @compiled
-def layer_of(table_RC: Ints, room_R: Ints, load_E: Floats, was_RE: Bools) -> Layer:
+def layer_of(table_RC: Ints, room_R: Ints, load_E: Floats, was_RE: Bools, floor_E: Ints) -> Layer:
     """``table_RC`` with its sums; changes of the layer change it."""
     num_ranks, width = table_RC.shape
     num_experts = len(load_E)
@@ -91,7 +101,9 @@ def layer_of(table_RC: Ints, room_R: Ints, load_E: Floats, was_RE: Bools) -> Lay
                 holds_RE[r, e] = True
     share_E, one_more_E = np.empty(num_experts), np.empty(num_experts)
     over_R = np.empty(num_ranks)
-    layer = Layer(table_RC, room_R, load_E, was_RE, replicas_E, homes_ER, holds_RE, share_E, one_more_E, over_R)
+    layer = Layer(
+        table_RC, room_R, load_E, was_RE, replicas_E, homes_ER, holds_RE, share_E, one_more_E, over_R, floor_E
+    )
     _sum_loads(layer)
     return layer
 
@@ -158,7 +170,7 @@ def _best_replacement(layer: Layer, top: int, budget: int, move_cost: float, bes
     for r in range(num_ranks):
         for c in range(width):
             e = layer.table_RC[r, c]
-            if e < 0 or layer.replicas_E[e] < 2:
+            if e < 0 or layer.replicas_E[e] <= layer.floor_E[e]:
                 continue
             for candidate in range(len(layer.load_E) if r == top else width):
                 f = candidate if r == top else layer.table_RC[top, candidate]

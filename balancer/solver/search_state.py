@@ -51,6 +51,8 @@ class SearchState(NamedTuple):
     """the part of ``load_R`` that no other rank can take: experts with one replica"""
     was_RE: Bools
     """what the ranks held before: only other experts have to be loaded"""
+    floor_E: Ints
+    """replicas below which no expert may go"""
 
 
 @compiled
@@ -63,6 +65,7 @@ def build_state(
     pair_EE: Floats,
     likeness_EE: Floats,
     was_RE: Bools,
+    floor_E: Ints,
 ) -> SearchState:
     """The state of ``table_RC``, which the search then changes in place."""
     num_ranks, width = table_RC.shape
@@ -85,6 +88,7 @@ def build_state(
         np.zeros(num_ranks),
         np.zeros(num_ranks),
         was_RE,
+        floor_E,
     )
     for r in range(num_ranks):
         for c in range(width):

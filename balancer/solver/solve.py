@@ -88,6 +88,7 @@ def solve_layer(
     *,
     current: Ints | None = None,
     budget: Budget | None = None,
+    floor_E: Ints | None = None,
 ) -> LayerPlan:
     """Place the experts of one layer.
 
@@ -98,13 +99,15 @@ def solve_layer(
         current: global slot → expert of the placement in force. The plan keeps in place what it can.
         budget: incremental mode: improve ``current`` within it, filling its empty slots where that pays. Without one
             the layer is solved afresh, and ``current`` only decides which rank gets which part.
+        floor_E: replicas that each expert has at least, int32, one where it is None: what ``current`` has of them
+            stays, and a plan made afresh has them where the packing finds room.
 
     Raises:
         ValueError: fewer usable slots than experts, arrays of other shapes, numbers that are negative or not finite,
             or a ``current`` that is no placement of these experts.
     """
     options = options or SolverOptions()
-    problem = build_problem(load_E, coactivation_EE, topology)
+    problem = build_problem(load_E, coactivation_EE, topology, floor_E)
     current_RC = None if current is None else check_table(current, problem.num_experts, topology)
     if budget is None or current_RC is None:
         table_RC, cap = _solve_afresh(problem, options)
@@ -120,7 +123,7 @@ def _solve_afresh(problem: Problem, options: SolverOptions) -> tuple[Ints, float
     """A placement without regard to the one in force, and the load cap that it keeps unless a given cap cannot be."""
     topology = problem.topology
     usable = topology.usable_slots(problem.num_experts)
-    replicas_E = min_max_replicas(problem.load_E, usable, topology.num_ranks)
+    replicas_E = min_max_replicas(problem.load_E, usable, topology.num_ranks, problem.floor_E)
     table_RC = pack(problem.load_E, replicas_E, topology.room_R, topology.width)
     level(table_RC, problem.load_E, LEVEL_TOLERANCE, 4 * usable)
     fullest = float(rank_loads(table_RC, problem.load_E).max())
@@ -147,7 +150,7 @@ def _improve(problem: Problem, options: SolverOptions, cap: float, current_RC: I
     loads = min(budget.loads, UNLIMITED)
     table_RC = current_RC.copy()
     # Load first: a search that may trade it for visits spends a small budget on the visits.
-    relieve(table_RC, problem.topology.room_R, problem.load_E, held_RE, cap, loads, budget.move_cost)
+    relieve(table_RC, problem.topology.room_R, problem.load_E, held_RE, problem.floor_E, cap, loads, budget.move_cost)
     if problem.has_pairs:
         fullest = float(rank_loads(table_RC, problem.load_E).max())
         table_RC = _search(problem, options, table_RC, held_RE, max(cap, fullest), budget.move_cost, loads, 0).table_RC
@@ -188,6 +191,7 @@ def _search(
         problem.pair_EE,
         problem.likeness_EE,
         held_before_RE,
+        problem.floor_E,
     )
     gain = _typical_gain(problem, options)
     goal = _goal(options, cap)._replace(excess_weight=EXCESS_WEIGHT * gain, move_cost=float(move_cost), budget=loads)

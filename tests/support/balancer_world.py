@@ -13,6 +13,7 @@ from expertmesh.balancer.evaluation import Job, answer
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.reconcile import Reconciler
+from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.state import DurableState
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.v1 import admin_pb2, mesh_pb2
@@ -149,6 +150,7 @@ class World:
             statistics=self.statistics,
             effects=self.effects,
             events=self.events,
+            rule=ReplicaRule.of(self.config.expert),
         )
         self.reconciler = Reconciler(
             self.config,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.balancer.placement_static import CapacityError, Table, place_layer, usable_slots
+from expertmesh.balancer.placement_static import CapacityError, place_layer, usable_slots
+from expertmesh.balancer.replicas import Table
 
 
 def held(table_RS: Table, num_experts: int) -> np.ndarray:

@@ -33,11 +33,13 @@ from expertmesh.balancer.solver.search_state import SearchState, build_state
 from support.routing import topic_tokens
 
 TOPOLOGY = Topology.even(num_slots=40, num_ranks=8, num_nodes=2)
+ONE_E = np.ones(32, np.int32)
+"""Nothing is asked for but one replica of each expert."""
 
 
 def test_min_max_replicas_is_optimal() -> None:
     load_E = np.array([9.0, 5.0, 4.0, 1.0])
-    replicas_E = min_max_replicas(load_E, 7, 4)
+    replicas_E = min_max_replicas(load_E, 7, 4, ONE_E[:4])
     assert replicas_E.tolist() == [3, 2, 1, 1]
     best = min(
         max(9 / a, 5 / b, 4 / c, 1 / d)
@@ -47,7 +49,12 @@ def test_min_max_replicas_is_optimal() -> None:
 
 
 def test_no_expert_gets_more_replicas_than_ranks() -> None:
-    assert min_max_replicas(np.array([100.0, 1.0]), 6, 3).tolist() == [3, 3]
+    assert min_max_replicas(np.array([100.0, 1.0]), 6, 3, ONE_E[:2]).tolist() == [3, 3]
+
+
+def test_no_expert_gets_fewer_replicas_than_its_floor() -> None:
+    floor_E = np.array([1, 1, 2], np.int32)
+    assert min_max_replicas(np.array([9.0, 4.0, 1.0]), 6, 4, floor_E).tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -146,7 +153,7 @@ def searched_state(num_proposals: int) -> tuple[SearchState, SearchState, Goal]:
 
     def state() -> SearchState:
         places = table_RC.copy(), TOPOLOGY.room_R, TOPOLOGY.node_R, 2
-        return build_state(*places, problem.load_E, problem.pair_EE, problem.likeness_EE, before_RE)
+        return build_state(*places, problem.load_E, problem.pair_EE, problem.likeness_EE, before_RE, ONE_E)
 
     searched = state()
     anneal(searched, goal, num_proposals, 0.05, 0.01, 0.3, np.array([9], np.uint64))
@@ -214,10 +221,10 @@ def test_the_first_change_relieves_as_much_as_any(seed: int) -> None:
         replicas_E = np.bincount(current_RC[current_RC >= 0], minlength=10)
         current_RC[r, [c for c in range(4) if replicas_E[current_RC[r, c]] > 1][:1]] = -1
     load_E *= 4 / load_E.sum()
-    layer = layer_of(current_RC.copy(), topology.room_R, load_E, held_experts(current_RC, 10))
+    layer = layer_of(current_RC.copy(), topology.room_R, load_E, held_experts(current_RC, 10), ONE_E[:10])
     assert best_change(layer, 2, 0.0).gain == pytest.approx(brute_relief(current_RC, load_E), abs=1e-9)
     changed_RC = current_RC.copy()
-    moved = relieve(changed_RC, topology.room_R, load_E, layer.was_RE, 1.0, 3, 0.0)
+    moved = relieve(changed_RC, topology.room_R, load_E, layer.was_RE, ONE_E[:10], 1.0, 3, 0.0)
     assert moved <= 3
     assert rank_loads(changed_RC, load_E).max() <= rank_loads(current_RC, load_E).max() + 1e-12
 
