@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from expertmesh.mesh.addresses import is_address, split_addresses
 from expertmesh.mesh.errors import UserError
 
 RUN_FILE = Path(".expertmesh") / "run.json"
@@ -18,25 +19,26 @@ def router_address(option: str | None = None) -> str:
     Raises:
         UserError: none of them names one, or it is not ``host:port``.
     """
-    return _address("router", option)
+    return checked_address(*_found("router", option))
 
 
 def balancer_address(option: str | None = None) -> str:
-    """``host:port`` of the balancer, found like ``router_address``.
+    """``host:port`` of the balancer, found like ``router_address``; several have commas between them.
 
     Raises:
         UserError: nothing names one, or it is not ``host:port``.
     """
-    return _address("balancer", option)
+    return checked_addresses(*_found("balancer", option))
 
 
-def _address(role: str, option: str | None) -> str:
+def _found(role: str, option: str | None) -> tuple[str, str]:
+    """Where it stands, and what stands there."""
     variable = f"EXPERTMESH_{role.upper()}"
     if option is not None:
-        return checked_address(f"--{role}", option)
+        return f"--{role}", option
     if os.environ.get(variable):
-        return checked_address(variable, os.environ[variable])
-    return checked_address(f"{RUN_FILE}: {role}", _from_run_file(role, variable))
+        return variable, os.environ[variable]
+    return f"{RUN_FILE}: {role}", _from_run_file(role, variable)
 
 
 def _from_run_file(role: str, variable: str) -> str:
@@ -55,7 +57,17 @@ def checked_address(source: str, address: str) -> str:
     Raises:
         UserError: it is not; ``source`` says where it stands.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not is_address(address):
         raise UserError(source, f"{address!r} is not an address", "write HOST:PORT, such as 127.0.0.1:50051")
     return address
+
+
+def checked_addresses(source: str, addresses: str) -> str:
+    """``addresses`` when it is ``host:port``, or several of them with commas between.
+
+    Raises:
+        UserError: it is not; ``source`` says where it stands.
+    """
+    for address in split_addresses(addresses) or (addresses,):
+        checked_address(source, address)
+    return addresses

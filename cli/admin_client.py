@@ -16,12 +16,16 @@ from rich.table import Table
 
 from expertmesh.cli.addresses import balancer_address
 from expertmesh.mesh import rpc
+from expertmesh.mesh.addresses import split_addresses
 from expertmesh.mesh.config import TlsConfig, load_config
+from expertmesh.mesh.leader import find_leader
 from expertmesh.v1 import admin_pb2_grpc
 
 BalancerOption = Annotated[
     str | None,
-    typer.Option("--balancer", metavar="HOST:PORT", help="Unset = EXPERTMESH_BALANCER, else the mesh of this folder."),
+    typer.Option(
+        "--balancer", metavar="HOST:PORT,...", help="Unset = EXPERTMESH_BALANCER, else the mesh of this folder."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="mesh.yaml whose tls section is used to connect; unset = no TLS.")
@@ -30,6 +34,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 TIMEOUT_S = 10.0
 _PIPE_WIDTH = 1000
+_CHECK = "is the mesh running? Give another address with --balancer or EXPERTMESH_BALANCER"
 
 
 def run(
@@ -42,17 +47,21 @@ def run(
         typer.Exit: with 1, after a line on stderr, when the balancer does not answer or refuses.
         UserError: the address or the configuration is wrong.
     """
-    address = balancer_address(balancer)
+    addresses = balancer_address(balancer)
     tls = load_config(config_file).tls if config_file is not None else TlsConfig()
 
     async def talk() -> None:
-        async with _admin(address, tls) as stub:
+        leader = await find_leader(split_addresses(addresses), tls, TIMEOUT_S)
+        if leader is None:
+            typer.echo(f"error: none of the balancers at {addresses} leads: {_CHECK}", err=True)
+            raise typer.Exit(1)
+        async with _admin(leader, tls) as stub:
             await ask(stub)
 
     try:
         asyncio.run(talk())
     except grpc.aio.AioRpcError as error:
-        typer.echo(f"error: {_explain(error, address)}", err=True)
+        typer.echo(f"error: {_explain(error, addresses)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -66,10 +75,7 @@ async def _admin(address: str, tls: TlsConfig) -> AsyncIterator[admin_pb2_grpc.A
 
 def _explain(error: grpc.aio.AioRpcError, address: str) -> str:
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return (
-            f"the balancer at {address} cannot be reached ({error.details()}): is the mesh running? "
-            "Give another address with --balancer or EXPERTMESH_BALANCER"
-        )
+        return f"the balancer at {address} cannot be reached ({error.details()}): {_CHECK}"
     return f"the balancer at {address} answered {error.code().name}: {error.details()}"
 
 

@@ -75,6 +75,12 @@ class LocalMesh:
         restart: bool = True,
         on_event: Callable[[ProcessEvent], None] = lambda event: None,
     ) -> None:
+        if config.balancer.servers > 1 and config.balancer.port:
+            raise UserError(
+                "balancer.port",
+                f"the {config.balancer.servers} balancers of a local mesh cannot share port {config.balancer.port}",
+                "set it to 0: each picks a port, and all others are told",
+            )
         if config.telemetry.metrics_port:
             raise UserError(
                 "telemetry.metrics_port",
@@ -91,6 +97,7 @@ class LocalMesh:
         self._changed = threading.Condition()
         self._failure: MeshFailedError | MeshInterruptedError | None = None
         self._ready: set[str] = set()
+        self._balancers: dict[str, str] = {}  # id → address
         planned = list(planned_services(self._config))
         self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
         self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
@@ -112,22 +119,27 @@ class LocalMesh:
 
     @property
     def balancer(self) -> str:
-        """``host:port``, once started."""
-        return _known_address(self._servers["balancer"])
+        """``host:port``, once started; several have commas between them."""
+        return ",".join(_known_address(server) for server in self._balancer_processes())
 
     def start(self) -> None:
-        """Start the balancer, wait for its address, start all others at once.
+        """Start the balancers, wait for their addresses, start all others at once.
 
         Raises:
-            MeshFailedError: the balancer does not start.
+            MeshFailedError: a balancer does not start.
         """
         self._write_config()
-        balancer = self._servers["balancer"]
-        balancer.start()
-        self._wait_for(lambda: balancer.id in self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
+        balancers = self._balancer_processes()
+        for balancer in balancers:
+            balancer.start()
+        started = {balancer.id for balancer in balancers}
+        self._wait_for(lambda: started <= self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
         for server in self._servers.values():
-            if server is not balancer:
+            if server not in balancers:
                 server.start()
+
+    def _balancer_processes(self) -> list[ServiceProcess]:
+        return [server for server in self._servers.values() if server.role == "balancer"]
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Until every process is up and the router's health is SERVING.
@@ -229,7 +241,7 @@ class LocalMesh:
             server.kill(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGTERM the router, then the ranks together, then the balancer; SIGKILL what does not end in time."""
+        """SIGTERM the router, then the ranks together, then the balancers; SIGKILL what does not end in time."""
         servers = self.servers.values()
         for server in servers:
             server.stop_restarting()
@@ -273,6 +285,8 @@ class LocalMesh:
 
     def _command(self, role: str, server_id: str) -> Sequence[str]:
         serve = ["serve", role, "--id", server_id, "--config", str(self.config_file), "--stop-with-stdin"]
+        if server_id in self._balancers:
+            serve += ["--port", self._balancers[server_id].rpartition(":")[2]]
         return [sys.executable, "-P", "-m", "expertmesh.cli.main", *serve]
 
     def _on_process_event(self, event: ProcessEvent) -> None:
@@ -296,7 +310,10 @@ class LocalMesh:
         address = _known_address(server)
         update: dict[str, object] = {"port": int(address.rpartition(":")[2])}
         if server.role == "balancer":
-            update["address"] = address
+            self._balancers[server.id] = address
+            update["address"] = ",".join(self._balancers[name] for name in sorted(self._balancers))
+            if len(self._balancer_processes()) > 1:  # each is told its own
+                del update["port"]
         section = getattr(self._config, server.role).model_copy(update=update)
         self._config = self._config.model_copy(update={server.role: section})
         self._write_config()
@@ -317,8 +334,10 @@ class LocalMesh:
 
 
 def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
-    """(role, id) of every process of a local mesh, the balancer first."""
+    """(role, id) of every process of a local mesh, the balancers first."""
     yield "balancer", "balancer"
+    for index in range(1, config.balancer.servers):
+        yield "balancer", f"balancer-{index}"
     yield "router", "router-0"
     counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
     for role, count in counts.items():

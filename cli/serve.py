@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 import uvloop
 
-from expertmesh.cli.addresses import checked_address
+from expertmesh.cli.addresses import checked_addresses
 from expertmesh.mesh.config import MeshConfig, load_config
 from expertmesh.mesh.errors import UserError
 
@@ -40,9 +40,10 @@ def serve(
     config_file: Annotated[Path | None, typer.Option("--config", help="mesh.yaml; unset = every default.")] = None,
     server_id: Annotated[str | None, typer.Option("--id", help="Name in the mesh; unset = ROLE-HOST-PID.")] = None,
     balancer: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the balancer is; overrides balancer.address.")
+        str | None, typer.Option(metavar="HOST:PORT,...", help="Where the balancer is; overrides balancer.address.")
     ] = None,
     node: Annotated[str | None, typer.Option(help="Ranks of one node share fast links; overrides node.")] = None,
+    port: Annotated[int | None, typer.Option(help="Where a router or a balancer listens; overrides its port.")] = None,
     stop_with_stdin: Annotated[bool, typer.Option(hidden=True, help="Stop when stdin ends.")] = False,
 ) -> None:
     """Run one service until SIGTERM or SIGINT; it drains, then exits with 0. A second signal exits at once.
@@ -51,7 +52,7 @@ def serve(
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
-    config = _with_overrides(load_config(config_file), role, balancer, node)
+    config = _with_overrides(load_config(config_file), role, balancer, node, port)
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     uvloop.run(_run(config, role, identity))
     # Everything is closed and flushed: taking torch apart object by object would only cost 0.8 s of CPU a process.
@@ -60,8 +61,12 @@ def serve(
     os._exit(0)
 
 
-def _with_overrides(config: MeshConfig, role: ServiceRole, balancer: str | None, node: str | None) -> MeshConfig:
+def _with_overrides(
+    config: MeshConfig, role: ServiceRole, balancer: str | None, node: str | None, port: int | None
+) -> MeshConfig:
     """The configuration with what this process was told, and with the balancer's address for all who need it."""
+    if port is not None:
+        config = _with_port(config, role, port)
     section = config.balancer
     address = balancer or section.address or (f"{section.host}:{section.port}" if section.port else None)
     if role is not ServiceRole.BALANCER:
@@ -71,10 +76,19 @@ def _with_overrides(config: MeshConfig, role: ServiceRole, balancer: str | None,
                 "is not set and balancer.port is 0",
                 "set one of them, or give --balancer HOST:PORT",
             )
-        checked_address("--balancer" if balancer else "balancer.address", address)
+        checked_addresses("--balancer" if balancer else "balancer.address", address)
     return config.model_copy(
         update={"balancer": section.model_copy(update={"address": address}), "node": node or config.node}
     )
+
+
+def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
+    if role not in (ServiceRole.ROUTER, ServiceRole.BALANCER):
+        raise UserError("--port", f"{port} is given for a rank, which picks its ports", "leave it out")
+    if not 0 <= port < 65536:
+        raise UserError("--port", f"{port} is not a port", "give one from 0 to 65535 (0 = any)")
+    section = getattr(config, role.value).model_copy(update={"port": port})
+    return config.model_copy(update={role.value: section})
 
 
 async def _run(config: MeshConfig, role: ServiceRole, server_id: str) -> None:
