@@ -1,7 +1,7 @@
-"""Qwen3-MoE without its routed experts: embedding, attention, norms, dense MLPs, gate, LM head.
+"""A model without its routed experts: embedding, attention, norms, dense MLPs, gate, shared experts, LM head.
 
-Source: transformers' ``modeling_qwen3_moe.py``. Dimensions: T tokens, H hidden size, E experts, K experts a token,
-V vocabulary, D head size, C all heads of a projection.
+Which variant of each part a layer has is in the spec; see ``mesh.model.architecture``. Dimensions: T tokens, H hidden
+size, E experts, K experts a token, V vocabulary, D head size.
 """
 
 from __future__ import annotations
@@ -9,43 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from expertmesh.attention_server.context import StepContext
+from expertmesh.attention_server.gate import choose_experts
+from expertmesh.attention_server.grouped_query import GroupedQueryAttention
 from expertmesh.attention_server.host import MAX_TOKENS, HostLayer
 from expertmesh.attention_server.linear import Linear
+from expertmesh.attention_server.mlp import Mlp
+from expertmesh.attention_server.norm import RmsNorm
 from expertmesh.attention_server.paged import PagedKvCache, StepIndex
+from expertmesh.attention_server.rope import Rotations
 from expertmesh.mesh.halves import Routes
+from expertmesh.mesh.model.architecture import GateVariant
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """Weights of one decoder layer; a MoE layer has ``router``, a dense one ``gate_up`` and ``down``."""
+    """One decoder layer: a MoE layer has ``router_EH`` and perhaps ``shared`` experts, a dense one ``mlp``."""
 
-    input_norm_H: torch.Tensor
-    qkv: Linear
-    qk_norm_CD: torch.Tensor  # a row for each query and key head
-    o: Linear
-    post_attention_norm_H: torch.Tensor
+    input_norm: RmsNorm
+    attention: GroupedQueryAttention
+    post_attention_norm: RmsNorm
     router_EH: torch.Tensor | None
-    gate_up: Linear | None
-    down: Linear | None
+    router_bias_E: torch.Tensor | None
+    correction_E: torch.Tensor | None
+    shared: Mlp | None
+    mlp: Mlp | None
     host: HostLayer | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """What all layers of a step share: ``rotation_T1R`` complex64 [T, 1, D/2] turns the tokens' queries and keys.
-
-    ``rotation_TD``: the same as cosine and sine side by side.
-    """
-
-    index: StepIndex
-    rotation_T1R: torch.Tensor
-    rotation_TD: np.ndarray
 
 
 class DenseModel:
@@ -58,17 +52,16 @@ class DenseModel:
             UserError: a tensor is missing or has another shape.
         """
         self._spec = spec
-        self._kv_cache = kv_cache
         tensors = checkpoint.model_tensors(spec)
         self._embed_VH = tensors["embed"]
-        self._norm_H = tensors["norm"]
+        self._norm = RmsNorm(tensors["norm"], spec.rms_norm_eps)
         self._lm_head = Linear(tensors.get("lm_head", self._embed_VH))
         self._layers = [
-            _load_layer(spec, checkpoint.layer_tensors(spec, layer), kv_cache.layer(layer))
+            _load_layer(spec, layer, checkpoint.layer_tensors(spec, layer), kv_cache)
             for layer in range(spec.num_layers)
         ]
-        self._rotation_PR = _rotations(spec)
-        self._eps = torch.tensor(spec.rms_norm_eps)
+        self._rotations = Rotations(spec)
+        self._shared_input_TH = torch.empty(0)
 
     @property
     def max_compiled_tokens(self) -> int:
@@ -76,126 +69,100 @@ class DenseModel:
         return MAX_TOKENS if all(layer.host is not None for layer in self._layers) else 0
 
     def context(self, index: StepIndex) -> StepContext:
-        rotation_TR = self._rotation_PR.index_select(0, index.position_T)
+        rotation_TR = self._rotations(index.position_T)
         rotation_TD = torch.view_as_real(rotation_TR).view(len(rotation_TR), -1).numpy()
         return StepContext(index, rotation_TR.unsqueeze(1), rotation_TD)
 
     def embed(self, token_T: torch.Tensor) -> torch.Tensor:
         """The residual stream x[T, H] of int64 token ids, in memory of its own."""
-        return self._embed_VH.index_select(0, token_T)
+        x_TH = self._embed_VH.index_select(0, token_T)
+        factor = self._spec.multipliers.embedding
+        return x_TH if factor == 1.0 else x_TH.mul_(factor)
 
     def attention(self, layer: int, x_TH: torch.Tensor, context: StepContext) -> torch.Tensor:
-        """The residual stream after the layer's attention; in x's memory or in new."""
-        spec, weights = self._spec, self._layers[layer]
+        """The residual stream after the layer's attention, in x's memory."""
+        weights = self._layers[layer]
         if context.index.tokens is not None:
             assert weights.host is not None, "the step was built for the compiled kernels"
-            weights.host.attend(x_TH, context.rotation_TD, context.index.tokens, spec.rms_norm_eps)
+            weights.host.attend(x_TH, context.rotation_TD, context.index.tokens, self._spec.rms_norm_eps)
             return x_TH
-        normed_TH = self._rms_norm(x_TH, weights.input_norm_H)
-        qkv_THD = weights.qkv(normed_TH).view(x_TH.shape[0], -1, spec.head_dim)
-        self._norm_and_rotate(qkv_THD[:, : -spec.num_kv_heads], weights.qk_norm_CD, context.rotation_T1R)
-        answer_TC = self._kv_cache.attend(layer, qkv_THD, context.index)
-        return weights.o(answer_TC).add_(x_TH)
+        return self.add(x_TH, weights.attention(weights.input_norm(x_TH), context))
 
     def routed_input(self, layer: int, x_TH: torch.Tensor, *, compiled: bool = True) -> tuple[torch.Tensor, Routes]:
-        """Input of a MoE layer's experts and where each token goes, as transformers' ``Qwen3MoeTopKRouter``.
+        """Input of a MoE layer's experts and where each token goes.
 
         ``compiled``: through the compiled kernel where it serves.
         """
         weights = self._layers[layer]
         assert weights.router_EH is not None, f"layer {layer} has no experts"
-        if compiled and weights.host is not None and x_TH.shape[0] <= MAX_TOKENS:
-            return weights.host.gate(
+        host = weights.host
+        if compiled and host is not None and host.router_EH is not None and x_TH.shape[0] <= MAX_TOKENS:
+            normed_TH, routes = host.gate(
                 x_TH, self._spec.top_k, normalise=self._spec.norm_topk_prob, epsilon=self._spec.rms_norm_eps
             )
-        normed_TH = self._rms_norm(x_TH, weights.post_attention_norm_H)
-        logits_TE = F.linear(normed_TH, weights.router_EH)
-        weight_TK, expert_TK = logits_TE.softmax(-1, dtype=torch.float32).topk(self._spec.top_k)
-        if self._spec.norm_topk_prob:
-            weight_TK /= weight_TK.sum(-1, keepdim=True)
-        # transformers rounds the weights to the model's dtype.
-        return normed_TH, Routes(expert_TK, weight_TK.to(logits_TE.dtype).float())
+            self._shared_input_TH = normed_TH
+            return normed_TH, routes
+        normed_TH = self._shared_input_TH = weights.post_attention_norm(x_TH)
+        router_input_TH = normed_TH.to(weights.router_EH.dtype)
+        logits_TE = F.linear(router_input_TH, weights.router_EH, weights.router_bias_E)
+        routes = choose_experts(logits_TE, self._spec, weights.correction_E)
+        if self._spec.gate.scales_input:
+            scaled_TH = normed_TH * routes.weight_TK.to(normed_TH.dtype)
+            return scaled_TH, Routes(routes.expert_TK, torch.ones_like(routes.weight_TK))
+        return normed_TH, routes
+
+    def shared_output(self, layer: int) -> torch.Tensor | None:
+        """What the layer's shared experts answer to the tokens of the last ``routed_input``, [T, H]; None = none."""
+        shared = self._layers[layer].shared
+        return None if shared is None else shared(self._shared_input_TH)
 
     def dense_mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
-        """The residual stream after a dense layer's MLP."""
+        """The residual stream after a dense layer's MLP, in x's memory."""
         weights = self._layers[layer]
-        assert weights.gate_up is not None, f"layer {layer} has no dense MLP"
-        assert weights.down is not None, f"layer {layer} has no dense MLP"
-        normed_TH = self._rms_norm(x_TH, weights.post_attention_norm_H)
-        gate_TM, up_TM = weights.gate_up(normed_TH).chunk(2, dim=-1)
-        return weights.down(F.silu(gate_TM).mul_(up_TM)).add_(x_TH)
+        assert weights.mlp is not None, f"layer {layer} has no dense MLP"
+        return self.add(x_TH, weights.mlp(weights.post_attention_norm(x_TH)))
+
+    def add(self, x_TH: torch.Tensor, out_TH: torch.Tensor) -> torch.Tensor:
+        """The residual stream with a block's output added, in x's memory."""
+        return x_TH.add_(out_TH, alpha=self._spec.multipliers.residual)
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """float32 logits [T, V] of rows of the residual stream after the last layer."""
-        return self._lm_head(self._rms_norm(x_TH, self._norm_H)).float()
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm over the last dimension in float32, rounded to the dtype before the weight as transformers does."""
-        x32 = x.float()
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        # A third faster than F.rms_norm, which is a dozen small operations on the CPU.
-        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x32 * scale).to(x.dtype).mul_(weight)
-
-    def _norm_and_rotate(self, qk_TCD: torch.Tensor, norm_CD: torch.Tensor, rotation_T1R: torch.Tensor) -> None:
-        """QK-norm and rotary embedding in place; a head's features are pairs (see ``_pair_features``)."""
-        qk32_TCD = self._rms_norm(qk_TCD, norm_CD).float()
-        _as_complex(qk32_TCD).mul_(rotation_T1R)
-        qk_TCD.copy_(qk32_TCD)
+        logits_TV = self._lm_head(self._norm(x_TH)).float()
+        factor = self._spec.multipliers.logits
+        return logits_TV if factor == 1.0 else logits_TV.mul_(factor)
 
 
-def _as_complex(x_TCD: torch.Tensor) -> torch.Tensor:
-    """Pairs of features as complex numbers, sharing memory: [T, C, D/2]."""
-    return torch.view_as_complex(x_TCD.view(*x_TCD.shape[:2], -1, 2))
-
-
-def _pair_features(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the features of each head from (0, D/2), (1, D/2 + 1) ... apart to side by side.
-
-    transformers rotates feature i with feature i + D/2. Scores do not change when queries and keys are reordered
-    alike, and with partners side by side the rotation is one complex product.
-    """
-    heads = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
-
-
-def _rotations(spec: ModelSpec) -> torch.Tensor:
-    """exp(i·position·frequency), complex64 [max_model_len, D/2], in float32 as transformers computes it."""
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequency = 1.0 / spec.rope_theta**exponent
-    angle_PR = torch.arange(spec.max_model_len).float()[:, None] * frequency
-    return torch.complex(angle_PR.cos(), angle_PR.sin())
-
-
-def _join_qkv(parts: Mapping[str, torch.Tensor], kind: str, head_dim: int) -> torch.Tensor:
-    """The query, key and value projections' weights or biases as one, in our order of features."""
-    q, k = (_pair_features(parts[f"{name}_{kind}"], head_dim) for name in "qk")
-    return torch.cat([q, k, parts[f"v_{kind}"]])
-
-
-def _load_layer(spec: ModelSpec, parts: Mapping[str, torch.Tensor], cache_NKD: torch.Tensor) -> Layer:
-    dim = spec.head_dim
-    q_norm_D, k_norm_D = _pair_features(parts["q_norm"], dim), _pair_features(parts["k_norm"], dim)
-    is_dense = "gate_proj" in parts
-    qkv = Linear(_join_qkv(parts, "proj", dim), _join_qkv(parts, "bias", dim) if spec.attention_bias else None)
-    o = Linear(parts["o_proj"], parts.get("o_bias"))
-    qk_norm_CD = torch.cat([q_norm_D.expand(spec.num_heads, dim), k_norm_D.expand(spec.num_kv_heads, dim)])
+def _load_layer(spec: ModelSpec, layer: int, parts: Mapping[str, torch.Tensor], kv_cache: PagedKvCache) -> Layer:
+    attention = GroupedQueryAttention(spec, layer, parts, kv_cache)
+    router_EH = parts.get("router")
+    if router_EH is not None and spec.gate.float32:
+        router_EH = router_EH.float()
     return Layer(
+        input_norm=RmsNorm(parts["input_norm"], spec.rms_norm_eps),
+        attention=attention,
+        post_attention_norm=RmsNorm(parts["post_attention_norm"], spec.rms_norm_eps),
+        router_EH=router_EH,
+        router_bias_E=parts.get("router_bias"),
+        correction_E=parts.get("router_correction"),
+        shared=Mlp(parts, "shared_") if "shared_gate_proj" in parts else None,
+        mlp=Mlp(parts) if "gate_proj" in parts else None,
+        host=_host_layer(spec, attention, parts, kv_cache.layer(layer)),
+    )
+
+
+def _host_layer(
+    spec: ModelSpec, attention: GroupedQueryAttention, parts: Mapping[str, torch.Tensor], cache_NKD: torch.Tensor
+) -> HostLayer | None:
+    """The compiled kernels know attention with the norm of heads alone, and the plain softmax gate."""
+    if attention.qk_norm_CD is None or spec.multipliers.residual != 1.0:
+        return None
+    return HostLayer.of(
         input_norm_H=parts["input_norm"],
-        qkv=qkv,
-        qk_norm_CD=qk_norm_CD,
-        o=o,
+        qkv=attention.qkv,
+        qk_norm_CD=attention.qk_norm_CD,
+        cache_NKD=cache_NKD,
+        output=attention.o,
         post_attention_norm_H=parts["post_attention_norm"],
-        router_EH=parts.get("router"),
-        gate_up=Linear(torch.cat([parts["gate_proj"], parts["up_proj"]])) if is_dense else None,
-        down=Linear(parts["down_proj"]) if is_dense else None,
-        host=HostLayer.of(
-            input_norm_H=parts["input_norm"],
-            qkv=qkv,
-            qk_norm_CD=qk_norm_CD,
-            cache_NKD=cache_NKD,
-            output=o,
-            post_attention_norm_H=parts["post_attention_norm"],
-            router_EH=parts.get("router"),
-        ),
+        router_EH=parts.get("router") if spec.gate == GateVariant() else None,
     )

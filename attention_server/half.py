@@ -9,11 +9,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from expertmesh.attention_server.dense import DenseModel, StepContext
+from expertmesh.attention_server.context import StepContext
+from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.engine import Engine, no_samples
 from expertmesh.attention_server.kv_cache import BlockManager
 from expertmesh.attention_server.observe import RequestMetrics
@@ -24,6 +26,7 @@ from expertmesh.attention_server.scheduler import Chunk, Limits
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.halves import Routes
+from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
@@ -74,12 +77,12 @@ class ServingHalf:
             num_layers=spec.num_layers,
             num_blocks=num_blocks,
             block_size=config.block_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
             dtype=spec.dtype,
+            **_kv_layout(spec),
         )
         self._model = DenseModel(spec, checkpoint, cache)
         self._max_compiled_tokens = self._model.max_compiled_tokens
+        self._spans = {span for span in spec.attention.spans if span is not None}
         self._sampler = Sampler(spec.vocab_size, config.max_num_seqs)
         blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
         self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
@@ -102,6 +105,7 @@ class ServingHalf:
         self._last_trace_s = float("-inf")
         self._step: Step | None = None
         self._x_TH = torch.empty(0)
+        self._shared_TH: torch.Tensor | None = None
         log.info("KV cache: %d blocks of %d tokens", num_blocks, config.block_size)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
@@ -131,9 +135,15 @@ class ServingHalf:
             return self._nothing()
         return self._model.routed_input(layer, self._x_TH)
 
+    def while_dispatched(self, layer: int) -> None:
+        if self._step is not None:
+            self._shared_TH = self._model.shared_output(layer)
+
     def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
         if self._step is not None:
-            self._x_TH += out_TH
+            if self._shared_TH is not None:
+                self._model.add(self._x_TH, self._shared_TH)
+            self._model.add(self._x_TH, out_TH)
             self._advance(layer + 1)
 
     def finish(self) -> None:
@@ -188,6 +198,7 @@ class ServingHalf:
             block_size=self._block_size,
             dtype=self._spec.dtype,
             max_compiled_tokens=self._max_compiled_tokens,
+            spans=self._spans,
         )
         return Step(
             chunks=chunks,
@@ -223,10 +234,18 @@ class ServingHalf:
         sequence.row = -1
 
 
+def _kv_layout(arch: Architecture) -> dict[str, Any]:
+    """The sizes that ``PagedKvCache`` takes from a model."""
+    latent = arch.attention.latent
+    if latent is None:
+        return {"num_kv_heads": arch.num_kv_heads, "head_dim": arch.head_dim, "shared": False}
+    return {"num_kv_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim, "shared": True}
+
+
 def _num_kv_blocks(config: AttentionConfig, spec: ModelSpec) -> int:
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
-    block_bytes = 2 * spec.num_layers * config.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    block_bytes = config.block_size * spec.kv_bytes_per_token
     num_blocks = config.kv_cache_bytes // block_bytes
     if num_blocks < 2:
         raise UserError(

@@ -24,7 +24,7 @@ _NOTHING = np.empty(0, np.float32)
 
 @dataclass(frozen=True, slots=True)
 class HostLayer:
-    """One layer's weights and KV cache as the kernels take them; ``router_EH`` None in a dense layer."""
+    """One layer's weights and KV cache as the kernels take them; ``router_EH`` None = the gate is not theirs."""
 
     input_norm_H: Floats
     qkv_OH: Floats

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from expertmesh.expert_server.staging import Staging
-from expertmesh.kernels.grouped_mlp import grouped_expert_mlp
+from expertmesh.kernels.grouped_mlp import ExpertKind, grouped_expert_mlp, variant_expert_mlp
 from expertmesh.mesh.halves import ExpertWeights, SlotChange
+from expertmesh.mesh.model.architecture import ExpertVariant
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Counter
@@ -28,6 +29,8 @@ READERS = 4
 
 class Slots:
     """An ``ExpertHalf`` over one weight arena, ``gate_up[L, S, 2I, H]`` and ``down[L, S, H, I]``, allocated once.
+
+    Experts with biases have theirs beside, ``[L, S, 2I]`` and ``[L, S, H]``.
 
     An empty slot is filled with NaN: a row sent there by mistake can never pass for an expert's answer.
     """
@@ -50,9 +53,7 @@ class Slots:
         self._row_of_layer = {layer: row for row, layer in enumerate(spec.moe_layers)}
         self._held = {layer: [EMPTY] * num_slots for layer in spec.moe_layers}
         leading = (len(spec.moe_layers), num_slots)
-        hidden, width = spec.hidden_size, spec.moe_intermediate_size
-        self._gate_up_LSFH = torch.full((*leading, 2 * width, hidden), torch.nan, dtype=spec.dtype)
-        self._down_LSHI = torch.full((*leading, hidden, width), torch.nan, dtype=spec.dtype)
+        self._arena = [torch.full((*leading, *shape), torch.nan, dtype=spec.dtype) for shape in spec.expert_shapes]
 
     @property
     def num_slots(self) -> int:
@@ -99,8 +100,15 @@ class Slots:
     ) -> torch.Tensor:
         """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp``. Returns y[N, H]."""
         assert starts_S is None, "host planes leave no gaps between slots"
-        row = self._row_of_layer[layer]
-        return grouped_expert_mlp(rows_NH, counts_S, self._gate_up_LSFH[row], self._down_LSHI[row])
+        row, variant = self._row_of_layer[layer], self._spec.expert
+        gate_up_SFH, down_SHI, *biases = (part[row] for part in self._arena)
+        if variant == ExpertVariant():
+            return grouped_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI)
+        gate_up_bias_SF, down_bias_SH = biases or (None, None)
+        kind = ExpertKind(
+            limit=variant.limit, alpha=variant.alpha, gate_up_bias_SF=gate_up_bias_SF, down_bias_SH=down_bias_SH
+        )
+        return variant_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI, kind)
 
     def reserve(self, num_experts: int) -> list[ExpertWeights]:
         return self.staging.reserve(num_experts)
@@ -109,9 +117,9 @@ class Slots:
         self.staging.release(staged)
 
     def read(self, layer: int, slot: int) -> ExpertWeights:
-        """``(gate_up[2I, H], down[H, I])`` of a slot, in the arena."""
+        """The tensors of ``ModelSpec.expert_shapes`` of a slot, in the arena."""
         row = self._row_of_layer[layer]
-        return self._gate_up_LSFH[row, slot], self._down_LSHI[row, slot]
+        return tuple(part[row, slot] for part in self._arena)
 
     def fetch(self, layer: int, expert: int, into: ExpertWeights) -> None:
         """Read an expert from the checkpoint into memory of ``reserve``; see ``Checkpoint.copy_expert`` for errors."""
@@ -149,7 +157,7 @@ class Slots:
         blank = [slot for slot, expert in changes if expert not in source_of]
         sources = [source_of[expert] for _, expert in moves]
         targets = [slot for slot, _ in moves]
-        for weights in (self._gate_up_LSFH[row], self._down_LSHI[row]):
+        for weights in (part[row] for part in self._arena):
             # Indexing by a list copies, so all sources are read before a target is overwritten: swaps are safe.
             weights[targets] = weights[sources]
             weights[blank] = torch.nan
@@ -159,8 +167,5 @@ class Slots:
 
     def _read(self, item: tuple[int, int, int]) -> None:
         layer, slot, expert = item
-        row = self._row_of_layer[layer]
-        self._checkpoint.copy_expert(
-            self._spec, layer, expert, self._gate_up_LSFH[row, slot], self._down_LSHI[row, slot]
-        )
+        self._checkpoint.copy_expert(self._spec, layer, expert, *self.read(layer, slot))
         self._held[layer][slot] = expert

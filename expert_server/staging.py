@@ -29,7 +29,7 @@ class Staging:
         return self._used
 
     def reserve(self, num_experts: int) -> list[ExpertWeights]:
-        """``(gate_up[2I, H], down[H, I])`` for each expert, uninitialised.
+        """The tensors of ``ModelSpec.expert_shapes`` for each expert, uninitialised.
 
         Raises:
             StagingFullError: nothing was reserved.
@@ -40,11 +40,10 @@ class Staging:
                     f"{num_experts} experts to stage, but {self._used} of the {self._capacity} places are taken"
                 )
             self._used += num_experts
-        hidden, width, dtype = self._spec.hidden_size, self._spec.moe_intermediate_size, self._spec.dtype
-        # One allocation for all of them: the experts of a plan come and go together.
-        gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=dtype)
-        down = torch.empty(num_experts, hidden, width, dtype=dtype)
-        return list(zip(gate_up, down, strict=True))
+        # One allocation a tensor for all of them: the experts of a plan come and go together.
+        spec = self._spec
+        parts = [torch.empty(num_experts, *shape, dtype=spec.dtype) for shape in spec.expert_shapes]
+        return list(zip(*parts, strict=True))
 
     def release(self, staged: Sequence[ExpertWeights]) -> None:
         """The memory goes when the last reference to it does."""

@@ -6,6 +6,8 @@ fullest slot.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,43 @@ PADDED_MAX_WORK = 2**24
 HOST_ROWS, HOST_ROWS_SMALL, HOST_SMALL_BYTES = 4, 32, 2**20
 """Up to so many rows a slot the compiled kernel is faster on the CPU: it reads a weight once for four rows, which costs
 little while a slot's weights stay in the cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertKind:
+    """What a family's experts have beside two matrices; as ``mesh.model.architecture.ExpertVariant``.
+
+    With a ``limit``, in place of silu(gate) · up: (up' + 1) · gate' · σ(alpha · gate'), gate' at most the limit and up'
+    within ± the limit. ``gate_up_bias_SF`` and ``down_bias_SH``: each slot's, or None.
+    """
+
+    limit: float | None = None
+    alpha: float = 1.0
+    gate_up_bias_SF: torch.Tensor | None = None
+    down_bias_SH: torch.Tensor | None = None
+
+
+def variant_expert_mlp(
+    rows_NH: torch.Tensor,
+    counts_S: torch.Tensor,
+    gate_up_SFH: torch.Tensor,
+    down_SHI: torch.Tensor,
+    kind: ExpertKind,
+) -> torch.Tensor:
+    """As ``grouped_expert_mlp`` for experts of another kind, in plain torch."""
+    if _needs_padding(rows_NH, down_SHI.shape[-1]) or _padding_pays(rows_NH, counts_S, down_SHI):
+        return _padded_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI, kind)
+    counts_S = counts_S.to(rows_NH.device)
+    offsets_S = counts_S.cumsum(0, dtype=torch.int32)
+
+    def add_bias(out_NO: torch.Tensor, bias_SO: torch.Tensor | None) -> torch.Tensor:
+        if bias_SO is None:
+            return out_NO
+        return out_NO.add_(bias_SO.repeat_interleave(counts_S, dim=0, output_size=len(rows_NH)))
+
+    hidden_NF = F.grouped_mm(rows_NH, gate_up_SFH.transpose(1, 2), offs=offsets_S)
+    gated_NI = activate(add_bias(hidden_NF, kind.gate_up_bias_SF), kind)
+    return add_bias(F.grouped_mm(gated_NI, down_SHI.transpose(1, 2), offs=offsets_S), kind.down_bias_SH)
 
 
 def grouped_expert_mlp(
@@ -88,7 +127,11 @@ def _padding_pays(rows_NH: torch.Tensor, counts_S: torch.Tensor, down_SHI: torch
 
 
 def _padded_expert_mlp(
-    rows_NH: torch.Tensor, counts_S: torch.Tensor, gate_up_SFH: torch.Tensor, down_SHI: torch.Tensor
+    rows_NH: torch.Tensor,
+    counts_S: torch.Tensor,
+    gate_up_SFH: torch.Tensor,
+    down_SHI: torch.Tensor,
+    kind: ExpertKind = ExpertKind(),
 ) -> torch.Tensor:
     """The same through batched matrix products over [S, C, H], each slot padded with zero rows to C."""
     num_rows, hidden_size = rows_NH.shape
@@ -104,8 +147,22 @@ def _padded_expert_mlp(
     )
     padded_PH = rows_NH.new_zeros(num_slots * fullest, hidden_size).index_copy_(0, place_N, rows_NH)
     hidden_SCF = torch.bmm(padded_PH.view(num_slots, fullest, hidden_size), gate_up_SFH.transpose(1, 2))
-    y_SCH = torch.bmm(_swiglu(hidden_SCF), down_SHI.transpose(1, 2))
+    if kind.gate_up_bias_SF is not None:
+        hidden_SCF += kind.gate_up_bias_SF[:, None]
+    y_SCH = torch.bmm(activate(hidden_SCF, kind), down_SHI.transpose(1, 2))
+    if kind.down_bias_SH is not None:
+        y_SCH += kind.down_bias_SH[:, None]
     return y_SCH.view(-1, hidden_size).index_select(0, place_N)
+
+
+def activate(gate_up: torch.Tensor, kind: ExpertKind) -> torch.Tensor:
+    """[..., 2I] → [..., I], gate first."""
+    if kind.limit is None:
+        return _swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=kind.limit)
+    up = up.clamp(-kind.limit, kind.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * kind.alpha))
 
 
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:

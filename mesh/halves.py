@@ -48,9 +48,9 @@ class StagingFullError(RuntimeError):
 class AttentionHalf(Protocol):
     """Everything dense and everything with state per request. Called from the step thread only, but for ``set_waker``.
 
-    A step is ``prepare`` → ``begin`` → (``before_experts`` → ``after_experts``) for each MoE layer in order →
-    ``finish``. Until ``finish`` returns, nothing that a client can see has changed: a step that broke in the middle is
-    run again from ``begin`` with the same batch, writing the same KV positions.
+    A step is ``prepare`` → ``begin`` → (``before_experts`` → ``while_dispatched`` → ``after_experts``) for each MoE
+    layer in order → ``finish``. Until ``finish`` returns, nothing that a client can see has changed: a step that broke
+    in the middle is run again from ``begin`` with the same batch, writing the same KV positions.
     """
 
     def set_waker(self, wake: Callable[[], None]) -> None:
@@ -67,6 +67,9 @@ class AttentionHalf(Protocol):
 
     def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
         """The MoE block's normed input x[T, H] and its routes."""
+
+    def while_dispatched(self, layer: int) -> None:
+        """The layer's tokens are on their way: time to compute shared experts, whose answer ``after_experts`` adds."""
 
     def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
         """Add the routed experts' sum (and shared experts) to the residual and compute up to the next MoE layer."""

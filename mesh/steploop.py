@@ -173,7 +173,7 @@ class StepLoop:
         self._c.clock.attention_done()
         limit = self._c.max_num_tokens
         if max(tokens) <= limit:
-            out_TH = self._exchange(layer, x_TH, slot_TK, weight_TK, tokens)
+            out_TH = self._exchange(layer, x_TH, slot_TK, weight_TK, tokens, attention)
         else:
             out_TH = torch.cat(
                 [
@@ -183,6 +183,7 @@ class StepLoop:
                         slot_TK[start : start + limit],
                         weight_TK[start : start + limit],
                         [min(limit, max(0, count - start)) for count in tokens],
+                        attention if start == 0 else None,
                     )
                     for start in range(0, max(tokens), limit)
                 ]
@@ -191,12 +192,24 @@ class StepLoop:
             attention.after_experts(layer, out_TH)
 
     def _exchange(
-        self, layer: int, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, tokens: list[int]
+        self,
+        layer: int,
+        x_TH: torch.Tensor,
+        slot_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        tokens: list[int],
+        attention: AttentionHalf | None,
     ) -> torch.Tensor:
-        """Dispatch, expert compute and combine of at most ``max_num_tokens`` tokens a rank."""
+        """Dispatch, expert compute and combine of at most ``max_num_tokens`` tokens a rank.
+
+        ``attention`` is told when the layer's tokens are on their way.
+        """
         clock, plane = self._c.clock, self._c.plane
         exchange = Exchange(layer=layer, version=self._versions[layer], tokens=tokens, capacity=round_up(max(tokens)))
-        dispatched: Dispatched[Any] = plane.dispatch(x_TH, slot_TK, weight_TK, exchange).wait()
+        pending = plane.dispatch(x_TH, slot_TK, weight_TK, exchange)
+        if attention is not None:
+            attention.while_dispatched(layer)
+        dispatched: Dispatched[Any] = pending.wait()
         clock.dispatched(layer, dispatched.num_tokens)
         y_NH = dispatched.rows_NH
         if self._c.experts is not None and y_NH.shape[0]:

@@ -1,44 +1,72 @@
-"""Weights of a checkpoint folder, memory-mapped: a server reads only the tensors it needs.
+"""Weights of a checkpoint folder: a server reads only the tensors it needs, several at a time.
 
 Dimensions: E experts of a layer, H hidden size, I width of an expert.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.load_progress import LoadProgress
+from expertmesh.mesh.model.reader import TensorReader
 from expertmesh.mesh.model.spec import ModelSpec
-from expertmesh.mesh.model.tensors import FETCH_AGAIN, read_tensor_index
+from expertmesh.mesh.model.tensors import read_tensor_index
 
-
-class _Shard(Protocol):
-    """The part of ``safetensors.safe_open`` that is used; its own stubs are untyped."""
-
-    def get_tensor(self, name: str, /) -> torch.Tensor: ...
-
-    def get_slice(self, name: str, /) -> Sequence[torch.Tensor]: ...
+READERS = 4
+"""Threads that read weights: enough to keep a disk busy."""
 
 
 class Checkpoint:
-    """The tensors of a folder. Safe to read from several threads; shards are mapped at their first use.
+    """The tensors of a folder. Safe to read from several threads; shards are opened at their first use.
+
+    Args:
+        on_read: gets the number of bytes after each read of weights, on the thread that read.
 
     Raises:
         UserError: at construction, if a shard is missing or truncated or the index is wrong; see ``read_tensor_index``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> None:
         self._index = read_tensor_index(path)
-        self._open_shards: dict[str, _Shard] = {}
-        self._lock = threading.Lock()
+        self._reader = TensorReader(path, self._count)
+        self._on_read = on_read
+        self._progress: LoadProgress | None = None
+
+    @contextlib.contextmanager
+    def progress(self, what: str, num_bytes: int) -> Iterator[None]:
+        """Log how far the reads in this block are, every few seconds; one block at a time.
+
+        Args:
+            num_bytes: of all of them, as they are stored.
+        """
+        self._progress = LoadProgress(what, num_bytes)
+        try:
+            yield
+        finally:
+            self._progress = None
+
+    def dense_bytes(self, spec: ModelSpec) -> int:
+        """Bytes that ``model_tensors`` and ``layer_tensors`` of all layers read."""
+        family = family_by_name(spec.family)
+        parts = [family.model_tensors(spec), *(family.layer_tensors(spec, layer) for layer in range(spec.num_layers))]
+        return sum(self._index.require(named.name, named.shape).num_bytes for part in parts for named in part.values())
+
+    def expert_bytes(self, spec: ModelSpec, layer: int, expert: int) -> int:
+        """Bytes that ``copy_expert`` reads."""
+        fused = self._fused(spec, layer)
+        if fused is not None:
+            stored = sum(self._index.require(named.name, named.shape).num_bytes for named in fused.all)
+            return stored // spec.num_experts
+        own = family_by_name(spec.family).expert_tensors(spec, layer, expert)
+        assert own is not None, "a family names an expert's tensors in one way at least"
+        return sum(self._index.require(named.name, named.shape).num_bytes for named in own.all)
 
     def has(self, name: str) -> bool:
         return name in self._index.entries
@@ -62,21 +90,37 @@ class Checkpoint:
         """The dense tensors of a layer by the part names of ``families.base.Family``."""
         return self._read_all(family_by_name(spec.family).layer_tensors(spec, layer), spec.dtype)
 
-    def expert(self, spec: ModelSpec, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One expert's ``gate_up[2I, H]`` (gate first) and ``down[H, I]`` in ``spec.dtype``; errors as ``tensor``."""
-        gate_up = torch.empty(2 * spec.moe_intermediate_size, spec.hidden_size, dtype=spec.dtype)
-        down = torch.empty(spec.hidden_size, spec.moe_intermediate_size, dtype=spec.dtype)
-        self.copy_expert(spec, layer, expert, gate_up, down)
-        return gate_up, down
+    def expert(self, spec: ModelSpec, layer: int, expert: int) -> tuple[torch.Tensor, ...]:
+        """One expert's tensors of ``spec.expert_shapes`` in ``spec.dtype``, gate first; errors as ``tensor``."""
+        gate_up, down, *biases = (torch.empty(shape, dtype=spec.dtype) for shape in spec.expert_shapes)
+        self.copy_expert(spec, layer, expert, gate_up, down, *biases)
+        return gate_up, down, *biases
 
-    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def copy_expert(
+        self,
+        spec: ModelSpec,
+        layer: int,
+        expert: int,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *biases: torch.Tensor,
+    ) -> None:
         """As ``expert``, into tensors that are there, converting to their dtype."""
+        fused = self._fused(spec, layer)
+        if fused is not None:
+            self._copy_fused(fused, expert, gate_up, down, *biases)
+            return
+        own = family_by_name(spec.family).expert_tensors(spec, layer, expert)
+        assert own is not None, "a family names an expert's tensors in one way at least"
+        self._copy_own(own, gate_up, down)
+
+    def _fused(self, spec: ModelSpec, layer: int) -> FusedExpertTensors | None:
+        """The tensors of all experts of a layer; None where each has its own."""
         family = family_by_name(spec.family)
         fused = family.fused_expert_tensors(spec, layer)
-        if self.has(fused.gate_up.name):
-            self._copy_fused(fused, expert, gate_up, down)
-        else:
-            self._copy_own(family.expert_tensors(spec, layer, expert), gate_up, down)
+        if fused is not None and (self.has(fused.gate_up.name) or family.expert_tensors(spec, layer, 0) is None):
+            return fused
+        return None
 
     def _copy_own(self, tensors: ExpertTensors, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         gate, up = gate_up.chunk(2)
@@ -84,25 +128,35 @@ class Checkpoint:
         self._copy(tensors.up, up)
         self._copy(tensors.down, down)
 
-    def _copy_fused(self, tensors: FusedExpertTensors, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        self._copy(tensors.gate_up, gate_up, expert)
-        self._copy(tensors.down, down, expert)
+    def _copy_fused(self, tensors: FusedExpertTensors, expert: int, *parts: torch.Tensor) -> None:
+        for named, out in zip(tensors.all, parts, strict=True):
+            is_matrix = out.dim() == 2
+            if not tensors.interleaved and not (tensors.transposed and is_matrix):
+                self._copy(named, out, expert)
+                continue
+            stored = torch.empty(named.shape[1:], dtype=out.dtype)
+            self._copy(named, stored, expert)
+            rows = stored.T if tensors.transposed and is_matrix else stored
+            if tensors.interleaved and named in (tensors.gate_up, tensors.gate_up_bias):
+                gate, up = out.chunk(2)
+                gate.copy_(rows[::2])
+                up.copy_(rows[1::2])
+            else:
+                out.copy_(rows)
 
     def _read_all(self, parts: Mapping[str, NamedTensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {part: self.tensor(named.name, named.shape, dtype) for part, named in parts.items()}
+        tensors = {part: torch.empty(named.shape, dtype=dtype) for part, named in parts.items()}
+        with ThreadPoolExecutor(READERS, thread_name_prefix="dense-read") as pool:
+            # list() raises what a read raised, and leaving the block waits for all others.
+            list(pool.map(self._copy, parts.values(), tensors.values()))
+        return tensors
 
     def _copy(self, named: NamedTensor, out: torch.Tensor, expert: int | None = None) -> None:
         """Copy a tensor, or one expert's part of a fused one, into ``out``."""
-        shard = self._index.require(named.name, named.shape).shard
-        try:
-            mapped = self._open(shard)
-            stored = mapped.get_tensor(named.name) if expert is None else mapped.get_slice(named.name)[expert]
-        except (SafetensorError, OSError) as error:
-            raise UserError(str(self._index.path / shard), f"cannot be read ({error})", FETCH_AGAIN) from None
-        out.copy_(stored)
+        self._reader.copy(self._index.require(named.name, named.shape), out, row=expert)
 
-    def _open(self, shard: str) -> _Shard:
-        with self._lock:
-            if shard not in self._open_shards:
-                self._open_shards[shard] = cast(_Shard, safe_open(self._index.path / shard, framework="pt"))
-            return self._open_shards[shard]
+    def _count(self, num_bytes: int) -> None:
+        self._on_read(num_bytes)
+        progress = self._progress
+        if progress is not None:
+            progress.add(num_bytes)

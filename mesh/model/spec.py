@@ -6,6 +6,7 @@ Reading a spec reads JSON and safetensors headers only and does not import torch
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.demo import DEMO_MODEL_NAME, demo_model_path
 from expertmesh.mesh.model.families import find_family
-from expertmesh.mesh.model.families.base import Family, NamedTensor
+from expertmesh.mesh.model.families.base import Family, FusedExpertTensors, NamedTensor, stored_experts
 from expertmesh.mesh.model.fields import Fields, read_fields
 from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
 
@@ -68,7 +69,12 @@ class ModelSpec(Architecture):
     @property
     def bytes_per_expert(self) -> int:
         """Bytes of one expert's weights in the compute dtype."""
-        return 3 * self.hidden_size * self.moe_intermediate_size * DTYPE_BYTES[self.dtype_name]
+        return sum(math.prod(shape) for shape in self.expert_shapes) * DTYPE_BYTES[self.dtype_name]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the KV cache for a token in all layers."""
+        return self.num_layers * self.kv_values_per_token * DTYPE_BYTES[self.dtype_name]
 
 
 def load_spec(config: ModelConfig) -> ModelSpec:
@@ -123,13 +129,9 @@ def _needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> I
     for layer in range(arch.num_layers):
         yield from family.layer_tensors(arch, layer).values()
     for layer in arch.moe_layers:
-        fused = family.fused_expert_tensors(arch, layer)
-        if fused.gate_up.name in index.entries:
-            yield from (fused.gate_up, fused.down)
-            continue
-        for expert in range(arch.num_experts):
-            own = family.expert_tensors(arch, layer, expert)
-            yield from (own.gate, own.up, own.down)
+        stored = stored_experts(family, arch, layer, index.entries.__contains__)
+        for tensors in (stored,) if isinstance(stored, FusedExpertTensors) else stored:
+            yield from tensors.all
 
 
 def _max_model_len(config: ModelConfig, limit: int) -> int:

@@ -121,6 +121,7 @@ class LocalEngine:
         self.half.begin()
         for layer in self.spec.moe_layers if layers is None else layers:
             x_TH, routes = self.half.before_experts(layer)
+            self.half.while_dispatched(layer)
             self.half.after_experts(layer, self._experts.compute(layer, x_TH, routes))
 
     def step(self) -> int:

@@ -87,6 +87,7 @@ class Stepper:
                 half.begin()
                 for layer in self._layers:
                     x_TH, routes = half.before_experts(layer)
+                    half.while_dispatched(layer)
                     half.after_experts(layer, self._experts.compute(layer, x_TH, routes))
                 half.finish()
             else:
