@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.balancer.actual import Phase
-from expertmesh.balancer.placement_file import PlacementFile, read_placement_file, write_placement_file
+from expertmesh.balancer.placement_file import read_placement_file, write_placement_file
 from expertmesh.mesh.errors import UserError
-from expertmesh.v1 import mesh_pb2
 from support.balancer_world import World, config
 
 SLOTS = [7, 6, 5, 4, 0, 3, 2, 1, 0]

@@ -405,7 +405,7 @@ def test_plans_that_do_not_fit_are_refused_with_a_reason(ranks: Ranks) -> None:
         assert status.phase == FAILED
         assert "view 99" in status.reason
     quotas = ranks.plan(1, NEW)
-    quotas.placement.source_quotas.add(server_id=ranks.ranks[0].server_id, rank_share=[2.0, -1.0])
+    quotas.placement.source_quotas.add(server_id="a0", rank_share=[2.0, -1.0])
     status = ranks.announce(quotas)[0]  # of the rank that routes
     assert status.phase == FAILED
     assert "quota" in status.reason

@@ -256,9 +256,7 @@ def test_a_source_takes_its_own_quota_from_the_wire() -> None:
     sent = mesh_pb2.LayerPlacement.FromString(placement.SerializeToString())
     for server, second in (("a1", 0.5), ("a2", 0.9), ("a3", 0.5)):
         tables = RoutingTables([sent], 1, Topology(slots_per_rank=1, node_R=(0, 0), server_id=server))
-        assert mean_slot(tables) == pytest.approx(
-            second, abs=0.02
-        )
+        assert mean_slot(tables) == pytest.approx(second, abs=0.02)
     placement.source_quotas[1].rank_share.append(0.0)
     placement.source_quotas[1].server_id = "a3"
     with pytest.raises(ValueError, match="quota: 2 expert ranks"):
