@@ -12,7 +12,7 @@ from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
-from expertmesh.mesh.model.tensors import INDEX_FILE, SINGLE_FILE, read_tensor_index
+from expertmesh.mesh.model.tensors import INDEX_FILE, SINGLE_FILE
 from support.checkpoints import fuse_experts, write_checkpoint
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -142,21 +142,35 @@ def test_damaged_shard(tmp_path: Path, damage: Callable[[Path], None], problem: 
         assert caught.value.key.startswith(str(path / SHARD))
 
 
-@pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\x.safetensors"])
+@pytest.mark.parametrize("outside", ["../secret", "/etc/passwd", "a/../../b", "..\\x", "", "\0", "\ud800", "x" * 2000])
 def test_index_that_leaves_the_folder(tmp_path: Path, outside: str) -> None:
     path = write_checkpoint(tmp_path / "tiny", shards=3)
     index = json.loads((path / INDEX_FILE).read_text())
     index["weight_map"][EMBED] = outside
     (path / INDEX_FILE).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="outside the checkpoint folder"):
+    with pytest.raises(UserError, match=rf"{INDEX_FILE}: weight_map: names .* outside the checkpoint folder"):
         Checkpoint(path)
 
 
 def test_shards_that_are_links_as_in_hugging_faces_cache(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "snapshot", shards=3)
-    (path / SHARD).rename(tmp_path / "blob")
-    (path / SHARD).symlink_to("../blob")
-    assert len(read_tensor_index(path).entries) > 3
+    path = write_checkpoint(tmp_path / "models--a--b" / "snapshots" / "0123", shards=3)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for name in (SHARD, "config.json", INDEX_FILE):
+        (path / name).rename(blobs / name)
+        (path / name).symlink_to(f"../../blobs/{name}")
+    (tmp_path / "model").symlink_to(path)
+    spec = load_spec(ModelConfig(path=tmp_path / "model"))
+    assert len(Checkpoint(spec.path).model_tensors(spec)) == 3
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", INDEX_FILE])
+def test_links_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+    path = write_checkpoint(tmp_path / "tiny", shards=3)
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to("../elsewhere")
+    with pytest.raises(UserError, match=rf"{name}: is a link to {tmp_path}/elsewhere, outside the checkpoint folder"):
+        load_spec(ModelConfig(path=path))
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": 3}}'])
