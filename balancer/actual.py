@@ -82,6 +82,7 @@ class Actual:
         self.highest_number = state.view.number  # of any view that anybody spoke of: numbers are never used twice
         self.ledger = deepcopy(state.ledger)
         self.mode_switch = state.mode_switch
+        self.scale = state.scale
         self.statuses: deque[tuple[str, mesh_pb2.MigrationStatus]] = deque()  # of the view's ranks, not heard yet
         self._config = config
         self._effects = effects
@@ -168,6 +169,8 @@ class Actual:
         if returned and known is not None and known.ready_view == self.view.number != member.ready_view:
             self._report(member, "it came back without its view", (), now)
         self._welcome(session)
+        if returned and self.was_asked_to_leave(member) and not member.draining:  # perhaps it never heard
+            self._effects.send(session, mesh_pb2.JoinResponse(drain=mesh_pb2.Drain(reason="it was asked before")))
         came_back = returned or in_view
         what = "came back" if came_back else "registered"
         self._events.add(
@@ -246,6 +249,14 @@ class Actual:
     def is_in_view(self, member: Member) -> bool:
         return door.is_in(self.view, member.registration)
 
+    def was_asked_to_leave(self, member: Member) -> bool:
+        """By a drain that it has not said to follow yet, or by one that it follows."""
+        return self.scale is not None and member.incarnation in self.scale.leaving
+
+    def staying(self) -> list[Member]:
+        """Live servers that neither leave nor were asked to."""
+        return [m for m in self.members.live() if not m.draining and not self.was_asked_to_leave(m)]
+
     def state_of(self, member: Member) -> mesh_pb2.ServerState.ValueType:
         if member.lost:
             return mesh_pb2.SERVER_STATE_LOST
@@ -268,6 +279,7 @@ class Actual:
             events=tuple(self._events.after(0)),
             ledger=deepcopy(self.ledger),
             mode_switch=self.mode_switch,
+            scale=self.scale,
         )
 
     def layer_placement(self, layer: int) -> mesh_pb2.LayerPlacement | None:

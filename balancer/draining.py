@@ -11,19 +11,21 @@ from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_static import usable_slots
+from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
 
 class Draining:
     """The server decides when it goes: an attention server once its requests have ended, and then it says so."""
 
-    def __init__(self, actual: Actual, effects: Effects, events: EventLog) -> None:
+    def __init__(self, actual: Actual, effects: Effects, events: EventLog, targets: ScaleTargets) -> None:
         self._actual = actual
+        self._targets = targets
         self._effects = effects
         self._events = events
 
     def request(self, request: admin_pb2.DrainRequest) -> None:
-        """Ask the server, once more if it was asked before.
+        """Ask the server, once more if it was asked before. The target of its role follows.
 
         Raises:
             RefusedError: there is no such server, it cannot be reached, or without it nothing could be served.
@@ -37,13 +39,19 @@ class Draining:
         if member.session is None:
             text = f"{member.server_id} is not connected now: try again, or stop its process"
             raise RefusedError(grpc.StatusCode.UNAVAILABLE, text)
-        others = [other for other in members.live() if other is not member and not other.draining]
+        others = [other for other in self._actual.staying() if other is not member]
         reason = None if request.force else why_needed(member, others)
         if reason is not None:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, f"{reason}; force drains it all the same")
-        drain = mesh_pb2.Drain(reason="an administrator asked for it")
+        self.ask(member, "an administrator")
+
+    def ask(self, member: Member, by: str) -> None:
+        """Ask a connected server, whatever that means for the mesh."""
+        assert member.session is not None
+        drain = mesh_pb2.Drain(reason=f"{by} asked for it")
         self._effects.send(member.session, mesh_pb2.JoinResponse(drain=drain))
-        self._events.add("drain_asked", member.server_id, "by an administrator")
+        self._events.add("drain_asked", member.server_id, f"by {by}")
+        self._targets.leaves(member, by)
 
 
 def why_needed(member: Member, others: Sequence[Member]) -> str | None:

@@ -20,7 +20,7 @@ class Event:
     server_draining, server_left, server_lost, server_fenced, waiting, view_published, view_serving, view_broken,
     view_adopted, view_over, paused, mode_changed, migration_planned, migration_staging, migration_committing,
     migration_committed, migration_aborted, migration_dropped, placement_adopted, apply_accepted, apply_dropped,
-    solver_failed, solver_late, replicas_short, replicas_possible.
+    solver_failed, solver_late, replicas_short, replicas_possible, scale_target, scale_wish, scale_failed.
     """
 
     number: int

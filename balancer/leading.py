@@ -28,6 +28,8 @@ from expertmesh.balancer.reconcile import Reconciler
 from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.saver import Outgoing, SavedFirst, StateSaver
+from expertmesh.balancer.scaling_admin import ScaleAdmin
+from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
 from expertmesh.balancer.standby import Switchboard
 from expertmesh.balancer.state import DurableState
@@ -175,12 +177,14 @@ class Leading:
         self._control = PlacementControl.create(
             config.balancer, self._actual, statistics=statistics, effects=self._outside, events=self.events, rule=rule
         )
+        self._targets = ScaleTargets(config, self._actual, self._outside, self.events)
         reconciler = Reconciler(
             config,
             self._actual,
             control=self._control,
             effects=self._outside,
             events=self.events,
+            targets=self._targets,
             store_address=store_address,
             initial=initial,
         )
@@ -209,8 +213,9 @@ class Leading:
             wake=self._driver.wake,
             clock=time.monotonic,
         )
-        draining = Draining(self._actual, self._outside, self.events)
-        admin = AdminServicer(self._actual, self.events, placement, draining, self._routing, time.monotonic)
+        draining = Draining(self._actual, self._outside, self.events, self._targets)
+        scaling = ScaleAdmin(self._targets, draining, policy=self._config.scaling.policy, wake=self._driver.wake)
+        admin = AdminServicer(self._actual, self.events, placement, scaling, self._routing, time.monotonic)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         board.open(self._turn.holds)
 

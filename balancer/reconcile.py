@@ -15,6 +15,7 @@ from expertmesh.balancer.faults import Strikes, Suspicions
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.replicas import ReplicaRule
+from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.views import NoView, ViewPlan, next_view, still_missing
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.v1 import mesh_pb2
@@ -40,6 +41,7 @@ class Reconciler:
         control: PlacementControl,
         effects: Effects,
         events: EventLog,
+        targets: ScaleTargets,
         store_address: str,
         initial: PlacementFile | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class Reconciler:
         self._actual = actual
         self._effects = effects
         self._events = events
+        self._targets = targets
         self._store_address = store_address
         self._initial = initial
         self._rule = ReplicaRule.of(config.expert)
@@ -257,7 +260,7 @@ class Reconciler:
             self._first_rank_s = now
         if now - self._first_rank_s >= self._settings.formation_timeout_s:
             return None
-        return still_missing(self._config, candidates)
+        return still_missing(self._targets.targets, candidates)
 
     def _waits_for_proof(self, candidates: Sequence[Member]) -> bool:
         """A member without a stream could not hear of a view, and a suspect that hangs would stall it: both get until

@@ -13,11 +13,11 @@ import grpc
 from expertmesh.balancer import door
 from expertmesh.balancer.actual import LIVE, Actual, Phase
 from expertmesh.balancer.applying import RefusedError
-from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.recording import RecordingRefusedError
 from expertmesh.balancer.routing import RoutingDesk
+from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.views import slot_servers
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
@@ -133,7 +133,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         actual: Actual,
         events: EventLog,
         placement: PlacementAdmin,
-        draining: Draining,
+        scaling: ScaleAdmin,
         routing: RoutingDesk,
         clock: Callable[[], float],
     ) -> None:
@@ -141,7 +141,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._routing = routing
         self._events = events
         self._placement = placement
-        self._draining = draining
+        self._scaling = scaling
         self._clock = clock
         self._started_s = clock()
 
@@ -174,6 +174,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             if is_live and actual.is_in_view(member):
                 server.rank = rank_of[member.server_id]
         self._placement.describe(status)
+        self._scaling.describe(status)
         return status
 
     async def GetPlacement(
@@ -251,10 +252,26 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         context: grpc.aio.ServicerContext[admin_pb2.DrainRequest, Awaitable[admin_pb2.DrainResponse]],
     ) -> admin_pb2.DrainResponse:
         try:
-            self._draining.request(request)
+            return self._scaling.drain(request)
         except RefusedError as refused:
             await context.abort(refused.code, refused.message)
-        return admin_pb2.DrainResponse()
+
+    async def SetScale(
+        self,
+        request: admin_pb2.SetScaleRequest,
+        context: grpc.aio.ServicerContext[admin_pb2.SetScaleRequest, Awaitable[admin_pb2.SetScaleResponse]],
+    ) -> admin_pb2.SetScaleResponse:
+        try:
+            return self._scaling.set(request)
+        except RefusedError as refused:
+            await context.abort(refused.code, refused.message)
+
+    async def WatchScale(
+        self, request: admin_pb2.WatchScaleRequest, context: object
+    ) -> AsyncIterator[admin_pb2.WatchScaleResponse]:
+        async with contextlib.aclosing(self._scaling.watch(request.launcher)) as scales:
+            async for scale in scales:
+                yield admin_pb2.WatchScaleResponse(scale=scale)
 
     async def GetLoads(self, request: admin_pb2.GetLoadsRequest, context: object) -> admin_pb2.GetLoadsResponse:
         return self._routing.loads()

@@ -46,6 +46,21 @@ class ModeSwitch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleState:
+    """How many servers there should be, by role, in a mesh whose configuration said ``configured``.
+
+    Args:
+        version: grows with each change.
+        leaving: incarnations that were asked to drain, oldest first.
+    """
+
+    version: int
+    targets: dict[str, int]
+    configured: dict[str, int]
+    leaving: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DurableState:
     """``view`` is the one published last, whether it still steps or not; empty when there was none."""
 
@@ -56,6 +71,7 @@ class DurableState:
     events: tuple[Event, ...]
     ledger: Ledger = field(default_factory=Ledger)
     mode_switch: ModeSwitch | None = None  # None: the mode is the configuration's
+    scale: ScaleState | None = None  # None: the configuration's servers
 
 
 def fresh_state() -> DurableState:
@@ -156,6 +172,7 @@ def encode(state: DurableState) -> bytes:
                 ],
             },
             "mode_switch": None if state.mode_switch is None else asdict(state.mode_switch),
+            "scale": None if state.scale is None else asdict(state.scale),
             "events": [asdict(event) for event in state.events[-EVENTS_STORED:]],
         },
         separators=(",", ":"),
@@ -183,6 +200,7 @@ def decode(data: bytes) -> DurableState:
         events=tuple(Event(**event) for event in fields["events"]),
         ledger=_decode_ledger(fields.get("migrations")),
         mode_switch=_decode_mode_switch(fields.get("mode_switch")),
+        scale=_decode_scale(fields.get("scale")),
     )
 
 
@@ -206,6 +224,11 @@ def _decode_ledger(fields: dict[str, Any] | None) -> Ledger:
 def _decode_mode_switch(fields: dict[str, Any] | None) -> ModeSwitch | None:
     """None: no switch, or the state of a version that forgot them."""
     return None if fields is None else ModeSwitch(**fields)
+
+
+def _decode_scale(fields: dict[str, Any] | None) -> ScaleState | None:
+    """None: the state of a version without scaling."""
+    return None if fields is None else ScaleState(**{**fields, "leaving": tuple(fields["leaving"])})
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -14,7 +14,6 @@ from expertmesh.balancer.placement_rules import PlacementError, arrange
 from expertmesh.balancer.placement_static import place_layer, usable_slots
 from expertmesh.balancer.policy import Floats, Layout
 from expertmesh.balancer.replicas import ReplicaRule, Table
-from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
 
@@ -44,16 +43,17 @@ class ViewPlan:
     rule: ReplicaRule = field(default_factory=ReplicaRule)
 
 
-def still_missing(config: MeshConfig, members: Sequence[Member]) -> str | None:
-    """Which of the configured servers are not there yet; None when all are."""
-    attention_wanted = config.attention.servers + config.both_servers
+def still_missing(targets: Mapping[str, int], members: Sequence[Member]) -> str | None:
+    """Which of the servers that there should be, by role, are not there yet; None when all are."""
+    attention_wanted = targets["attention"] + targets["both"]
+    expert_wanted = targets["expert"] + targets["both"]
     attention = sum(member.has_attention for member in members)
     expert = sum(member.has_experts for member in members)
-    if attention >= attention_wanted and expert >= config.num_expert_ranks:
+    if attention >= attention_wanted and expert >= expert_wanted:
         return None
     return (
         f"waiting for the configured servers: {attention} of {attention_wanted} attention halves "
-        f"and {expert} of {config.num_expert_ranks} expert halves are there"
+        f"and {expert} of {expert_wanted} expert halves are there"
     )
 
 

@@ -14,6 +14,7 @@ from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.reconcile import Reconciler
 from expertmesh.balancer.replicas import ReplicaRule
+from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.state import DurableState
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.v1 import admin_pb2, mesh_pb2
@@ -152,12 +153,14 @@ class World:
             events=self.events,
             rule=ReplicaRule.of(self.config.expert),
         )
+        self.targets = ScaleTargets(self.config, self.actual, self.effects, self.events)
         self.reconciler = Reconciler(
             self.config,
             self.actual,
             control=self.control,
             effects=self.effects,
             events=self.events,
+            targets=self.targets,
             store_address="127.0.0.1:9",
             initial=self.initial,
         )

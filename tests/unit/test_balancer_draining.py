@@ -13,7 +13,7 @@ from support.balancer_world import World, config
 
 
 def ask(world: World, server_id: str, *, force: bool = False) -> None:
-    draining = Draining(world.actual, world.effects, world.events)
+    draining = Draining(world.actual, world.effects, world.events, world.targets)
     draining.request(admin_pb2.DrainRequest(server_id=server_id, force=force))
 
 

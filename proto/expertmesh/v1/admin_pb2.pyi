@@ -46,16 +46,166 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 class DrainResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SCALE_VERSION_FIELD_NUMBER: _builtins.int
+    scale_version: _builtins.int
+    """of the target, which is one lower where the server counted"""
     def __init__(
         self,
+        *,
+        scale_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale_version", b"scale_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class RoleScale(_message.Message):
+    """How many servers of a role there should be, and how many there are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SERVERS_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    role: _mesh_pb2.Role.ValueType
+    """attention, expert or both"""
+    target: _builtins.int
+    servers: _builtins.int
+    """registered, not lost and not leaving"""
+    serving: _builtins.int
+    """of these, in a view that serves"""
+    def __init__(
+        self,
+        *,
+        role: _mesh_pb2.Role.ValueType = ...,
+        target: _builtins.int = ...,
+        servers: _builtins.int = ...,
+        serving: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "servers", b"servers", "serving", b"serving", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleScale: _TypeAlias = RoleScale  # noqa: Y015
+
+@_typing.final
+class Scale(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """of the targets: it grows with each change"""
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleScale]: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        roles: _abc.Iterable[Global___RoleScale] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scale: _TypeAlias = Scale  # noqa: Y015
+
+@_typing.final
+class SetScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Compare-and-set: the version that it changes, so that two who add a server at the same time add one, and one hears
+    of the other.
+    """
+    role: _mesh_pb2.Role.ValueType
+    target: _builtins.int
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        role: _mesh_pb2.Role.ValueType = ...,
+        target: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "target", b"target", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScaleRequest: _TypeAlias = SetScaleRequest  # noqa: Y015
+
+@_typing.final
+class SetScaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scale(self) -> Global___Scale: ...
+    def __init__(
+        self,
+        *,
+        scale: Global___Scale | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScaleResponse: _TypeAlias = SetScaleResponse  # noqa: Y015
+
+@_typing.final
+class WatchScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAUNCHER_FIELD_NUMBER: _builtins.int
+    launcher: _builtins.str
+    """who watches and starts servers, for people"""
+    def __init__(
+        self,
+        *,
+        launcher: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["launcher", b"launcher"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchScaleRequest: _TypeAlias = WatchScaleRequest  # noqa: Y015
+
+@_typing.final
+class WatchScaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scale(self) -> Global___Scale: ...
+    def __init__(
+        self,
+        *,
+        scale: Global___Scale | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchScaleResponse: _TypeAlias = WatchScaleResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -141,6 +291,9 @@ class GetStatusResponse(_message.Message):
     MIGRATIONS_COMMITTED_FIELD_NUMBER: _builtins.int
     MIGRATIONS_ABORTED_FIELD_NUMBER: _builtins.int
     LAYERS_TO_APPLY_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    LAUNCHERS_FIELD_NUMBER: _builtins.int
+    SCALE_POLICY_FIELD_NUMBER: _builtins.int
     mesh_id: _builtins.str
     view_number: _builtins.int
     serving: _builtins.bool
@@ -159,12 +312,20 @@ class GetStatusResponse(_message.Message):
     migrations_aborted: _builtins.int
     layers_to_apply: _builtins.int
     """accepted by Apply and not migrated to yet, beside those in `migrations`"""
+    scale_policy: _builtins.str
+    """off | dry-run | on"""
     @_builtins.property
     def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStatus]: ...
     @_builtins.property
     def model(self) -> _mesh_pb2.ModelShape: ...
     @_builtins.property
     def migrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningMigration]: ...
+    @_builtins.property
+    def scale(self) -> Global___Scale: ...
+    @_builtins.property
+    def launchers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """that watch the scale"""
+
     def __init__(
         self,
         *,
@@ -183,10 +344,13 @@ class GetStatusResponse(_message.Message):
         migrations_committed: _builtins.int = ...,
         migrations_aborted: _builtins.int = ...,
         layers_to_apply: _builtins.int = ...,
+        scale: Global___Scale | None = ...,
+        launchers: _abc.Iterable[_builtins.str] | None = ...,
+        scale_policy: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancer_mode", b"balancer_mode", "fingerprint", b"fingerprint", "layer_updates_per_iter", b"layer_updates_per_iter", "layers_to_apply", b"layers_to_apply", "mesh_id", b"mesh_id", "migrations", b"migrations", "migrations_aborted", b"migrations_aborted", "migrations_committed", b"migrations_committed", "model", b"model", "num_slots", b"num_slots", "reason", b"reason", "servers", b"servers", "serving", b"serving", "uptime_s", b"uptime_s", "view_number", b"view_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancer_mode", b"balancer_mode", "fingerprint", b"fingerprint", "launchers", b"launchers", "layer_updates_per_iter", b"layer_updates_per_iter", "layers_to_apply", b"layers_to_apply", "mesh_id", b"mesh_id", "migrations", b"migrations", "migrations_aborted", b"migrations_aborted", "migrations_committed", b"migrations_committed", "model", b"model", "num_slots", b"num_slots", "reason", b"reason", "scale", b"scale", "scale_policy", b"scale_policy", "servers", b"servers", "serving", b"serving", "uptime_s", b"uptime_s", "view_number", b"view_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,6 +74,16 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetScale = channel.unary_unary(
+                '/expertmesh.v1.AdminService/SetScale',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.SetScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.SetScaleResponse.FromString,
+                _registered_method=True)
+        self.WatchScale = channel.unary_stream(
+                '/expertmesh.v1.AdminService/WatchScale',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchScaleResponse.FromString,
+                _registered_method=True)
         self.Record = channel.unary_stream(
                 '/expertmesh.v1.AdminService/Record',
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
@@ -136,6 +146,21 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetScale(self, request, context):
+        """Sets how many servers of a role there should be. Whoever starts servers watches the target and sees to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchScale(self, request, context):
+        """The target now, and again whenever it changes, for those who start servers. A target below the servers that are
+        there asks for nothing: servers leave because they are drained, and one that left so is not to be started again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Record(self, request, context):
         """Records token-level routing on the attention servers; streams what they send.
         """
@@ -185,6 +210,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetScale': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetScale,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.SetScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.SetScaleResponse.SerializeToString,
+            ),
+            'WatchScale': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchScale,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchScaleResponse.SerializeToString,
             ),
             'Record': grpc.unary_stream_rpc_method_handler(
                     servicer.Record,
@@ -408,6 +443,60 @@ class AdminService:
             '/expertmesh.v1.AdminService/Drain',
             expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetScale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/SetScale',
+            expertmesh_dot_v1_dot_admin__pb2.SetScaleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.SetScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchScale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/WatchScale',
+            expertmesh_dot_v1_dot_admin__pb2.WatchScaleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.WatchScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

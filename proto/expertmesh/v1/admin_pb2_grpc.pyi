@@ -26,6 +26,12 @@ class AdminServiceStub:
     SetMode: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetModeRequest, _admin_pb2.SetModeResponse]
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """Asks a server to finish what it holds and to leave the mesh."""
+    SetScale: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetScaleRequest, _admin_pb2.SetScaleResponse]
+    """Sets how many servers of a role there should be. Whoever starts servers watches the target and sees to it."""
+    WatchScale: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchScaleRequest, _admin_pb2.WatchScaleResponse]
+    """The target now, and again whenever it changes, for those who start servers. A target below the servers that are
+    there asks for nothing: servers leave because they are drained, and one that left so is not to be started again.
+    """
     Record: _aio.UnaryStreamMultiCallable[_admin_pb2.RecordRequest, _admin_pb2.RecordResponse]
     """Records token-level routing on the attention servers; streams what they send."""
 
@@ -89,6 +95,24 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_pb2.DrainRequest, _abc.Awaitable[_admin_pb2.DrainResponse]],
     ) -> _abc.Awaitable[_admin_pb2.DrainResponse]:
         """Asks a server to finish what it holds and to leave the mesh."""
+
+    @_abc_1.abstractmethod
+    def SetScale(
+        self,
+        request: _admin_pb2.SetScaleRequest,
+        context: _aio.ServicerContext[_admin_pb2.SetScaleRequest, _abc.Awaitable[_admin_pb2.SetScaleResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.SetScaleResponse]:
+        """Sets how many servers of a role there should be. Whoever starts servers watches the target and sees to it."""
+
+    @_abc_1.abstractmethod
+    def WatchScale(
+        self,
+        request: _admin_pb2.WatchScaleRequest,
+        context: _aio.ServicerContext[_admin_pb2.WatchScaleRequest, _abc.AsyncIterator[_admin_pb2.WatchScaleResponse]],
+    ) -> _abc.AsyncIterator[_admin_pb2.WatchScaleResponse]:
+        """The target now, and again whenever it changes, for those who start servers. A target below the servers that are
+        there asks for nothing: servers leave because they are drained, and one that left so is not to be started again.
+        """
 
     @_abc_1.abstractmethod
     def Record(

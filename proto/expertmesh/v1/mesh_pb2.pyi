@@ -278,23 +278,64 @@ class Heartbeat(_message.Message):
     VIEW_NUMBER_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     view_number: _builtins.int
     step: _builtins.int
     state: Global___ServerState.ValueType
+    @_builtins.property
+    def load(self) -> Global___ServerLoad:
+        """of attention halves and routers"""
+
     def __init__(
         self,
         *,
         view_number: _builtins.int = ...,
         step: _builtins.int = ...,
         state: Global___ServerState.ValueType = ...,
+        load: Global___ServerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "step", b"step", "view_number", b"view_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "state", b"state", "step", b"step", "view_number", b"view_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class ServerLoad(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_USAGE_FIELD_NUMBER: _builtins.int
+    TOKEN_S_FIELD_NUMBER: _builtins.int
+    num_requests_running: _builtins.int
+    num_requests_waiting: _builtins.int
+    """for a place in a batch; on a router for an attention server"""
+    max_num_requests: _builtins.int
+    """that can run at a time"""
+    kv_cache_usage: _builtins.float
+    """0 .. 1"""
+    token_s: _builtins.float
+    """between two tokens of a request, the mean since the heartbeat before; 0 = there were none"""
+    def __init__(
+        self,
+        *,
+        num_requests_running: _builtins.int = ...,
+        num_requests_waiting: _builtins.int = ...,
+        max_num_requests: _builtins.int = ...,
+        kv_cache_usage: _builtins.float = ...,
+        token_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "max_num_requests", b"max_num_requests", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "token_s", b"token_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerLoad: _TypeAlias = ServerLoad  # noqa: Y015
 
 @_typing.final
 class ViewReady(_message.Message):
