@@ -14,6 +14,7 @@ from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
+from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint
@@ -51,6 +52,23 @@ class PlainExperts:
         return out_TH
 
 
+class SlotExperts:
+    """The routed experts of a model as an expert server computes them: one slot for each."""
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self._slots = Slots(spec, checkpoint, spec.num_experts, disabled_telemetry().metrics.slots_loaded)
+        self._slots.load({layer: list(range(spec.num_experts)) for layer in spec.moe_layers})
+
+    def compute(self, layer: int, x_TH: torch.Tensor, routes: Routes) -> torch.Tensor:
+        num_choices = routes.expert_TK.shape[1]
+        order = routes.expert_TK.flatten().argsort(stable=True)
+        token = order // num_choices
+        counts_S = routes.expert_TK.flatten().bincount(minlength=self._slots.num_slots)
+        y_NH = self._slots.compute(layer, x_TH[token], counts_S)
+        out_TH = torch.zeros_like(x_TH)
+        return out_TH.index_add_(0, token, y_NH * routes.weight_TK.flatten()[order, None].to(x_TH.dtype))
+
+
 class LocalEngine:
     """A half with everything a step needs; outputs are collected by handle."""
 
@@ -58,7 +76,7 @@ class LocalEngine:
         self,
         spec: ModelSpec,
         checkpoint: Checkpoint,
-        experts: PlainExperts,
+        experts: PlainExperts | SlotExperts,
         now: list[float] | None = None,
         telemetry: Telemetry | None = None,
         **config: Any,
