@@ -19,7 +19,7 @@ import uvloop
 
 from expertmesh.cli.addresses import checked_addresses
 from expertmesh.mesh.config import MeshConfig, load_config
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import EXIT_DEVICE_LOST, DeviceLostError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,16 @@ def serve(
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
     config = _with_overrides(load_config(config_file), role, balancer, node, port)
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
-    uvloop.run(_run(config, role, identity))
+    status = 0
+    try:
+        uvloop.run(_run(config, role, identity))
+    except DeviceLostError as error:
+        log.error("%s exits with status %d, to be started again: %s", identity, EXIT_DEVICE_LOST, error)
+        status = EXIT_DEVICE_LOST
     # Everything is closed and flushed: taking torch apart object by object would only cost 0.8 s of CPU a process.
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _with_overrides(

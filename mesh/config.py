@@ -16,13 +16,28 @@ from expertmesh.mesh.addresses import is_address, split_addresses
 from expertmesh.mesh.config_scaling import ScalingConfig
 from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.model.hub import REPO_PATTERN
 
 
 class ModelConfig(Section):
     path: Path | None = Field(None, description="Hugging Face folder; unset = the demo model that the repository ships")
-    name: str | None = Field(None, description="name that clients may ask for; unset = the folder's name")
+    repo: str | None = Field(
+        None,
+        pattern=REPO_PATTERN,
+        description="instead of path: ORGANISATION/NAME on the Hugging Face hub, fetched into its cache",
+    )
+    revision: str | None = Field(None, min_length=1, description="of repo: a commit, tag or branch; unset = main")
+    name: str | None = Field(None, description="name that clients may ask for; unset = repo, or the folder's name")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights, activations and KV cache")
     max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; unset = the checkpoint's")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.path is not None and self.repo is not None:
+            raise ValueError("path and repo are both set: leave one out")
+        if self.revision is not None and self.repo is None:
+            raise ValueError("revision is set and repo is not: a folder has no revisions")
+        return self
 
 
 class RouterConfig(Section):
@@ -188,11 +203,19 @@ class BalancerConfig(Section):
 
 
 class DataPlaneConfig(Section):
-    backend: Literal["auto", "tcp", "gloo"] = Field("auto", description="auto = tcp, the fastest on CPUs")
+    backend: Literal["auto", "deepep", "nccl", "tcp", "gloo"] = Field(
+        "auto", description="auto = tcp on CPUs; on GPUs deepep where every rank can use it, or else nccl"
+    )
     interface_host: str = Field("127.0.0.1", description="address of the interface that the data plane binds to")
     max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
     timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
     idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")
+    num_sms: int = Field(
+        24, ge=2, multiple_of=2, description="multiprocessors of a GPU that a deepep exchange takes from the experts"
+    )
+    fp8_dispatch: bool = Field(
+        False, description="deepep: tokens travel to the experts as float8_e4m3, scaled by blocks of 128"
+    )
 
 
 class TelemetryConfig(Section):

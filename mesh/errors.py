@@ -30,3 +30,11 @@ class DataPlaneError(RuntimeError):
     def __init__(self, message: str, suspects: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.suspects = suspects
+
+
+EXIT_DEVICE_LOST = 75
+"""Exit status of a rank whose GPU context is gone (EX_TEMPFAIL): start it again. 2 means that this would not help."""
+
+
+class DeviceLostError(DataPlaneError):
+    """The CUDA context of this process is gone: it can be in no view any more and has to be started again."""

@@ -9,11 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from expertmesh.mesh.config import MeshConfig
-from expertmesh.mesh.dataplane import open_dataplane, uses_links
-from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
-from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.dataplane import DataPlane, open_dataplane, uses_links
+from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.device_faults import as_device_lost
+from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 from expertmesh.mesh.framing import Link, Waker
 from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
 from expertmesh.mesh.lockstep import Lockstep
@@ -180,7 +182,11 @@ class StepThread:
             links.abandon()
 
     def run(self) -> None:
-        """Until the inbox is closed."""
+        """Until the inbox is closed.
+
+        Raises:
+            DeviceLostError: this process can be in no view any more.
+        """
         _finish_sends_first()
         last = 0
         while not self._inbox.closed:
@@ -210,13 +216,13 @@ class StepThread:
             log.info("view %d ended after step %d", view.number, self.progress.step)
         except _Stopping:
             log.info("left view %d to stop", view.number)
-        except DataPlaneError as error:
-            self.state = mesh_pb2.SERVER_STATE_BROKEN
-            log.warning("view %d broke: %s", view.number, error)
-            broken = mesh_pb2.ViewBroken(
-                view_number=view.number, reason=str(error), suspects=view.server_ids(error.suspects)
-            )
-            self._report(mesh_pb2.JoinRequest(view_broken=broken))
+        except RuntimeError as caught:
+            error = as_device_lost(caught) or caught
+            if not isinstance(error, DataPlaneError):
+                raise
+            self._report_broken(view, error)
+            if isinstance(error, DeviceLostError):  # the process has to be started again
+                raise error from caught
         finally:
             self._migrations = None
             if plane is not None:
@@ -230,6 +236,14 @@ class StepThread:
                 migrations.call_off()
                 self._called_off = migrations
             self._view_ended()
+
+    def _report_broken(self, view: ViewInfo, error: DataPlaneError) -> None:
+        self.state = mesh_pb2.SERVER_STATE_BROKEN
+        log.warning("view %d broke: %s", view.number, error)
+        broken = mesh_pb2.ViewBroken(
+            view_number=view.number, reason=str(error), suspects=view.server_ids(error.suspects)
+        )
+        self._report(mesh_pb2.JoinRequest(view_broken=broken))
 
     def _routing_of(self, view: ViewInfo) -> RoutingTables:
         return RoutingTables(view.proto.placement, self._spec.num_experts, Topology.of(view), self._routing)
@@ -290,7 +304,7 @@ class StepThread:
     def _context(
         self,
         view: ViewInfo,
-        plane: CollectivePlane,
+        plane: DataPlane[Any],
         lockstep: Lockstep,
         migrations: Migrations,
         routing: RoutingTables,

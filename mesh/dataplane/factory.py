@@ -7,38 +7,83 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
-from expertmesh.mesh.config import DataPlaneConfig
+from expertmesh.mesh.dataplane.base import DataPlane
 from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape, PointToPoint, Work
+from expertmesh.mesh.dataplane.nccl_group import connect_nccl
 from expertmesh.mesh.dataplane.sockets import SocketGroup
-from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.errors import DataPlaneError, UserError
 from expertmesh.mesh.view import ViewInfo
+
+if TYPE_CHECKING:  # the planes of a GPU are measured where pydantic is missing
+    from expertmesh.mesh.config import DataPlaneConfig
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 
-def uses_links(config: DataPlaneConfig) -> bool:
-    """Whether the data plane runs over the ranks' own links."""
-    return config.backend in ("auto", "tcp")
+Backend = Literal["auto", "deepep", "nccl", "tcp", "gloo"]
+ON_DEVICE = ("deepep", "nccl")
+
+
+def checked_backend(backend: Backend, device: torch.device) -> Backend:
+    """``auto`` on a CPU is ``tcp``; on a GPU it stays ``auto`` until all ranks have said whether they can do deepep.
+
+    Raises:
+        UserError: the backend moves tokens of the other kind of device.
+    """
+    if device.type == "cuda":
+        if backend in ("tcp", "gloo"):
+            raise UserError(
+                "dataplane.backend", f"{backend} moves tokens between CPUs, and this rank computes on {device}",
+                "set it to auto, deepep or nccl",
+            )  # fmt: skip
+        return backend
+    if backend in ON_DEVICE:
+        raise UserError(
+            "dataplane.backend", f"{backend} moves tokens between GPUs, and this rank computes on the CPU",
+            "set it to auto, tcp or gloo",
+        )  # fmt: skip
+    return "tcp" if backend == "auto" else backend
+
+
+def uses_links(config: DataPlaneConfig, device: torch.device = CPU) -> bool:
+    """Whether the data plane runs over the ranks' own links.
+
+    Raises:
+        UserError: the backend moves tokens of the other kind of device.
+    """
+    return checked_backend(config.backend, device) == "tcp"
 
 
 def open_dataplane(
-    config: DataPlaneConfig, view: ViewInfo, shape: PlaneShape, links: Mapping[int, socket.socket]
-) -> CollectivePlane:
+    config: DataPlaneConfig,
+    view: ViewInfo,
+    shape: PlaneShape,
+    links: Mapping[int, socket.socket],
+    device: torch.device = CPU,
+    join_s: float = 30.0,
+) -> DataPlane[Any]:
     """The data plane of a view, once its ranks have met.
 
     Args:
         links: to the ranks that this one exchanges tokens with; used when ``uses_links``.
+        device: where this rank computes.
+        join_s: how long the ranks of a device plane may take to come.
 
     Raises:
-        DataPlaneError: with gloo, the rendezvous store or a rank could not be reached in time.
+        DataPlaneError: the rendezvous store or a rank could not be reached in time.
+        UserError: the backend cannot be used here.
     """
+    backend = checked_backend(config.backend, device)
+    if backend not in ("tcp", "gloo"):
+        return _open_on_device(config, view, shape, device, join_s)
     group: PointToPoint
-    if uses_links(config):
+    if backend == "tcp":
         group = SocketGroup(links, timeout_s=config.timeout_s)
     elif view.size == 1:
         group = _Alone()
@@ -47,14 +92,78 @@ def open_dataplane(
     return CollectivePlane(group, shape, timeout_s=config.timeout_s)
 
 
+def _open_on_device(
+    config: DataPlaneConfig, view: ViewInfo, shape: PlaneShape, device: torch.device, join_s: float
+) -> DataPlane[Any]:
+    store = _store(config, view)
+    nodes = [rank.node for rank in view.proto.ranks]
+    return open_on_device(config, store, shape, device, nodes, join_s)
+
+
+def open_on_device(
+    config: DataPlaneConfig,
+    store: Store,
+    shape: PlaneShape,
+    device: torch.device,
+    nodes: list[str],
+    join_s: float,
+) -> DataPlane[Any]:
+    """``deepep`` or ``nccl`` between the ranks that share a store.
+
+    Args:
+        store: its keys are this plane's alone. nodes: by rank.
+    """
+    # Imported here: their kernels need Triton, which is there only where a GPU is.
+    from expertmesh.mesh.dataplane.deepep import DeepEpSettings, open_deepep
+    from expertmesh.mesh.dataplane.nccl import NcclPlane
+
+    if config.backend == "deepep" or (config.backend == "auto" and _all_can_do_deepep(store, shape, device, nodes)):
+        settings = DeepEpSettings(config.num_sms, config.fp8_dispatch, config.timeout_s)
+        return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s)
+    group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s)
+    return NcclPlane(group, shape, device, timeout_s=config.timeout_s)
+
+
+def _all_can_do_deepep(store: Store, shape: PlaneShape, device: torch.device, nodes: list[str]) -> bool:
+    """All ranks take the same backend: deepep where every one of them can."""
+    from expertmesh.mesh.dataplane.deepep import usable
+
+    reason = ""
+    try:
+        usable(shape, device, nodes)
+    except UserError as error:
+        reason = str(error)
+        log.warning("dataplane.backend auto takes nccl: %s", error)
+    try:
+        store.set(f"auto/{shape.rank}", reason)
+        store.wait([f"auto/{rank}" for rank in range(shape.size)])
+        reasons = [store.get(f"auto/{rank}").decode() for rank in range(shape.size)]
+    except RuntimeError as error:  # torch.distributed's errors derive from it
+        raise DataPlaneError(f"not all ranks said which data plane they can use: {error}") from error
+    return not any(reasons)
+
+
+def _store(config: DataPlaneConfig, view: ViewInfo) -> Store:
+    """The rendezvous store under the view's own prefix.
+
+    Raises:
+        DataPlaneError: it cannot be reached.
+    """
+    host, _, port = view.proto.store_address.rpartition(":")
+    timeout = timedelta(seconds=config.timeout_s)
+    try:
+        store = TCPStore(host.strip("[]"), int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:  # torch.distributed's errors derive from it
+        raise DataPlaneError(f"view {view.number}: the rendezvous store cannot be reached: {error}") from error
+    return PrefixStore(f"view/{view.number}/", store)
+
+
 def _gloo_group(config: DataPlaneConfig, view: ViewInfo) -> PointToPoint:
     """Blocks until all ranks have come; having met, they are alive."""
     started = time.monotonic()
-    timeout = timedelta(seconds=config.timeout_s)
-    host, _, port = view.proto.store_address.rpartition(":")
+    store = _store(config, view)
     try:
-        store = TCPStore(host.strip("[]"), int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-        group = connect_gloo(PrefixStore(f"view/{view.number}/", store), view.rank, view.size, config)
+        group = connect_gloo(store, view.rank, view.size, config)
     except RuntimeError as error:  # torch.distributed's errors derive from it
         raise DataPlaneError(f"view {view.number}: the group could not be built: {error}") from error
     log.info("view %d: gloo group of %d ranks in %.0f ms", view.number, view.size, 1e3 * (time.monotonic() - started))

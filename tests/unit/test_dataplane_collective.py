@@ -110,7 +110,7 @@ def test_a_token_goes_once_to_a_rank_with_several_of_its_experts(backend: str) -
     exchange = Exchange(layer=0, version=1, tokens=layout.tokens)
     slots = torch.tensor([[0, 1, 2, 3]] * 3)
 
-    def run(rank: int) -> tuple[int, int]:
+    def run(rank: int) -> tuple[int | None, int]:
         plane = planes[rank]
         x = torch.randn(layout.tokens[rank], 8)
         dispatched = plane.dispatch(x, slots[: x.shape[0]], torch.ones(x.shape[0], 4), exchange).wait()

@@ -1,0 +1,333 @@
+"""``deepep``: the data plane over DeepEP V2's ``ElasticBuffer`` (https://github.com/deepseek-ai/DeepEP).
+
+A device plane (see ``base``). What arrives is in the expanded layout: one row per (token, local slot), slot after slot
+**without gaps** (``expert_alignment=1``: rows start at multiples of 2H bytes and nothing more), in any order within a
+slot; the counts are on the device and no call waits for them. So N is what there is room for: ranks × capacity ×
+min(K, S).
+
+A step's ``Exchange.capacity`` is rounded up to one of a few, because DeepEP compiles its kernels for it
+(``capacities``). ``prepare`` compiles them without launching one: a rank that compiles in the middle of a step would
+keep its peers waiting in a kernel until their time-out.
+
+DeepEP counts S ids for every rank of the group, ours count S for every *expert* rank. The group's order puts the expert
+ranks of a node first, so that on one node both are the same number and nothing has to be translated.
+
+A peer that is silent for longer than the time-out makes the kernels trap, and a trap ends the CUDA context: the process
+has to be started again (``DeviceLostError``).
+
+The placement version of an exchange is not sent along: all ranks take it from the same message of the lockstep.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in torch's __all__
+
+from expertmesh.kernels.fp8_rows import dequantize_rows, quantize_rows
+from expertmesh.kernels.scale_rows import scale_rows
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
+from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.deepep_checks import check_machine, check_shape
+from expertmesh.mesh.dataplane.device_faults import as_device_lost, wait_for_device
+from expertmesh.mesh.dataplane.nccl_group import NcclGroup, connect_nccl, within
+from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
+
+log = logging.getLogger(__name__)
+
+_SMALLEST_CAPACITY = 32
+_CAPACITY_STEP = 8
+_CLOCK_MARGIN_S = 2.0  # kernels count clock cycles at the highest rate, and the GPU may run slower
+_COMPILE_S = 300.0
+
+_LOST: list[Any] = []
+"""Buffers of a lost context: their destructors would end the process before it has said why."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepEpSettings:
+    """``num_sms``: multiprocessors that an exchange takes. ``fp8_dispatch``: tokens travel as float8_e4m3 with a
+    float32 scale per 128 elements. ``timeout_s``: silence of a peer after which the kernels trap, whole seconds.
+    """
+
+    num_sms: int
+    fp8_dispatch: bool
+    timeout_s: float
+
+    @property
+    def kernel_timeout_s(self) -> int:
+        return max(1, math.floor(self.timeout_s))
+
+
+@dataclass(frozen=True, slots=True)
+class DeepEpHandle:
+    """DeepEP's handle; ``weight_N`` float32: the factor of each row; ``end``: int32 [1], where the last slot ends."""
+
+    inner: Any
+    weight_N: torch.Tensor
+    end: torch.Tensor
+
+
+def capacities(max_num_tokens: int) -> tuple[int, ...]:
+    """The capacities that kernels are compiled for: 32, 256, 2048 ... and the maximum itself."""
+    sizes, size = [], _SMALLEST_CAPACITY
+    while size < max_num_tokens:
+        sizes.append(size)
+        size *= _CAPACITY_STEP
+    return (*sizes, max_num_tokens)
+
+
+def group_order(expert_ranks: Sequence[int], nodes: Sequence[str]) -> tuple[int, ...]:
+    """View ranks in the order of DeepEP's group: node by node, the expert ranks of a node first."""
+    first = {node: nodes.index(node) for node in nodes}
+    hosts = frozenset(expert_ranks)
+    return tuple(sorted(range(len(nodes)), key=lambda rank: (first[nodes[rank]], rank not in hosts, rank)))
+
+
+def slot_ids(order: Sequence[int], expert_ranks: Sequence[int], slots_per_rank: int) -> list[int] | None:
+    """DeepEP's id of each global slot, and -1 at the end for slot -1; None where ids and slots are the same."""
+    places = [order.index(rank) for rank in expert_ranks]
+    if places == list(range(len(places))):
+        return None
+    return [place * slots_per_rank + slot for place in places for slot in range(slots_per_rank)] + [-1]
+
+
+class DeepEpPlane:
+    """Implements ``DataPlane``. All methods belong to the step thread."""
+
+    def __init__(
+        self, buffer: Any, group: NcclGroup, shape: PlaneShape, order: Sequence[int], settings: DeepEpSettings
+    ) -> None:
+        self._buffer: Any = buffer
+        self._group = group
+        self._shape = shape
+        self._settings = settings
+        self._is_host = shape.rank in shape.expert_ranks
+        self._capacities = capacities(shape.max_num_tokens)
+        ids = slot_ids(order, shape.expert_ranks, shape.slots_per_rank)
+        self._id_G = None if ids is None else torch.tensor(ids, device="cuda")
+
+    @property
+    def is_on_device(self) -> bool:
+        return True
+
+    def dispatch(
+        self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
+    ) -> Pending[Dispatched[DeepEpHandle]]:
+        """See ``DataPlane``. A token must not choose the same slot twice.
+
+        ``x_TH`` and ``weight_TK`` must hold still until ``wait``, ``slot_TK`` until that of the combine.
+        """
+        shape = self._shape
+        # A negative index counts from the end, where -1 stands.
+        id_TK = slot_TK if self._id_G is None else self._id_G[slot_TK]
+        x: Any = quantize_rows(x_TH) if self._settings.fp8_dispatch else x_TH
+        try:
+            rows, _, weight_N, inner, event = self._buffer.dispatch(
+                x,
+                topk_idx=id_TK,
+                topk_weights=weight_TK,
+                num_experts=shape.size * shape.slots_per_rank,
+                num_max_tokens_per_rank=self._capacity(max(exchange.capacity, len(x_TH))),
+                expert_alignment=1,
+                num_sms=self._settings.num_sms,
+                async_with_compute_stream=True,
+                do_handle_copy=False,
+                do_cpu_sync=False,
+                do_expand=True,
+            )
+        except RuntimeError as error:
+            raise _as_error(error) from error
+        handle = DeepEpHandle(inner, weight_N, inner.psum_num_recv_tokens_per_expert[-1:])
+        expected = sum(exchange.tokens) * shape.top_k / (len(shape.expert_ranks) * shape.slots_per_rank)
+        return _PendingDispatch(event, rows, handle, self._is_host, expected)
+
+    def combine(self, y_NH: torch.Tensor, handle: DeepEpHandle, *, is_weighted: bool = False) -> Pending[torch.Tensor]:
+        """See ``DataPlane``.
+
+        Args:
+            is_weighted: each row of y has been multiplied by ``handle.weight_N`` already, which saves a pass over
+                them.
+        """
+        if not len(y_NH):  # a rank without slots: DeepEP wants a row length all the same
+            y_NH = y_NH.new_empty(1, self._shape.hidden_size)
+        elif not is_weighted:
+            y_NH = scale_rows(y_NH, handle.weight_N, handle.end)
+        try:
+            out_TH, _, event = self._buffer.combine(y_NH, handle.inner, async_with_compute_stream=True)
+        except RuntimeError as error:
+            raise _as_error(error) from error
+        return _PendingCombine(event, out_TH)
+
+    def check(self) -> None:
+        """Wait until the current stream is done; a peer that was silent for the time-out has ended the context.
+
+        Raises:
+            DeviceLostError: it has, or the device did not finish.
+        """
+        limit_s = self._settings.kernel_timeout_s + _CLOCK_MARGIN_S
+        wait_for_device(limit_s, lambda: DeviceLostError(f"the GPU did not finish a step within {limit_s:g} s"))
+
+    def prepare(self) -> None:
+        """Compile the kernels for every capacity. All ranks call it; none goes on before all are done.
+
+        Raises:
+            DataPlaneError: a rank did not come to it in time.
+        """
+        began = time.monotonic()
+        shape = self._shape
+        x_TH = torch.zeros(1, shape.hidden_size, dtype=shape.dtype, device="cuda")
+        slot_TK = torch.full((1, shape.top_k), -1, device="cuda")
+        weight_TK = torch.zeros(1, shape.top_k, device="cuda")
+        for capacity in self._capacities:
+            # Captured and thrown away: kernels are compiled and loaded, and none is launched.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+                exchange = Exchange(layer=0, version=0, tokens=[1] * shape.size, capacity=capacity)
+                dispatched = self.dispatch(x_TH, slot_TK, weight_TK, exchange).wait()
+                self.combine(dispatched.rows_NH, dispatched.handle).wait()
+        if not self._group.agree("prepared", _COMPILE_S):
+            raise DataPlaneError(f"not all ranks have compiled DeepEP's kernels within {_COMPILE_S:g} s")
+        log.info("DeepEP's kernels for capacities %s in %.1f s", self._capacities, time.monotonic() - began)
+
+    def close(self) -> None:
+        """Free the buffer. Where a peer has gone it cannot be freed in good order, which takes all of them.
+
+        Raises:
+            DeviceLostError: the last exchanges have ended the context.
+        """
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        try:
+            self.check()
+        except DeviceLostError:
+            _LOST.append(buffer)
+            raise
+        if self._group.leave():
+            buffer.destroy()
+        else:
+            log.warning("a rank left without a word: its buffer is dropped, not closed")
+        _forget(self._group)
+        self._group.abort()
+
+    def _capacity(self, num_tokens: int) -> int:
+        for capacity in self._capacities:
+            if num_tokens <= capacity:
+                return capacity
+        raise AssertionError(f"{num_tokens} tokens in an exchange of at most {self._shape.max_num_tokens}")
+
+
+def _as_error(error: RuntimeError) -> DataPlaneError:
+    return as_device_lost(error) or DataPlaneError(f"DeepEP failed: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingDispatch(Pending[Dispatched[DeepEpHandle]]):
+    event: Any
+    rows: Any
+    handle: DeepEpHandle
+    is_host: bool
+    expected_rows: float
+
+    def wait(self) -> Dispatched[DeepEpHandle]:
+        self.event.current_stream_wait(release_handle=True)
+        rows, handle = self.rows, self.handle
+        counts_S = handle.inner.num_unaligned_recv_tokens_per_expert
+        if not self.is_host:
+            rows_NH = (rows[0] if isinstance(rows, tuple) else rows)[:0].to(torch.bfloat16)
+        elif isinstance(rows, tuple):
+            rows_NH = dequantize_rows(rows[0], rows[1], handle.end)
+        else:
+            rows_NH = rows
+        return Dispatched(rows_NH, counts_S, None, handle, expected_rows=self.expected_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingCombine(Pending[torch.Tensor]):
+    event: Any
+    out_TH: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        self.event.current_stream_wait(release_handle=True)
+        return self.out_TH
+
+
+def usable(shape: PlaneShape, device: torch.device, nodes: Sequence[str]) -> Path:
+    """The NCCL library to use.
+
+    Raises:
+        UserError: DeepEP cannot be used, and why.
+    """
+    check_shape(shape)
+    library = check_machine(device, nodes.count(nodes[shape.rank]))
+    _set_environment(library, is_one_node=len(set(nodes)) == 1)
+    try:
+        import deep_ep  # noqa: F401 - its own checks run at import
+    except (ImportError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            "dataplane.backend",
+            f"deepep cannot be loaded: {error}",
+            "build DeepEP against this torch and this NCCL (docs/gpu.md), or set it to nccl",
+        ) from error
+    return library
+
+
+def open_deepep(
+    store: Store, shape: PlaneShape, device: torch.device, nodes: Sequence[str], settings: DeepEpSettings, join_s: float
+) -> DeepEpPlane:
+    """The plane of a view; all of its ranks call it.
+
+    Args:
+        store: its keys are this plane's alone. nodes: by rank. join_s: how long ranks may take to come.
+
+    Raises:
+        UserError: DeepEP cannot be used. DataPlaneError: not all ranks came.
+    """
+    usable(shape, device, nodes)
+    order = group_order(shape.expert_ranks, nodes)
+    group = connect_nccl(store, order.index(shape.rank), shape.size, device, join_s)
+    is_one_node = len(set(nodes)) == 1
+    buffer = within(join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node))
+    plane = DeepEpPlane(buffer, group, shape, order, settings)
+    plane.prepare()
+    return plane
+
+
+def _buffer(group: NcclGroup, shape: PlaneShape, settings: DeepEpSettings, is_one_node: bool) -> Any:
+    from deep_ep import ElasticBuffer
+
+    return ElasticBuffer(
+        group.group,
+        num_max_tokens_per_rank=shape.max_num_tokens,
+        hidden=shape.hidden_size,
+        num_topk=shape.top_k,
+        use_fp8_dispatch=settings.fp8_dispatch,
+        allow_hybrid_mode=not is_one_node,
+        num_gpu_timeout_secs=settings.kernel_timeout_s,
+        explicitly_destroy=True,
+    )
+
+
+def _set_environment(library: Path, *, is_one_node: bool) -> None:
+    """What DeepEP reads from the environment, where the user has not set it."""
+    if (library.parent.parent / "include" / "nccl_device.h").is_file():
+        os.environ.setdefault("EP_NCCL_ROOT_DIR", str(library.parent.parent))
+    if is_one_node:  # all traffic is over NVLink, and a machine need not have a network card
+        os.environ.setdefault("EP_DISABLE_GIN", "1")
+    # Memory of an exchange is held by its event, not by its streams: a graph's pool can use it again within the graph.
+    os.environ.setdefault("EP_AVOID_RECORD_STREAM", "1")
+
+
+def _forget(group: NcclGroup) -> None:
+    """DeepEP remembers the connections of every group that it has seen."""
+    from deep_ep.utils import comm
+
+    comm._storage.pop(group.group, None)

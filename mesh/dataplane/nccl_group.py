@@ -1,0 +1,134 @@
+"""An NCCL group of a view's ranks, without torch.distributed's default group: many views may come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, but not in torch's __all__
+
+from expertmesh.mesh.errors import DataPlaneError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAVE_S = 0.5
+"""How long a rank that leaves waits for the others. They leave within a step of each other, or not at all."""
+
+_ENVIRONMENT = {
+    # The planes watch the time themselves. The group's own watchdog would end the whole process.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    # Switch multicast is not used: a program that ends in the middle of it can leave the links of a node unusable.
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NcclGroup:
+    """Connected ranks. ``backend`` has the operations, ``group`` is what libraries take."""
+
+    group: ProcessGroup
+    backend: Any
+    store: Store
+    rank: int
+    size: int
+
+    def exchange(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> Any:
+        """Send ``inputs[r]`` to rank r and receive ``outputs[r]`` from it; empty = nothing."""
+        return self.backend.alltoall(outputs, inputs, AllToAllOptions())
+
+    def agree(self, name: str, timeout_s: float) -> bool:
+        """Whether all ranks come to the same point within the time."""
+        return agree(self.store, name, self.rank, self.size, timeout_s)
+
+    def leave(self) -> bool:
+        """Whether all ranks are leaving: then nothing of theirs uses this rank's memory any more."""
+        return self.agree("leave", _LEAVE_S)
+
+    def abort(self) -> None:
+        """Drop the connections at once; whatever runs on the device ends with an undefined result."""
+        with contextlib.suppress(RuntimeError):  # it failed before: nothing is left to be dropped
+            self.backend.abort()
+
+
+def agree(store: Store, name: str, rank: int, size: int, timeout_s: float) -> bool:
+    """Whether all ranks of a store come to the same point within the time; False too when the store has gone."""
+    try:
+        store.set(f"{name}/{rank}", "")
+        store.wait([f"{name}/{other}" for other in range(size)], timedelta(seconds=timeout_s))
+    except RuntimeError:  # torch.distributed's errors derive from it
+        return False
+    return True
+
+
+def connect_nccl(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> NcclGroup:
+    """Connect all ranks over NCCL. Blocks until they have come.
+
+    Args:
+        store: its keys are this group's alone.
+        device: this rank's GPU.
+
+    Raises:
+        DataPlaneError: they did not all come in time, or NCCL failed.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    began = time.monotonic()
+    group = within(timeout_s, device, "connecting over NCCL", lambda: _connect(store, rank, size, device, timeout_s))
+    log.info("NCCL group of %d ranks in %.0f ms", size, 1e3 * (time.monotonic() - began))
+    return group
+
+
+def _connect(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> NcclGroup:
+    # Imported here: torch's builds for the CPU do not have it.
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    backend = ProcessGroupNCCL(PrefixStore("nccl/", store), rank, size, options)
+    backend._set_sequence_number_for_group()
+    group = ProcessGroup(PrefixStore("group/", store), rank, size)
+    group._set_default_backend(ProcessGroup.BackendType.NCCL)
+    group.bound_device_id = device
+    group._register_backend(torch.device("cuda"), ProcessGroup.BackendType.NCCL, backend)
+    backend.eager_connect_single_device(device)
+    return NcclGroup(group, backend, PrefixStore("agree/", store), rank, size)
+
+
+def within(timeout_s: float, device: torch.device, what: str, function: Callable[[], T]) -> T:
+    """``function()`` on a thread of its own: NCCL waits without end for a rank that died while it connects.
+
+    Raises:
+        DataPlaneError: it failed or took longer; then the thread stays behind.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            torch.cuda.set_device(device)
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001 - raised below, where someone waits for it
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="nccl-connect", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if errors:
+        if not isinstance(errors[0], RuntimeError) or isinstance(errors[0], DataPlaneError):
+            raise errors[0]
+        raise DataPlaneError(f"{what} failed: {errors[0]}") from errors[0]
+    if not results:
+        raise DataPlaneError(f"{what} took longer than {timeout_s:g} s")
+    return results[0]
