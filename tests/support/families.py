@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
     },
     "glm4_moe": {**GLM_MOE, "head_dim": 16, "use_qk_norm": True},
+    "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "sliding_window": 8},
 }
 """Every family and the keys of its configuration that make a tiny model of it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from expertmesh.mesh.model.families.base import Family
 from expertmesh.mesh.model.families.glm4_moe import Glm4Moe
+from expertmesh.mesh.model.families.gpt_oss import GptOss
 from expertmesh.mesh.model.families.granitemoe import GraniteMoe
 from expertmesh.mesh.model.families.mixtral import Mixtral
 from expertmesh.mesh.model.families.olmoe import Olmoe
@@ -11,7 +12,7 @@ from expertmesh.mesh.model.families.qwen2_moe import Qwen2Moe
 from expertmesh.mesh.model.families.qwen3_moe import Qwen3Moe
 from expertmesh.mesh.model.fields import Fields
 
-FAMILIES: tuple[Family, ...] = (Qwen3Moe(), Qwen2Moe(), Mixtral(), Olmoe(), GraniteMoe(), Glm4Moe())
+FAMILIES: tuple[Family, ...] = (Qwen3Moe(), Qwen2Moe(), Mixtral(), Olmoe(), GraniteMoe(), Glm4Moe(), GptOss())
 
 
 def find_family(config: Fields) -> Family:
