@@ -36,10 +36,12 @@ class EventLog:
     Args:
         wall_clock: seconds since 1970.
         past: events of an earlier process, oldest first.
+        unsaved: how many more it may have had, whose numbers somebody has seen.
     """
 
-    def __init__(self, wall_clock: Callable[[], float], past: Iterable[Event] = ()) -> None:
+    def __init__(self, wall_clock: Callable[[], float], past: Iterable[Event] = (), unsaved: int = 0) -> None:
         self._wall_clock = wall_clock
+        self._unsaved = unsaved
         self._events = deque(past, maxlen=EVENTS_KEPT)
         self._grown = asyncio.Event()
 
@@ -50,8 +52,13 @@ class EventLog:
     def add(self, kind: str, subject: str, message: str, level: int = logging.INFO) -> None:
         """Append, and write the same to the process's log."""
         event = Event(
-            number=self.last_number + 1, unix_s=self._wall_clock(), kind=kind, subject=subject, message=message
+            number=self.last_number + self._unsaved + 1,
+            unix_s=self._wall_clock(),
+            kind=kind,
+            subject=subject,
+            message=message,
         )
+        self._unsaved = 0
         self._events.append(event)
         log.log(level, "%s %s: %s", kind, subject, message)
         self._grown.set()

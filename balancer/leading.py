@@ -42,6 +42,8 @@ from expertmesh.v1 import admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 log = logging.getLogger(__name__)
 
 _SECRET_BYTES = 32
+_UNSAVED_EVENTS = 1000
+"""More than a balancer reports from one save to the next: a mesh that changes is saved."""
 
 
 class Outside:
@@ -153,7 +155,7 @@ class Leading:
         # Above every id of an earlier process, also when its last save was lost.
         state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
         metrics = telemetry.metrics
-        self.events = EventLog(time.time, state.events)
+        self.events = EventLog(time.time, state.events, unsaved=_UNSAVED_EVENTS if state.events else 0)
         self._config = config
         self._turn = turn
         self._sessions = Sessions()

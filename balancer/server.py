@@ -150,6 +150,9 @@ class Office:
 
     async def _wait(self, address: str, opening: asyncio.Task[None], stopping: asyncio.Task[bool]) -> Turn | None:
         """The next turn; None when the process stops before it."""
+        if self._turns.shared and not opening.done():
+            # It imports torch, which keeps the interpreter from all else for longer than a lease may take.
+            await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
         waiting = asyncio.create_task(self._turns.next(address), name="turn")
         try:
             await _first_of(opening, waiting, stopping)

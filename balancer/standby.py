@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -46,7 +47,9 @@ class Switchboard(grpc.GenericRpcHandler):
         found = (handler.service(handler_call_details) for handler in self._handlers)
         return next((handler for handler in found if handler is not None), None)
 
-    async def _refuse(self, requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+    async def _refuse(self, requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         reason, leader = self._refusal()
         trailer = ((LEADER_KEY, leader),) if leader else ()
-        await context.abort(grpc.StatusCode.UNAVAILABLE, reason, trailer)
+        # After a process stood still, many who called have long gone.
+        with contextlib.suppress(grpc.aio.InternalError):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason, trailer)

@@ -65,7 +65,10 @@ def _options() -> argparse.Namespace:
 async def _play_all(options: argparse.Namespace) -> list[Outcome]:
     chosen = [scenario for scenario in SCENARIOS if not options.only or scenario.name in options.only]
     chosen = [scenario for scenario in chosen if not (options.short and scenario.long_only)]
-    here = [scenario for scenario in chosen if not scenario.apart or network.APART in os.environ]
+    if network.APART in os.environ:
+        here = chosen
+    else:
+        here = [scenario for scenario in chosen if not scenario.apart and scenario.why_not() is None]
     outcomes: list[Outcome] = []
 
     def say(outcome: Outcome) -> None:
@@ -95,10 +98,9 @@ async def _play_all(options: argparse.Namespace) -> list[Outcome]:
         finally:
             await stage.clear()
     for scenario in chosen:
-        reason = network.why_not()
         if scenario in here:
             continue
-        if reason is not None:
+        if (reason := scenario.why_not()) is not None:
             print(f"{scenario.name} was not played: {reason}", flush=True)
             continue
         say(await network.play_apart(scenario.name, seed=options.seed, long=not options.short))

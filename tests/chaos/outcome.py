@@ -18,6 +18,7 @@ class Targets:
 
     longest_gap_s: float | None = None
     adopted_s: float | None = None
+    takeover_s: float | None = None
     tpot_ratio: float | None = None
     lost_goodput: float | None = None
 

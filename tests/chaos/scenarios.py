@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos import faults, network, overload, routers
+from chaos import faults, leaders, network, overload, routers
 from chaos.outcome import Outcome, Targets
 from chaos.stage import RECOVERY_TIMEOUT_S, Stage, Trial
 from chaos.traffic import Question, Traffic
-from support import mesh_state
+from support import etcd, mesh_state
 
 QUIET_S, SHORT_QUIET_S = 5.0, 2.0
 """Of undisturbed traffic before the first fault, to compare with."""
@@ -41,6 +41,12 @@ class Scenario:
     apart: bool = False
     long_only: bool = False
 
+    def why_not(self) -> str | None:
+        """Why it cannot be played on this machine; None when it can."""
+        if self.config.get("balancer__state") == "etcd":
+            return etcd.why_not()
+        return network.why_not() if self.apart else None
+
 
 SCENARIOS = (
     Scenario(
@@ -56,6 +62,18 @@ SCENARIOS = (
     Scenario(name="expert-frozen", play=faults.expert_frozen, targets=Targets()),
     Scenario(name="attention-frozen", play=faults.attention_frozen, targets=Targets(), replays=True),
     Scenario(name="servers-come-and-go", play=faults.servers_come_and_go, targets=Targets(tpot_ratio=2.0)),
+    Scenario(
+        name="leader-killed",
+        play=leaders.leader_killed,
+        targets=Targets(longest_gap_s=1.0, takeover_s=3.0),
+        config=leaders.CONFIG,
+    ),
+    Scenario(
+        name="leader-frozen", play=leaders.leader_frozen, targets=Targets(longest_gap_s=1.0), config=leaders.CONFIG
+    ),
+    Scenario(
+        name="etcd-restarted", play=leaders.etcd_restarted, targets=Targets(longest_gap_s=1.0), config=leaders.CONFIG
+    ),
     Scenario(name="router-killed", play=routers.router_killed, targets=Targets(longest_gap_s=1.0)),
     Scenario(
         name="random-kills",
@@ -103,6 +121,7 @@ async def play(
         random=random.Random(f"{seed} {scenario.name}"),
         long=long,
         minutes=minutes,
+        etcd=stage.etcd,
     )
     try:
         await _play(scenario, trial)

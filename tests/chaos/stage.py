@@ -16,6 +16,7 @@ from chaos.outcome import Outcome
 from chaos.traffic import Question
 from expertmesh.cli.local_mesh import LocalMesh
 from support import mesh_state
+from support.etcd import EtcdProcess
 from support.mesh import logs, mesh_config, start_mesh
 
 RECOVERY_TIMEOUT_S = 90.0
@@ -32,6 +33,8 @@ class Trial:
     outcome: Outcome
     random: random.Random
     long: bool
+    etcd: EtcdProcess | None = None
+    """That the mesh's balancers share, if they do."""
     minutes: float = 10.0
     """Of the long version of a scenario that goes on and on."""
 
@@ -84,6 +87,7 @@ class Stage:
     _mesh: LocalMesh | None = None
     _census: Census | None = None
     _count: int = 0
+    etcd: EtcdProcess | None = None
 
     async def set(self, config: dict[str, Any]) -> tuple[LocalMesh, Census]:
         """A mesh with ``mesh_config(**config)``; one of another configuration is stopped first."""
@@ -97,7 +101,12 @@ class Stage:
         return self._mesh, self._census
 
     def start(self, folder: Path, config: dict[str, Any]) -> LocalMesh:
-        """A mesh that serves, and starts again what dies."""
+        """A mesh that serves, and starts again what dies; with an etcd if its balancers want one."""
+        if config.get("balancer__state") == "etcd":
+            etcd_folder = folder.with_name(f"{folder.name}-etcd")
+            etcd_folder.mkdir(parents=True)
+            self.etcd = EtcdProcess(etcd_folder)
+            config = {**config, "balancer__etcd__endpoints": [self.etcd.endpoint]}
         return start_mesh(folder, mesh_config(**config), restart=True)
 
     async def clear(self) -> list[str]:
@@ -107,4 +116,7 @@ class Stage:
         if mesh is None:
             return []
         await asyncio.to_thread(mesh.stop)
+        if self.etcd is not None:
+            self.etcd.stop()
+            self.etcd = None
         return census.leaks_stopped() if census is not None else []

@@ -6,14 +6,17 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh import rpc
+from expertmesh.mesh.addresses import split_addresses
 from expertmesh.mesh.config import TlsConfig
+from expertmesh.mesh.leader import find_leader
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 
 _POLL_S = 0.1
@@ -33,16 +36,27 @@ def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
     return values
 
 
+async def leader(mesh: LocalMesh, timeout_s: float = 10.0) -> str | None:
+    """The address of the balancer that leads, or is the only one."""
+    return await find_leader(split_addresses(mesh.balancer), TlsConfig(), timeout_s)
+
+
+@asynccontextmanager
+async def _admin(mesh: LocalMesh, timeout_s: float = 10.0) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
+    address = await leader(mesh, timeout_s)
+    assert address is not None, f"none of {mesh.balancer} leads"
+    async with rpc.open_channel(address, TlsConfig()) as channel:
+        yield admin_pb2_grpc.AdminServiceStub(channel)
+
+
 async def status(mesh: LocalMesh, timeout_s: float = 10.0) -> admin_pb2.GetStatusResponse:
-    async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
-        stub = admin_pb2_grpc.AdminServiceStub(channel)
+    async with _admin(mesh, timeout_s) as stub:
         return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s, wait_for_ready=True)
 
 
 async def events(mesh: LocalMesh) -> list[admin_pb2.ListEventsResponse]:
     """Every event that the balancer keeps, oldest first."""
-    async with rpc.open_channel(mesh.balancer, TlsConfig()) as channel:
-        stub = admin_pb2_grpc.AdminServiceStub(channel)
+    async with _admin(mesh) as stub:
         return [event async for event in stub.ListEvents(admin_pb2.ListEventsRequest(), timeout=10)]
 
 

@@ -187,3 +187,10 @@ async def test_waiting_for_an_event_ends_with_it() -> None:
     events.add("paused", "mesh", "why")
     await asyncio.wait_for(waiting, 1)
     assert fresh_state().mesh_id != fresh_state().mesh_id
+
+
+def test_events_that_a_dead_process_had_not_saved_keep_their_numbers() -> None:
+    events = EventLog(lambda: 2.0, state().events, unsaved=10)
+    for kind in ("balancer_started", "paused"):
+        events.add(kind, "mesh", "why")
+    assert [event.number for event in events.after(0)] == [5, 16, 17]
