@@ -169,7 +169,7 @@ class Actual:
         if returned and known is not None and known.ready_view == self.view.number != member.ready_view:
             self._report(member, "it came back without its view", (), now)
         self._welcome(session)
-        if returned and self.was_asked_to_leave(member) and not member.draining:  # perhaps it never heard
+        if self.was_asked_to_leave(member) and not member.draining:  # perhaps it never heard
             self._effects.send(session, mesh_pb2.JoinResponse(drain=mesh_pb2.Drain(reason="it was asked before")))
         came_back = returned or in_view
         what = "came back" if came_back else "registered"

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from expertmesh.cli import admin_client, admin_drain, admin_loads, admin_plan, admin_record, admin_watch
+from expertmesh.cli import admin_client, admin_drain, admin_loads, admin_plan, admin_record, admin_scale, admin_watch
 from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
 from expertmesh.cli.placement_plot import plot_placement
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
@@ -88,7 +88,9 @@ app.command()(admin_loads.loads)
 app.command()(admin_plan.plan)
 app.command()(admin_plan.apply)
 app.command()(admin_plan.mode)
+app.command()(admin_scale.add)
 app.command()(admin_drain.drain)
+app.command()(admin_scale.scale)
 app.command()(admin_record.record)
 app.command()(admin_watch.watch)
 
@@ -123,6 +125,7 @@ def status_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
         },
         "balancer": admin_watch.balancer_as_dict(status),
         "num_slots": status.num_slots,
+        "scale": admin_scale.scale_as_dict(status),
     }
 
 
@@ -163,6 +166,7 @@ def _print_status(status: admin_pb2.GetStatusResponse) -> None:
             soft_wrap=True,
             highlight=False,
         )
+    console.print(admin_scale.scale_line(status), soft_wrap=True, highlight=False)
     table = admin_client.table("server", "role", "state", "rank", "pid", "address", "node", "slots", "seen")
     for server in status.servers:
         state = _state(server)

@@ -20,9 +20,11 @@ import yaml
 
 from expertmesh.cli.health_probe import HealthProbe
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
+from expertmesh.cli.scale_watch import ScaleWatch
 from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.mesh.errors import UserError
+from expertmesh.v1 import admin_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ STOP_TIMEOUT_S = 8.0
 """For one group of services; twice SIGTERM's usual need, then SIGKILL."""
 
 SCALED_ROLES = ("attention", "both", "expert")
+LAUNCHER = "expertmesh up"
+"""As `expertmesh balancer status` shows who starts servers when the scale asks for them."""
 
 
 class MeshFailedError(RuntimeError):
@@ -98,9 +102,12 @@ class LocalMesh:
         self._failure: MeshFailedError | MeshInterruptedError | None = None
         self._ready: set[str] = set()
         self._balancers: dict[str, str] = {}  # id → address
+        self._watch: ScaleWatch | None = None
         planned = list(planned_services(self._config))
         self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
         self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
+        self._planned = frozenset(self._servers)
+        self._targets = {role: self._num_named[role] for role in SCALED_ROLES}  # of the scale, as far as it is seen to
 
     @property
     def config(self) -> MeshConfig:
@@ -137,6 +144,8 @@ class LocalMesh:
         for server in self._servers.values():
             if server not in balancers:
                 server.start()
+        self._watch = ScaleWatch(lambda: self.balancer, self._config.tls, LAUNCHER, self._see_to)
+        self._watch.start()
 
     def _balancer_processes(self) -> list[ServiceProcess]:
         return [server for server in self._servers.values() if server.role == "balancer"]
@@ -148,7 +157,7 @@ class LocalMesh:
             MeshFailedError: a service gave up, or it took longer than ``timeout_s``.
         """
         deadline_s = time.monotonic() + timeout_s
-        self._wait_for(lambda: len(self._ready) == len(self._servers), timeout_s, "every service to start")
+        self._wait_for(lambda: self._planned <= self._ready, timeout_s, "every service to start")
         with HealthProbe(self.router, self._config.tls) as probe:
             while not probe.is_serving():
                 if time.monotonic() > deadline_s:
@@ -216,21 +225,36 @@ class LocalMesh:
             MeshFailedError: it gave up, or was not ready in time.
         """
         assert role in SCALED_ROLES, f"a {role} cannot be added to a running mesh"
+        server = self._one_more(role)
+        server.start()
+        self._wait_for(lambda: server.id in self._ready, timeout_s, f"{server.id} to start")
+        server.established = True
+        return server.id
+
+    def _one_more(self, role: str) -> ServiceProcess:
         with self._changed:
             server_id = f"{role}-{self._num_named[role]}"
             self._num_named[role] += 1
-            server = self._servers[server_id] = self._service(role, server_id)
-        server.start()
-        self._wait_for(lambda: server_id in self._ready, timeout_s, f"{server_id} to start")
-        server.established = True
-        return server_id
+            server = self._service(role, server_id)
+            self._servers = {**self._servers, server_id: server}  # others may look at it
+        return server
+
+    def _see_to(self, scale: admin_pb2.Scale) -> None:
+        """Start what the scale asks for beyond what it asked for before. What there is too much of leaves by itself:
+        the balancer drains it, and it is not started again."""
+        targets = dict.fromkeys(SCALED_ROLES, 0)
+        targets |= {mesh_pb2.Role.Name(entry.role).removeprefix("ROLE_").lower(): entry.target for entry in scale.roles}
+        for role in SCALED_ROLES:
+            for _ in range(targets[role] - self._targets[role]):
+                self._one_more(role).start()
+        self._targets = targets
 
     def forget(self, server_id: str) -> None:
         """Supervise a server no longer that has left for good: it was drained, and its process has ended."""
         with self._changed:
             server = self._servers[server_id]
             assert server.pid is None, f"{server_id} still runs"
-            del self._servers[server_id]
+            self._servers = {name: other for name, other in self._servers.items() if other is not server}
             self._ready.discard(server_id)
         server.stop_restarting()
 
@@ -242,6 +266,8 @@ class LocalMesh:
 
     def stop(self) -> None:
         """SIGTERM the router, then the ranks together, then the balancers; SIGKILL what does not end in time."""
+        if self._watch is not None:
+            self._watch.stop()  # from here on nothing is started
         servers = self.servers.values()
         for server in servers:
             server.stop_restarting()
@@ -295,13 +321,21 @@ class LocalMesh:
             if event.kind == "ready":
                 self._ready.add(event.server_id)
                 self._remember_address(self._servers[event.server_id])
-            if event.kind == "failed" and self._failure is None:
+            if event.kind == "failed" and self._is_extra(event.server_id):
+                log.error(
+                    "%s was asked for by the scale and cannot start; the mesh goes on without it", event.server_id
+                )
+            elif event.kind == "failed" and self._failure is None:
                 self._failure = MeshFailedError(
                     f"{event.server_id}: {event.text}" if event.exit_code != USER_ERROR_STATUS else event.text,
                     USER_ERROR_STATUS if event.exit_code == USER_ERROR_STATUS else 1,
                 )
             self._changed.notify_all()
         self._on_event(event)
+
+    def _is_extra(self, server_id: str) -> bool:
+        """Whether the mesh was whole before it was started."""
+        return server_id not in self._planned
 
     def _remember_address(self, server: ServiceProcess) -> None:
         """A router or balancer that starts again must be found where it was."""
@@ -327,7 +361,7 @@ class LocalMesh:
             self._changed.wait_for(lambda: self._failure is not None or condition(), timeout_s)
         self.raise_failure()
         if not condition():
-            missing = ", ".join(sorted(set(self._servers) - self._ready))
+            missing = ", ".join(sorted(set(self.servers) - self._ready))
             raise MeshFailedError(
                 f"waited {timeout_s:.0f} s for {what}; not ready: {missing}; see {self.state_dir}/*.log"
             )
