@@ -54,9 +54,11 @@ async def serve_rank(
     torch.set_num_threads(config.expert.num_threads if role == "expert" else config.attention.num_threads)
     started_s = time.monotonic()
     spec = load_spec(config.model)
-    checkpoint = Checkpoint(spec.path)
+    checkpoint = Checkpoint(spec.path, telemetry.metrics.checkpoint_read_bytes.add)
+    checkpoint.log_unused(spec)
     await asyncio.to_thread(warm_up, attention=role != "expert", experts=role != "attention")
-    attention = AttentionServer(config, spec, checkpoint, telemetry) if role != "expert" else None
+    with checkpoint.progress("dense weights", checkpoint.dense_bytes(spec)):
+        attention = AttentionServer(config, spec, checkpoint, telemetry) if role != "expert" else None
     experts = ExpertServer(config, spec, checkpoint, telemetry) if role != "attention" else None
     log.info("loaded %s (%s) in %.1f s", spec.name, spec.family, time.monotonic() - started_s)
 

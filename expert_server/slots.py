@@ -16,15 +16,13 @@ from expertmesh.expert_server.staging import Staging
 from expertmesh.kernels.grouped_mlp import ExpertKind, grouped_expert_mlp, variant_expert_mlp
 from expertmesh.mesh.halves import ExpertWeights, SlotChange
 from expertmesh.mesh.model.architecture import ExpertVariant
-from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.checkpoint import READERS, Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Counter
 
 log = logging.getLogger(__name__)
 
 EMPTY = -1
-READERS = 4
-"""Threads that read experts from the checkpoint: enough to keep a disk busy."""
 
 
 class Slots:
@@ -78,7 +76,9 @@ class Slots:
             for slot, expert in self._rearrange(layer, wanted)
         ]
         if missing:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="expert-read") as pool:
+            num_bytes = sum(self._checkpoint.expert_bytes(self._spec, layer, expert) for layer, _, expert in missing)
+            progress = self._checkpoint.progress("experts", num_bytes)
+            with progress, ThreadPoolExecutor(READERS, thread_name_prefix="expert-read") as pool:
                 # Leaving the block waits for every read, so no thread writes to the arena after an error rose here.
                 for _ in pool.map(self._read, missing):
                     self._slots_loaded.add()

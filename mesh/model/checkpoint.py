@@ -18,6 +18,7 @@ from expertmesh.mesh.model.load_progress import LoadProgress
 from expertmesh.mesh.model.reader import TensorReader
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.model.tensors import read_tensor_index
+from expertmesh.mesh.model.unused import find_unused
 
 READERS = 4
 """Threads that read weights: enough to keep a disk busy."""
@@ -51,6 +52,10 @@ class Checkpoint:
             yield
         finally:
             self._progress = None
+
+    def log_unused(self, spec: ModelSpec) -> None:
+        """Warn of tensors that no part of the model uses."""
+        find_unused(family_by_name(spec.family), spec, self._index).log_for(self._index)
 
     def dense_bytes(self, spec: ModelSpec) -> int:
         """Bytes that ``model_tensors`` and ``layer_tensors`` of all layers read."""

@@ -6,6 +6,7 @@ Reading a spec reads JSON and safetensors headers only and does not import torch
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,12 +20,17 @@ from expertmesh.mesh.model.demo import DEMO_MODEL_NAME, demo_model_path
 from expertmesh.mesh.model.families import find_family
 from expertmesh.mesh.model.families.base import Family, FusedExpertTensors, NamedTensor, stored_experts
 from expertmesh.mesh.model.fields import Fields, read_fields
+from expertmesh.mesh.model.hub import fetch_repo
 from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+MAX_EXPERTS = 2**15 - 1
+"""Of a layer: traces keep expert ids as int16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ class ModelSpec(Architecture):
 
 
 def load_spec(config: ModelConfig) -> ModelSpec:
-    """Read and check a checkpoint folder; ``config.path`` None = the demo model.
+    """Read and check a checkpoint folder; see ``checkpoint_folder`` for which one.
 
     Every tensor that the architecture needs is looked up in the safetensors headers, so that a server which got its
     spec can read its weights.
@@ -87,15 +93,12 @@ def load_spec(config: ModelConfig) -> ModelSpec:
         UserError: config.json, generation_config.json or the weights are missing, damaged, contradictory or of an
             unsupported kind, or ``model.max_model_len`` is beyond the checkpoint's; the key names file, key or tensor.
     """
-    path = demo_model_path() if config.path is None else config.path.expanduser().resolve()
-    if not path.is_dir():
-        raise UserError("model.path", f"{path} is not a folder", "give a Hugging Face checkpoint folder")
+    path = checkpoint_folder(config)
     hf_config = read_fields(path / "config.json")
-    family = find_family(hf_config)
-    arch = family.read(hf_config)
+    family, arch = read_architecture(hf_config)
     arch = replace(arch, max_model_len=_max_model_len(config, arch.max_model_len))
     generation = GenerationDefaults()
-    if (path / "generation_config.json").is_file():
+    if (path / "generation_config.json").exists():
         hf_generation = read_fields(path / "generation_config.json")
         generation = _generation_defaults(hf_generation)
         # As transformers' generate: what generation_config.json says about the end wins over config.json.
@@ -105,7 +108,7 @@ def load_spec(config: ModelConfig) -> ModelSpec:
     sizes: dict[str, Any] = {field.name: getattr(arch, field.name) for field in fields(arch)}
     return ModelSpec(
         **sizes,
-        name=config.name or (DEMO_MODEL_NAME if config.path is None else path.name),
+        name=config.name or config.repo or (DEMO_MODEL_NAME if config.path is None else path.name),
         family=family.name,
         path=path,
         dtype_name=config.dtype,
@@ -114,17 +117,58 @@ def load_spec(config: ModelConfig) -> ModelSpec:
     )
 
 
+def checkpoint_folder(config: ModelConfig, *, weights: bool = True) -> Path:
+    """The folder of ``config.path``, or that of ``config.repo`` after fetching it; neither = the demo model.
+
+    Args:
+        weights: fetch the repository's weights too.
+
+    Raises:
+        UserError: there is no such folder, or the repository cannot be fetched.
+    """
+    if config.repo is not None:
+        return fetch_repo(config.repo, config.revision, weights=weights)
+    if config.path is None:
+        return demo_model_path()
+    try:
+        path = config.path.expanduser().resolve()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # the latter for a loop of links and an unknown ~user
+        raise UserError(
+            "model.path", f"{config.path} cannot be read ({error})", "give a Hugging Face checkpoint folder"
+        ) from None
+    if not is_folder:
+        raise UserError("model.path", f"{path} is not a folder", "give a Hugging Face checkpoint folder")
+    return path
+
+
+def read_architecture(hf_config: Fields) -> tuple[Family, Architecture]:
+    """The family and sizes of a config.json.
+
+    Raises:
+        UserError: a key is wrong or not supported.
+    """
+    if hf_config.has("auto_map"):
+        log.info("%s: auto_map names code of the checkpoint, which is never run", hf_config.file)
+    family = find_family(hf_config)
+    arch = family.read(hf_config)
+    if arch.num_experts > MAX_EXPERTS:
+        raise UserError(hf_config.file, f"has {arch.num_experts} experts a layer", f"{MAX_EXPERTS} are the most")
+    return family, arch
+
+
 def check_tensors(family: Family, arch: Architecture, index: TensorIndex) -> None:
     """Look up every tensor of the architecture.
 
     Raises:
         UserError: one is missing or has another shape, or a dtype that is not read.
     """
-    for tensor in _needed_tensors(family, arch, index):
+    for tensor in needed_tensors(family, arch, index):
         index.require(tensor.name, tensor.shape)
 
 
-def _needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Iterator[NamedTensor]:
+def needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Iterator[NamedTensor]:
+    """Every tensor that the mesh reads, experts in the layout that the folder has."""
     yield from family.model_tensors(arch).values()
     for layer in range(arch.num_layers):
         yield from family.layer_tensors(arch, layer).values()

@@ -230,6 +230,9 @@ class Metrics:
         starts_on=EXPERT,
     )
     slots_loaded = Declared(Counter, "expertmesh_slots_loaded", "Slots filled with an expert.", starts_on=EXPERT)
+    checkpoint_read_bytes = Declared(
+        Counter, "expertmesh_checkpoint_read_bytes", "Weights read from the checkpoint.", unit="By", starts_on=RANKS
+    )
 
     # Migration, as each rank sees it.
     rank_migrations = Declared(
