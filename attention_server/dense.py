@@ -16,6 +16,7 @@ from expertmesh.attention_server.context import StepContext
 from expertmesh.attention_server.gate import choose_experts
 from expertmesh.attention_server.grouped_query import GroupedQueryAttention
 from expertmesh.attention_server.host import MAX_TOKENS, HostLayer
+from expertmesh.attention_server.latent import LatentAttention
 from expertmesh.attention_server.linear import Linear
 from expertmesh.attention_server.mlp import Mlp
 from expertmesh.attention_server.norm import RmsNorm
@@ -32,7 +33,7 @@ class Layer:
     """One decoder layer: a MoE layer has ``router_EH`` and perhaps ``shared`` experts, a dense one ``mlp``."""
 
     input_norm: RmsNorm
-    attention: GroupedQueryAttention
+    attention: GroupedQueryAttention | LatentAttention
     post_attention_norm: RmsNorm
     router_EH: torch.Tensor | None
     router_bias_E: torch.Tensor | None
@@ -134,7 +135,8 @@ class DenseModel:
 
 
 def _load_layer(spec: ModelSpec, layer: int, parts: Mapping[str, torch.Tensor], kv_cache: PagedKvCache) -> Layer:
-    attention = GroupedQueryAttention(spec, layer, parts, kv_cache)
+    kind = GroupedQueryAttention if spec.attention.latent is None else LatentAttention
+    attention = kind(spec, layer, parts, kv_cache)
     router_EH = parts.get("router")
     if router_EH is not None and spec.gate.float32:
         router_EH = router_EH.float()
@@ -152,10 +154,13 @@ def _load_layer(spec: ModelSpec, layer: int, parts: Mapping[str, torch.Tensor], 
 
 
 def _host_layer(
-    spec: ModelSpec, attention: GroupedQueryAttention, parts: Mapping[str, torch.Tensor], cache_NKD: torch.Tensor
+    spec: ModelSpec,
+    attention: GroupedQueryAttention | LatentAttention,
+    parts: Mapping[str, torch.Tensor],
+    cache_NKD: torch.Tensor,
 ) -> HostLayer | None:
     """The compiled kernels know attention with the norm of heads alone, and the plain softmax gate."""
-    if attention.qk_norm_CD is None or spec.multipliers.residual != 1.0:
+    if isinstance(attention, LatentAttention) or attention.qk_norm_CD is None or spec.multipliers.residual != 1.0:
         return None
     return HostLayer.of(
         input_norm_H=parts["input_norm"],

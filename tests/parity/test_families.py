@@ -54,6 +54,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {**YARN, "truncate": False}, "swiglu_limit": 0.7},
         {"num_key_value_heads": 1, "attention_bias": False, "tie_word_embeddings": True, "intermediate_size": 13},
     ],
+    "deepseek_v2": [
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}},
+        {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True, "tie_word_embeddings": True},
+    ],
+    "deepseek_v3": [
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
+        {"q_lora_rank": None, "rope_interleave": False, "n_shared_experts": 2, "norm_topk_prob": False, "n_group": 2},
+    ],
 }
 ALL = [(family, number) for family, cases in CASES.items() for number in range(len(cases))]
 

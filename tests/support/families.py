@@ -34,6 +34,14 @@ GLM_MOE: dict[str, Any] = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "num_key_value_heads": 4,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 20, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28},
@@ -48,6 +56,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**GLM_MOE, "head_dim": 16, "use_qk_norm": True},
     "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "sliding_window": 8},
+    "deepseek_v2": {**GLM_MOE, **LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    "deepseek_v3": {**GLM_MOE, **LATENT},
 }
 """Every family and the keys of its configuration that make a tiny model of it."""
 

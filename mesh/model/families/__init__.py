@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from expertmesh.mesh.model.families.base import Family
+from expertmesh.mesh.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from expertmesh.mesh.model.families.glm4_moe import Glm4Moe
 from expertmesh.mesh.model.families.gpt_oss import GptOss
 from expertmesh.mesh.model.families.granitemoe import GraniteMoe
@@ -12,7 +13,17 @@ from expertmesh.mesh.model.families.qwen2_moe import Qwen2Moe
 from expertmesh.mesh.model.families.qwen3_moe import Qwen3Moe
 from expertmesh.mesh.model.fields import Fields
 
-FAMILIES: tuple[Family, ...] = (Qwen3Moe(), Qwen2Moe(), Mixtral(), Olmoe(), GraniteMoe(), Glm4Moe(), GptOss())
+FAMILIES: tuple[Family, ...] = (
+    Qwen3Moe(),
+    Qwen2Moe(),
+    Mixtral(),
+    Olmoe(),
+    GraniteMoe(),
+    Glm4Moe(),
+    GptOss(),
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+)
 
 
 def find_family(config: Fields) -> Family:

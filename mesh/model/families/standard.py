@@ -50,7 +50,7 @@ def expert_counts(config: Fields, *keys: str) -> dict[str, Any]:
     present = [key for key in keys if config.has(key)]
     counts = {config.integer(key) for key in present or keys[:1]}
     if len(counts) > 1:
-        raise config.error(keys[0], f"and {keys[1]} differ: {sorted(counts)}", "make them equal")
+        raise config.error(keys[0], f"and {present[-1]} differ: {sorted(counts)}", "make them equal")
     num_experts = counts.pop()
     top_k = config.integer("num_experts_per_tok")
     if top_k > num_experts:
