@@ -86,8 +86,8 @@ def frequencies(rope: Rope, theta: float, dim: int) -> torch.Tensor:
 def _llama3(frequency_R: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Frequencies between ``low_freq_factor`` and ``high_freq_factor`` turns in the trained context are blended."""
     turns_R = scaling.original_max_len * frequency_R / (2 * math.pi)
-    kept_R = (turns_R - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept_R = kept_R.clamp(0, 1)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_R = ((turns_R - low) / (high - low)).clamp(0, 1) if high > low else (turns_R >= low).float()
     return (1 - kept_R) * frequency_R / scaling.factor + kept_R * frequency_R
 
 

@@ -62,6 +62,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
         {"q_lora_rank": None, "rope_interleave": False, "n_shared_experts": 2, "norm_topk_prob": False, "n_group": 2},
     ],
+    "llama4_text": [
+        {"interleave_moe_layer_step": 2, "rope_parameters": LLAMA3},
+        {"use_qk_norm": False, "attn_temperature_tuning": False, "tie_word_embeddings": True, "attention_bias": True},
+    ],
 }
 ALL = [(family, number) for family, cases in CASES.items() for number in range(len(cases))]
 
@@ -73,7 +77,15 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_family_has_cases() -> None:
-    assert sorted(CASES) == sorted(families.FAMILIES) == sorted(family.name for family in SERVED)
+    assert (
+        sorted(CASES)
+        == sorted(families.FAMILIES)
+        == sorted(
+            family.name
+            for family in SERVED
+            if family.name != "llama4"  # llama4_text in a checkpoint with vision
+        )
+    )
 
 
 def prompts(seed: int) -> list[list[int]]:

@@ -58,6 +58,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "sliding_window": 8},
     "deepseek_v2": {**GLM_MOE, **LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "deepseek_v3": {**GLM_MOE, **LATENT},
+    "llama4_text": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 36,
+        "head_dim": 12,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 16,
+        "no_rope_layer_interval": 2,
+        "floor_scale": 10,
+        "attn_scale": 0.3,
+    },
 }
 """Every family and the keys of its configuration that make a tiny model of it."""
 

@@ -7,6 +7,7 @@ from expertmesh.mesh.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from expertmesh.mesh.model.families.glm4_moe import Glm4Moe
 from expertmesh.mesh.model.families.gpt_oss import GptOss
 from expertmesh.mesh.model.families.granitemoe import GraniteMoe
+from expertmesh.mesh.model.families.llama4 import LLAMA4, LLAMA4_TEXT
 from expertmesh.mesh.model.families.mixtral import Mixtral
 from expertmesh.mesh.model.families.olmoe import Olmoe
 from expertmesh.mesh.model.families.qwen2_moe import Qwen2Moe
@@ -23,6 +24,8 @@ FAMILIES: tuple[Family, ...] = (
     GptOss(),
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    LLAMA4_TEXT,
+    LLAMA4,
 )
 
 

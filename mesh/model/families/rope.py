@@ -69,8 +69,8 @@ def _scaling(config: Fields, section: Fields, kind: str) -> LinearScaling | Llam
     trained = config.integer("original_max_position_embeddings", trained)
     if kind == "llama3":
         low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-        if not 0 < low < high:
-            raise section.error("high_freq_factor", f"is {high}", f"it must be above low_freq_factor = {low}")
+        if not 0 < low <= high:
+            raise section.error("high_freq_factor", f"is {high}", f"it must not be below low_freq_factor = {low}")
         return Llama3Scaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_len=trained)
     return YarnScaling(
         factor=factor,
