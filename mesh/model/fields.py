@@ -106,12 +106,13 @@ def read_fields(path: Path) -> Fields:
     """
     try:
         with os.fdopen(open_inside(path.parent, path.name), "rb") as stream:
-            raw = stream.read(MAX_JSON_BYTES + 1)
+            num_bytes = os.fstat(stream.fileno()).st_size
+            raw = stream.read(num_bytes) if num_bytes <= MAX_JSON_BYTES else None
     except OSError as error:
         raise UserError(
             str(path), f"cannot be read ({error.strerror})", "point model.path at a Hugging Face checkpoint folder"
         ) from None
-    if len(raw) > MAX_JSON_BYTES:
+    if raw is None:
         raise UserError(str(path), f"is longer than {MAX_JSON_BYTES} bytes", "fetch the file again")
     return Fields(file=str(path), data=parse_object(raw, str(path)), raw=raw)
 

@@ -349,7 +349,7 @@ def test_tensors_that_nothing_uses_are_named(tmp_path: Path, caplog: pytest.LogC
     harmless = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.3.eh_proj.weight", "mtp.fc.weight"]
     harmless += ["model.layers.0.self_attn.k_proj.k_scale", "lm_head.weight"]
     odd = [f"model.layers.1.self_attn.{name}" for name in ("a", "b", "c", "d", "e")]
-    save_file({**tensors, **dict.fromkeys(harmless + odd, one)}, path / SINGLE_FILE)
+    save_file({**tensors, **{name: torch.ones(1) for name in harmless + odd}}, path / SINGLE_FILE)
     spec = load_spec(ModelConfig(path=path))
     with caplog.at_level(logging.INFO):
         Checkpoint(path).log_unused(spec)
