@@ -146,6 +146,11 @@ class Engine:
         with self._lock:
             return self._load()
 
+    def take_token_s(self) -> float:
+        """See ``RequestMetrics``."""
+        with self._lock:
+            return self._metrics.take_token_s()
+
     def tick(self) -> None:
         """Take up events and deadlines without a step; from any thread."""
         with self._lock:

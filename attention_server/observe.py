@@ -19,6 +19,8 @@ class RequestMetrics:
         self._generation_tokens = metrics.generation_tokens.labels()
         self._inter_token = metrics.inter_token_latency_seconds.labels()
         self._reported = SchedulerCounts()
+        self._gaps = 0  # between tokens of a request, since they were taken
+        self._gap_s = 0.0
 
     def load(self, running: int, waiting: int, kv_usage: float) -> None:
         self._running.set(running)
@@ -51,6 +53,8 @@ class RequestMetrics:
     def token(self, sequence: Sequence, now: float) -> None:
         if sequence.last_token_s:
             self._inter_token.observe(now - sequence.last_token_s)
+            self._gaps += 1
+            self._gap_s += now - sequence.last_token_s
         else:
             sequence.first_token_s = now
             self._metrics.request_prefill_time_seconds.observe(now - sequence.admitted_s)
@@ -58,6 +62,12 @@ class RequestMetrics:
             if sequence.trace is not None:
                 sequence.trace.event("first token")
         sequence.last_token_s = now
+
+    def take_token_s(self) -> float:
+        """The mean time between two tokens of a request since the call before; 0 = there were none."""
+        gaps, gap_s = self._gaps, self._gap_s
+        self._gaps, self._gap_s = 0, 0.0
+        return gap_s / gaps if gaps else 0.0
 
     def ended(self, sequence: Sequence, now: float, error: str) -> None:
         """``error`` '' = it ended as asked."""

@@ -15,7 +15,7 @@ from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
-from expertmesh.v1 import attention_pb2, attention_pb2_grpc
+from expertmesh.v1 import attention_pb2, attention_pb2_grpc, mesh_pb2
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class AttentionServer:
             telemetry,
             step_sample_interval_s=config.telemetry.step_sample_interval_s,
         )
+        self._max_num_seqs = config.attention.max_num_seqs
         self._service = AttentionService(self.half.engine, spec, telemetry)
         self._ticking: asyncio.Task[None] | None = None
 
@@ -44,6 +45,18 @@ class AttentionServer:
         """Add the service to a gRPC server; returns its full name."""
         attention_pb2_grpc.add_AttentionServiceServicer_to_server(self._service, server)
         return [attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name]
+
+    def report(self) -> mesh_pb2.ServerLoad:
+        """What the balancer hears of this server's work, since the report before."""
+        engine = self.half.engine
+        load = engine.load()
+        return mesh_pb2.ServerLoad(
+            num_requests_running=load.num_running,
+            num_requests_waiting=load.num_waiting,
+            max_num_requests=self._max_num_seqs,
+            kv_cache_usage=load.kv_cache_usage,
+            token_s=engine.take_token_s(),
+        )
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()

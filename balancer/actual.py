@@ -213,6 +213,8 @@ class Actual:
 
     def _heard(self, member: Member, heartbeat: mesh_pb2.Heartbeat, now: float) -> None:
         """Heartbeats repeat what a message said that a broken stream may have swallowed."""
+        if heartbeat.HasField("load"):
+            member = self.members.change(member, load=heartbeat.load)
         if heartbeat.state == mesh_pb2.SERVER_STATE_DRAINING:
             self._leave(member, "it is draining")
         if heartbeat.view_number != self.view.number:

@@ -28,7 +28,9 @@ from expertmesh.balancer.reconcile import Reconciler
 from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.saver import Outgoing, SavedFirst, StateSaver
+from expertmesh.balancer.scaling import Autoscaler
 from expertmesh.balancer.scaling_admin import ScaleAdmin
+from expertmesh.balancer.scaling_policy import load_policy
 from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
 from expertmesh.balancer.standby import Switchboard
@@ -140,6 +142,9 @@ class Leading:
     Args:
         store_address: of the rendezvous store that its views name.
         initial: mode offline: the placement that the first view starts with.
+
+    Raises:
+        UserError: there is no such scale policy.
     """
 
     def __init__(
@@ -180,6 +185,9 @@ class Leading:
             config.balancer, self._actual, statistics=statistics, effects=self._outside, events=self.events, rule=rule
         )
         self._targets = ScaleTargets(config, self._actual, self._outside, self.events)
+        self._draining = Draining(self._actual, self._outside, self.events, self._targets)
+        policy = load_policy(config.scaling.hook)
+        autoscaler = Autoscaler(config, self._actual, self._targets, self._draining, self.events, policy)
         reconciler = Reconciler(
             config,
             self._actual,
@@ -187,6 +195,7 @@ class Leading:
             effects=self._outside,
             events=self.events,
             targets=self._targets,
+            autoscaler=autoscaler,
             store_address=store_address,
             initial=initial,
         )
@@ -215,8 +224,8 @@ class Leading:
             wake=self._driver.wake,
             clock=time.monotonic,
         )
-        draining = Draining(self._actual, self._outside, self.events, self._targets)
-        scaling = ScaleAdmin(self._targets, draining, policy=self._config.scaling.policy, wake=self._driver.wake)
+        scale_policy = self._config.scaling.policy
+        scaling = ScaleAdmin(self._targets, self._draining, policy=scale_policy, wake=self._driver.wake)
         admin = AdminServicer(self._actual, self.events, placement, scaling, self._routing, time.monotonic)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         board.open(self._turn.holds)

@@ -35,6 +35,7 @@ class Member:
     ready_view: int = 0  # the view that it says it steps in
     sent_view: int = 0  # the view that it was sent last
     sent_pause: str = ""  # the pause reason that it was sent last
+    load: mesh_pb2.ServerLoad | None = None  # as its last heartbeat had it
 
     @property
     def server_id(self) -> str:

@@ -15,6 +15,7 @@ from expertmesh.balancer.faults import Strikes, Suspicions
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.replicas import ReplicaRule
+from expertmesh.balancer.scaling import Autoscaler
 from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.views import NoView, ViewPlan, next_view, still_missing
 from expertmesh.mesh.config import MeshConfig
@@ -42,6 +43,7 @@ class Reconciler:
         effects: Effects,
         events: EventLog,
         targets: ScaleTargets,
+        autoscaler: Autoscaler,
         store_address: str,
         initial: PlacementFile | None = None,
     ) -> None:
@@ -74,6 +76,7 @@ class Reconciler:
             control.applying.tick,
             control.upkeep.tick,
             control.online.tick,
+            autoscaler.tick,
             self._forget,
         )
 

@@ -21,7 +21,6 @@ class ScaleAdmin:
         self._draining = draining
         self._policy = policy
         self._wake = wake
-        self._launchers: Counter[str] = Counter()  # open watches
 
     def set(self, request: admin_pb2.SetScaleRequest) -> admin_pb2.SetScaleResponse:
         """
@@ -44,17 +43,19 @@ class ScaleAdmin:
     async def watch(self, launcher: str) -> AsyncGenerator[admin_pb2.Scale]:
         """The scale now, and again after every change; for ever."""
         name = launcher or "unnamed"
-        self._launchers[name] += 1
+        launchers = self._targets.launchers
+        launchers[name] += 1
         try:
             while True:
                 scale = self._targets.describe()
                 yield scale
                 await self._targets.wait_beyond(scale.version)
         finally:
-            self._launchers[name] -= 1
+            launchers[name] -= 1
+            launchers += Counter()  # those without a watch go
 
     def describe(self, status: admin_pb2.GetStatusResponse) -> None:
         """Fill in what the status says about the number of servers."""
         status.scale.CopyFrom(self._targets.describe())
-        status.launchers.extend(sorted(+self._launchers))
+        status.launchers.extend(sorted(self._targets.launchers))
         status.scale_policy = self._policy

@@ -7,6 +7,7 @@ Kubernetes elsewhere.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -49,6 +50,8 @@ class ScaleTargets:
         self._effects = effects
         self._events = events
         self._changed = asyncio.Event()
+        self.launchers: Counter[str] = Counter()
+        """Who watches the targets, and starts servers."""
 
     @property
     def version(self) -> int:

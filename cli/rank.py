@@ -78,6 +78,7 @@ async def serve_rank(
         experts=experts.half if experts is not None else None,
         telemetry=telemetry,
         grpc_address=server.address,
+        load=attention.report if attention is not None else None,
     )
     try:
         if attention is not None:

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from expertmesh.mesh.config import MeshConfig
@@ -48,6 +49,7 @@ class RankServer:
     Args:
         attention, experts: the halves of this rank; at least one.
         grpc_address: where this process serves gRPC (health, the router link).
+        load: of the attention half, for the heartbeats.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class RankServer:
         experts: ExpertHalf | None,
         telemetry: Telemetry,
         grpc_address: str,
+        load: Callable[[], mesh_pb2.ServerLoad] | None = None,
     ) -> None:
         assert config.balancer.address is not None, "a rank is started with its balancer's address"
         self._identity = RankIdentity(server_id=server_id, role=role, node=node, grpc_address=grpc_address)
         self._spec = spec
+        self._load = load
         self._num_slots = experts.num_slots if experts is not None else 0
         self._listener = bind_listener(config.dataplane.interface_host)
         self._waker = Waker()
@@ -194,6 +198,7 @@ class RankServer:
             view_number=view.number if view is not None else 0,
             step=self._thread.progress.step,
             state=mesh_pb2.SERVER_STATE_DRAINING if self._leaving else self._thread.state,
+            load=self._load() if self._load is not None else None,
         )
 
     def _view_ended_from_thread(self) -> None:

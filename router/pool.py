@@ -64,6 +64,11 @@ class LinkPool:
         return [member.link for member in self._members.values()]
 
     @property
+    def num_unplaced(self) -> int:
+        """Requests of this router that wait for an attention server."""
+        return len(self._waiting)
+
+    @property
     def num_waiting(self) -> int:
         """Requests, of all routers, that wait on the attention servers for a place in a batch."""
         return sum(link.num_waiting for link in self.links)

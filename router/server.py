@@ -111,7 +111,10 @@ class Router:
         state = mesh_pb2.SERVER_STATE_SERVING if self.pool.any_serving else mesh_pb2.SERVER_STATE_STARTING
         if self.runner.admission.closed:
             state = mesh_pb2.SERVER_STATE_DRAINING
-        return mesh_pb2.Heartbeat(view_number=self._view_number, state=state)
+        load = mesh_pb2.ServerLoad(
+            num_requests_running=len(self.runner.admission), num_requests_waiting=self.pool.num_unplaced
+        )
+        return mesh_pb2.Heartbeat(view_number=self._view_number, state=state, load=load)
 
     def _on_message(self, message: mesh_pb2.JoinResponse) -> None:
         match message.WhichOneof("message"):

@@ -9,11 +9,14 @@ from typing import Any
 from expertmesh.balancer.actual import Actual, Phase
 from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.door import Verdict
+from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.evaluation import Job, answer
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.reconcile import Reconciler
 from expertmesh.balancer.replicas import ReplicaRule
+from expertmesh.balancer.scaling import Autoscaler
+from expertmesh.balancer.scaling_policy import load_policy
 from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.state import DurableState
 from expertmesh.mesh.config import MeshConfig, parse_config
@@ -113,6 +116,7 @@ class FakeServer:
     slow: bool = False
     broken: bool = False
     deaf: bool = False
+    load: mesh_pb2.ServerLoad | None = None  # that its heartbeats carry
     num_heard: int = 0  # messages of the session that were read
     running: mesh_pb2.View = field(default_factory=mesh_pb2.View)  # with the placement that it steps with
     staged: dict[int, mesh_pb2.MigrationPlan] = field(default_factory=dict)
@@ -154,6 +158,9 @@ class World:
             rule=ReplicaRule.of(self.config.expert),
         )
         self.targets = ScaleTargets(self.config, self.actual, self.effects, self.events)
+        self.draining = Draining(self.actual, self.effects, self.events, self.targets)
+        policy = load_policy(self.config.scaling.hook)
+        autoscaler = Autoscaler(self.config, self.actual, self.targets, self.draining, self.events, policy)
         self.reconciler = Reconciler(
             self.config,
             self.actual,
@@ -161,6 +168,7 @@ class World:
             effects=self.effects,
             events=self.events,
             targets=self.targets,
+            autoscaler=autoscaler,
             store_address="127.0.0.1:9",
             initial=self.initial,
         )
@@ -188,7 +196,7 @@ class World:
                 self.last_beat_s = self.now
                 for server in self.servers.values():
                     if server.connected and not server.hung:
-                        self.say(server, heartbeat=mesh_pb2.Heartbeat())
+                        self.say(server, heartbeat=mesh_pb2.Heartbeat(load=server.load))
             self.settle()
             self.get_ready()
             self.solve()
