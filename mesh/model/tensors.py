@@ -121,7 +121,12 @@ def _read_sharded(path: Path) -> TensorIndex:
 def _is_weight_map(value: object) -> TypeGuard[dict[str, str]]:
     if not isinstance(value, dict) or not value:
         return False
-    return all(len(name) <= MAX_NAME and isinstance(shard, str) for name, shard in value.items())
+    return all(_is_name(name) and isinstance(shard, str) for name, shard in value.items())
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can stand in a message."""
+    return 0 < len(name) <= MAX_NAME and name.isprintable()
 
 
 def _read_shard(path: Path, shard: str) -> dict[str, TensorEntry]:
@@ -175,10 +180,10 @@ def _parse_entry(file: Path, shard: str, name: str, item: Any, data_begin: int) 
     match item:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             are_sizes = all(is_integer(size, 0, 2**63 - 1) for size in (begin, end, *shape))
-            if are_sizes and begin <= end and len(shape) <= MAX_DIMENSIONS and len(name) <= MAX_NAME:
+            if are_sizes and begin <= end and len(shape) <= MAX_DIMENSIONS and _is_name(name) and _is_name(dtype):
                 _check_size(file, name, dtype, shape, end - begin)
                 return TensorEntry(shard, dtype, tuple(shape), data_begin + begin, end - begin)
-    raise UserError(f"{file}: {name:.200}", "has a malformed entry in the safetensors header", FETCH_AGAIN)
+    raise UserError(f"{file}: {name!r:.200}", "has a malformed entry in the safetensors header", FETCH_AGAIN)
 
 
 def _check_size(file: Path, name: str, dtype: str, shape: list[int], num_bytes: int) -> None:
