@@ -14,20 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expertmesh.kernels.compiled import compiled
+from expertmesh.kernels.replica_costs import MEAN_PRICE_LIMIT, NODE_COST, RANK_COST, ROW_PRICE
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
-
-RANK_COST = 0.5
-"""Of a visit to a rank."""
-NODE_COST = 0.25
-"""Of a visit to a node beside that of its rank."""
-ROW_PRICE = 1 / 64
-"""By how much a row raises its rank's price: some 50 rows more than others have outweigh a rank and a node. On
-gpt-oss-20b's tokens half of it was less even over hundreds of tokens, and twice of it cost 0.01 visits more."""
-MEAN_PRICE_LIMIT = 1.0
-"""Where a layer's ranks cannot get their shares, prices would rise for ever: the most that they are on average."""
 
 
 @compiled

@@ -1,8 +1,8 @@
-"""Routing on a device: where the gate kernel finds each layer's slots, and the counts that it adds to.
+"""Routing on a device: where the gate kernel finds each layer's slots and prices, and the counts that it adds to.
 
 Tensors are replaced in place when a placement changes, so that CUDA graphs which read them stay valid.
 
-Dimensions: L MoE layers, E experts, R expert ranks, G global slots.
+Dimensions: L MoE layers, E experts, W replicas of an expert that are chosen among, R expert ranks, G global slots.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from collections.abc import Sequence
 
 import torch
 
-from expertmesh.kernels.gate import RoutingTotals, SlotTables
+from expertmesh.kernels.gate import ReplicaPrices, RoutingTotals, SlotTables
 from expertmesh.mesh.placement import LayerRouting, RoutingTables, Topology
+
+MOST_REPLICAS = 4
+"""That a token chooses among: the shapes of a view's graphs must not change. Of an expert on more ranks each source
+sees the first ones, and sources begin with different ones."""
 
 
 class DeviceRouting:
-    """The slot tables and routing totals of every MoE layer of a view.
+    """The slot tables, replica prices and routing totals of every MoE layer of a view; prices begin at 0.
 
-    ``put`` and ``take_totals`` belong to the step thread, between two steps.
+    ``put``, ``commit`` and reading the totals belong to the step thread, between two steps.
     """
 
     def __init__(
@@ -32,30 +36,53 @@ class DeviceRouting:
     ) -> None:
         """Follows ``routing`` from now on."""
         self._topology = topology
-        num_ranks = len(topology.node_R)
-        num_slots, num_layers = num_ranks * topology.slots_per_rank, len(moe_layers)
+        num_ranks, num_layers = len(topology.node_R), len(moe_layers)
+        num_slots = num_ranks * topology.slots_per_rank
+        width = min(MOST_REPLICAS, num_ranks) if num_slots > num_experts else 1
         self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
         node_R = torch.tensor(topology.node_R, dtype=torch.int32, device=device)
-        self.first_turn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._tables = {layer: _empty_tables(num_experts, node_R) for layer in moe_layers}
-        counts = {"dtype": torch.int64, "device": device}
-        self.pairs_LEE = torch.zeros(num_layers, num_experts, num_experts, **counts)
-        self.slot_load_LG = torch.zeros(num_layers, num_slots, **counts)
-        self.visits_L2 = torch.zeros(num_layers, 2, **counts)
+        self._tables = {layer: _empty_tables(num_experts, width, node_R, topology) for layer in moe_layers}
+        self._price_2LR = torch.zeros(2, num_layers, num_ranks, dtype=torch.float64, device=device)
+        self._share_LR = torch.zeros(num_layers, num_ranks, dtype=torch.float64, device=device)
+        self._rows_LR = torch.zeros(num_layers, num_ranks, dtype=torch.int64, device=device)
+        self.pairs_LEE = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.int64, device=device)
+        self.slot_load_LG = torch.zeros(num_layers, num_slots, dtype=torch.int64, device=device)
+        self.visits_L2 = torch.zeros(num_layers, 2, dtype=torch.int64, device=device)
+        self._is_replicated = width > 1
         for layer in moe_layers:
             self.put(layer, routing[layer])
-        routing.follow(self.put)
+        routing.follow(self)
 
     def put(self, layer: int, routing: LayerRouting) -> None:
-        """Another placement of a layer: what is enqueued from now on is routed by it."""
+        """Another placement or quota of a layer: what is enqueued from now on is routed by it."""
         tables = self._tables[layer]
-        # Any replica computes the same: until the device chooses among them, the first one does it all.
-        slot_E1 = routing.only_E[:, None].int()
-        tables.replica_EW.copy_(slot_E1, non_blocking=True)
-        tables.rank_EW.copy_(slot_E1 // self._topology.slots_per_rank, non_blocking=True)
+        width = tables.replica_EW.shape[1]
+        slot_EW = torch.full(tables.replica_EW.shape, -1, dtype=torch.int32)
+        found_EW = torch.from_numpy(routing.slot_EW)[:, :width]
+        slot_EW[:, : found_EW.shape[1]] = found_EW
+        tables.replica_EW.copy_(slot_EW, non_blocking=True)
+        tables.rank_EW.copy_(slot_EW // self._topology.slots_per_rank, non_blocking=True)  # of -1 it is -1
+        self._share_LR[self._row_of_layer[layer]].copy_(torch.from_numpy(routing.share_R), non_blocking=True)
+
+    def commit(self) -> None:
+        """A step is completed in which every layer has chosen: the next one goes on from its prices."""
+        if self._is_replicated:
+            self._price_2LR[0].copy_(self._price_2LR[1])
 
     def tables(self, layer: int) -> SlotTables:
         return self._tables[layer]
+
+    def prices(self, layer: int) -> ReplicaPrices | None:
+        """For ``route``; None where there is nothing to choose."""
+        if not self._is_replicated:
+            return None
+        row = self._row_of_layer[layer]
+        return ReplicaPrices(
+            price_R=self._price_2LR[0, row],
+            after_R=self._price_2LR[1, row],
+            share_R=self._share_LR[row],
+            rows_R=self._rows_LR[row],
+        )
 
     def totals(self, layer: int) -> RoutingTotals:
         row = self._row_of_layer[layer]
@@ -64,16 +91,12 @@ class DeviceRouting:
         )
 
 
-def _empty_tables(num_experts: int, node_R: torch.Tensor) -> SlotTables:
-    """Of a layer without replicas."""
-    num_ranks, device = len(node_R), node_R.device
+def _empty_tables(num_experts: int, width: int, node_R: torch.Tensor, topology: Topology) -> SlotTables:
+    empty_2EW = torch.full((2, num_experts, width), -1, dtype=torch.int32, device=node_R.device)
     return SlotTables(
-        replica_EW=torch.zeros(num_experts, 1, dtype=torch.int32, device=device),
-        rank_EW=torch.zeros(num_experts, 1, dtype=torch.int32, device=device),
-        bias_EW=torch.zeros(num_experts, 1, dtype=torch.float64, device=device),
-        affinity_ER=torch.zeros(num_experts, num_ranks, dtype=torch.float64, device=device),
-        turn_PR=torch.zeros(2, num_ranks, dtype=torch.float64, device=device),
+        replica_EW=empty_2EW[0],
+        rank_EW=empty_2EW[1],
         node_R=node_R,
-        num_turns=1,
-        rank_limit=0.0,
+        own_rank=-1 if topology.own_rank is None else topology.own_rank,
+        own_node=-1 if topology.own_node is None else topology.own_node,
     )

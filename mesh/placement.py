@@ -6,9 +6,9 @@ G global slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -83,16 +83,14 @@ class LayerRouting:
         expert_G = np.fromiter(slots, dtype=np.int64)
         homes = _homes(expert_G, num_experts)
         homes = [_one_a_rank(home, topology) for home in homes]
-        self._share_R = _shares(len(topology.node_R), quota_R)
+        self.share_R = _shares(len(topology.node_R), quota_R)
         width = max(len(home) for home in homes)
         self.is_replicated = width > 1
         self.only_E = torch.tensor([home[0] for home in homes], dtype=torch.int64)
         self.price_R: Floats = np.zeros(len(topology.node_R))
         self._after_R: Floats = np.zeros(len(topology.node_R))
-        if not self.is_replicated:
-            return
-        self._slot_EW = np.array([home + [-1] * (width - len(home)) for home in homes], dtype=np.int64)
-        self._rank_EW = np.where(self._slot_EW < 0, -1, self._slot_EW // topology.slots_per_rank)
+        self.slot_EW: Ints = np.array([home + [-1] * (width - len(home)) for home in homes], dtype=np.int64)
+        self.rank_EW = np.where(self.slot_EW < 0, -1, self.slot_EW // topology.slots_per_rank)
         self._node_R = np.array(topology.node_R, dtype=np.int64)
         self._own_rank = -1 if topology.own_rank is None else topology.own_rank
         self._own_node = -1 if topology.own_node is None else topology.own_node
@@ -111,12 +109,12 @@ class LayerRouting:
         slot_TK = np.empty(expert_TK.shape, np.int64)
         host_choose_replicas(
             np.ascontiguousarray(expert_TK),
-            self._slot_EW,
-            self._rank_EW,
+            self.slot_EW,
+            self.rank_EW,
             self._node_R,
             self._own_rank,
             self._own_node,
-            self._share_R,
+            self.share_R,
             self.price_R,
             self._after_R,
             slot_TK,
@@ -131,6 +129,16 @@ class LayerRouting:
         """Between two steps: go on from these prices of the expert ranks."""
         self.price_R[:] = price_R
         self._after_R[:] = price_R
+
+
+class Follower(Protocol):
+    """Keeps copies of the tables where replicas are chosen instead, as on a device."""
+
+    def put(self, layer: int, routing: LayerRouting) -> None:
+        """Another placement of a layer, between two steps."""
+
+    def commit(self) -> None:
+        """A step is completed in which every layer has chosen."""
 
 
 class RoutingTables:
@@ -150,7 +158,7 @@ class RoutingTables:
         self._num_experts = num_experts
         self._topology = topology
         self._layers: dict[int, LayerRouting] = {}
-        self._follower: Callable[[int, LayerRouting], None] | None = None
+        self._follower: Follower | None = None
         for placement in placements:
             self.replace(placement)
             if earlier is not None:
@@ -176,14 +184,17 @@ class RoutingTables:
             routing.set_prices(self._layers[layer].price_R)
         self._layers[layer] = routing
         if self._follower is not None:
-            self._follower(layer, routing)
+            self._follower.put(layer, routing)
 
-    def follow(self, follower: Callable[[int, LayerRouting], None]) -> None:
-        """``follower`` is called at every ``put`` from now on: it keeps copies on a device."""
+    def follow(self, follower: Follower) -> None:
+        """Tell ``follower`` from now on."""
         self._follower = follower
 
     def commit(self) -> None:
         """A step is completed in which every layer has chosen."""
+        if self._follower is not None:
+            self._follower.commit()
+            return
         for routing in self._layers.values():
             routing.commit()
 

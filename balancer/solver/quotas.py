@@ -139,7 +139,8 @@ class _Dual:
 
     def _rows(self, share_MW: Floats) -> Floats:
         rows_MW = share_MW * self._load_M[:, None]
-        return np.bincount(self._rank_MW.ravel(), weights=rows_MW.ravel(), minlength=len(self._free_R))
+        count_R = np.bincount(self._rank_MW.ravel(), weights=rows_MW.ravel(), minlength=len(self._free_R))
+        return count_R.astype(np.float64)
 
     def _curvature(self, share_MW: Floats) -> Floats:
         """The second derivatives [R, R]."""
