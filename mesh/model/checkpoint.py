@@ -15,9 +15,11 @@ import torch
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.load_progress import LoadProgress
-from expertmesh.mesh.model.reader import TensorReader
+from expertmesh.mesh.model.quantisation.dequantise import dequantise_fp8, dequantise_mxfp4
+from expertmesh.mesh.model.quantisation.storage import Fp8Blocks, Mxfp4, Plain, find_storage, stored_bytes
+from expertmesh.mesh.model.reader import TORCH_DTYPES, TensorReader
 from expertmesh.mesh.model.spec import ModelSpec
-from expertmesh.mesh.model.tensors import read_tensor_index
+from expertmesh.mesh.model.tensors import TensorEntry, read_tensor_index
 from expertmesh.mesh.model.unused import find_unused
 
 READERS = 4
@@ -61,17 +63,17 @@ class Checkpoint:
         """Bytes that ``model_tensors`` and ``layer_tensors`` of all layers read."""
         family = family_by_name(spec.family)
         parts = [family.model_tensors(spec), *(family.layer_tensors(spec, layer) for layer in range(spec.num_layers))]
-        return sum(self._index.require(named.name, named.shape).num_bytes for part in parts for named in part.values())
+        return sum(stored_bytes(self._index, named) for part in parts for named in part.values())
 
     def expert_bytes(self, spec: ModelSpec, layer: int, expert: int) -> int:
         """Bytes that ``copy_expert`` reads."""
         fused = self._fused(spec, layer)
         if fused is not None:
-            stored = sum(self._index.require(named.name, named.shape).num_bytes for named in fused.all)
+            stored = sum(stored_bytes(self._index, named) for named in fused.all)
             return stored // spec.num_experts
         own = family_by_name(spec.family).expert_tensors(spec, layer, expert)
         assert own is not None, "a family names an expert's tensors in one way at least"
-        return sum(self._index.require(named.name, named.shape).num_bytes for named in own.all)
+        return sum(stored_bytes(self._index, named) for named in own.all)
 
     def has(self, name: str) -> bool:
         return name in self._index.entries
@@ -135,19 +137,26 @@ class Checkpoint:
 
     def _copy_fused(self, tensors: FusedExpertTensors, expert: int, *parts: torch.Tensor) -> None:
         for named, out in zip(tensors.all, parts, strict=True):
-            is_matrix = out.dim() == 2
-            if not tensors.interleaved and not (tensors.transposed and is_matrix):
+            interleaved = tensors.interleaved and named in (tensors.gate_up, tensors.gate_up_bias)
+            if not interleaved and not (tensors.transposed and out.dim() == 2):
                 self._copy(named, out, expert)
                 continue
-            stored = torch.empty(named.shape[1:], dtype=out.dtype)
-            self._copy(named, stored, expert)
-            rows = stored.T if tensors.transposed and is_matrix else stored
-            if tensors.interleaved and named in (tensors.gate_up, tensors.gate_up_bias):
+            rows = self._fused_rows(named, tensors.transposed and out.dim() == 2, expert, out.dtype)
+            if interleaved:
                 gate, up = out.chunk(2)
                 gate.copy_(rows[::2])
                 up.copy_(rows[1::2])
             else:
                 out.copy_(rows)
+
+    def _fused_rows(self, named: NamedTensor, transposed: bool, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's part of a fused tensor, its outputs first."""
+        storage = find_storage(self._index, named)
+        if isinstance(storage, Mxfp4):
+            return self._read_mxfp4(storage, expert, named.shape[1])
+        stored = torch.empty(named.shape[1:], dtype=dtype)
+        self._copy(named, stored, expert)
+        return stored.T if transposed else stored
 
     def _read_all(self, parts: Mapping[str, NamedTensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tensors = {part: torch.empty(named.shape, dtype=dtype) for part, named in parts.items()}
@@ -158,7 +167,25 @@ class Checkpoint:
 
     def _copy(self, named: NamedTensor, out: torch.Tensor, expert: int | None = None) -> None:
         """Copy a tensor, or one expert's part of a fused one, into ``out``."""
-        self._reader.copy(self._index.require(named.name, named.shape), out, row=expert)
+        storage = find_storage(self._index, named)
+        match storage:
+            case Plain():
+                self._reader.copy(storage.entry, out, row=expert)
+            case Fp8Blocks():
+                out.copy_(dequantise_fp8(self._read(storage.weight), self._read(storage.scale)))
+            case Mxfp4():
+                raise AssertionError("only the transposed experts of a layer are stored as MXFP4")
+
+    def _read_mxfp4(self, storage: Mxfp4, expert: int, num_inputs: int) -> torch.Tensor:
+        """float32 [outputs, inputs] of one expert."""
+        blocks, scales = self._read(storage.blocks, expert), self._read(storage.scales, expert)
+        return dequantise_mxfp4(blocks, scales)[:, :num_inputs]
+
+    def _read(self, entry: TensorEntry, row: int | None = None) -> torch.Tensor:
+        """A tensor, or one row along its first dimension, as it is stored."""
+        stored = torch.empty(entry.shape if row is None else entry.shape[1:], dtype=TORCH_DTYPES[entry.dtype])
+        self._reader.copy(entry, stored, row=row)
+        return stored
 
     def _count(self, num_bytes: int) -> None:
         self._on_read(num_bytes)

@@ -21,6 +21,7 @@ from expertmesh.mesh.model.families import find_family
 from expertmesh.mesh.model.families.base import Family, FusedExpertTensors, NamedTensor, stored_experts
 from expertmesh.mesh.model.fields import Fields, read_fields
 from expertmesh.mesh.model.hub import fetch_repo
+from expertmesh.mesh.model.quantisation.storage import find_storage
 from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def check_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Non
         UserError: one is missing or has another shape, or a dtype that is not read.
     """
     for tensor in needed_tensors(family, arch, index):
-        index.require(tensor.name, tensor.shape)
+        find_storage(index, tensor)
 
 
 def needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Iterator[NamedTensor]:

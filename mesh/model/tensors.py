@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -55,11 +55,11 @@ class TensorIndex:
     entries: Mapping[str, TensorEntry]
     unlisted: tuple[str, ...] = ()
 
-    def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+    def require(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = READABLE_DTYPES) -> TensorEntry:
         """The entry of a tensor that must be there.
 
         Raises:
-            UserError: it is missing, has another shape, or a dtype that is not float32, bfloat16 or float16.
+            UserError: it is missing, has another shape, or a dtype that is not one of ``dtypes``.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -72,11 +72,11 @@ class TensorIndex:
                 f"has shape {list(entry.shape)} in {self.path / entry.shard}, config.json asks for {list(shape)}",
                 "use the config.json that belongs to the weights",
             )
-        if entry.dtype not in READABLE_DTYPES:
+        if entry.dtype not in dtypes:
             raise UserError(
                 name,
                 f"has dtype {entry.dtype} in {self.path / entry.shard}",
-                f"use a checkpoint stored as one of {', '.join(READABLE_DTYPES)}",
+                f"use a checkpoint stored as one of {', '.join(dtypes)}",
             )
         return entry
 

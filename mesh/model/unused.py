@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.families.base import Family
+from expertmesh.mesh.model.quantisation.storage import find_storage
 from expertmesh.mesh.model.spec import needed_tensors
 from expertmesh.mesh.model.tensors import TensorIndex
 
@@ -48,7 +49,7 @@ class UnusedTensors:
 
 def find_unused(family: Family, arch: Architecture, index: TensorIndex) -> UnusedTensors:
     """Compare the folder's tensors with the architecture's."""
-    needed = {tensor.name for tensor in needed_tensors(family, arch, index)}
+    needed = {name for tensor in needed_tensors(family, arch, index) for name in find_storage(index, tensor).tensors}
     unexpected: list[str] = []
     ignored: dict[str, int] = {}
     for name in sorted({*index.entries, *index.unlisted} - needed):

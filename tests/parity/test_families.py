@@ -55,12 +55,18 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"num_key_value_heads": 1, "attention_bias": False, "tie_word_embeddings": True, "intermediate_size": 13},
     ],
     "deepseek_v2": [
-        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}},
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}, "num_experts_per_tok": 3},
         {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True, "tie_word_embeddings": True},
     ],
     "deepseek_v3": [
         {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
-        {"q_lora_rank": None, "rope_interleave": False, "n_shared_experts": 2, "norm_topk_prob": False, "n_group": 2},
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "topk_group": 1,
+        },
     ],
     "llama4_text": [
         {"interleave_moe_layer_step": 2, "rope_parameters": LLAMA3},

@@ -22,6 +22,9 @@ from expertmesh.mesh.model.spec import GenerationDefaults, load_spec
 from support.checkpoints import TINY, write_checkpoint
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 def read(**overrides: Any) -> Any:
     return Qwen3Moe().read(Fields(file="config.json", data={**TINY, **overrides}))
 
@@ -131,7 +134,9 @@ def test_num_local_experts_is_num_experts() -> None:
     [
         ("hidden_act", {"hidden_act": "gelu"}),
         ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 128}),
-        ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
+        ("quantization_config: quant_method", {"quantization_config": {"quant_method": "gptq"}}),
+        ("quantization_config: weight_block_size", {"quantization_config": {"quant_method": "fp8"}}),
+        ("quantization_config: fmt", {"quantization_config": {**FP8, "fmt": "e5m2"}}),
         ("rope_parameters: rope_type", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}),
         ("rope_scaling: type", {"rope_scaling": {"type": "linear-ish", "factor": 2.0}}),
         ("rope_scaling: rope_type", {"rope_scaling": {"rope_type": "dynamic"}}),

@@ -14,6 +14,7 @@ from expertmesh.mesh.model.families import standard
 from expertmesh.mesh.model.families.base import FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
+from expertmesh.mesh.model.quantisation.formats import check_quantisation
 
 DEFAULT_CHUNK, DEFAULT_FLOOR, DEFAULT_SCALE = 8192, 8192.0, 0.1
 
@@ -28,7 +29,7 @@ class Llama4:
     prefix: str = ""
 
     def read(self, config: Fields) -> Architecture:
-        standard.refuse_quantised(config)
+        check_quantisation(config)
         text = config.section(self.section) if self.section else config
         sizes = standard.decoder_sizes(text, rms_norm_eps=1e-5)
         heads = standard.head_sizes(text)

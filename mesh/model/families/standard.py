@@ -8,6 +8,7 @@ from typing import Any
 from expertmesh.mesh.model.architecture import Architecture, Span
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.fields import Fields
+from expertmesh.mesh.model.quantisation.formats import check_quantisation
 
 MAX_LAYERS = 10_000
 """More can only be a mistake, and would keep the reader busy for ever."""
@@ -17,7 +18,7 @@ Parts = dict[str, NamedTensor]
 
 def decoder_sizes(config: Fields, *, rms_norm_eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
     """The fields of ``Architecture`` that have the same keys in every family, heads and experts left out."""
-    refuse_quantised(config)
+    check_quantisation(config)
     refuse_other_activations(config)
     return {
         "vocab_size": config.integer("vocab_size"),
@@ -95,13 +96,6 @@ def spans_by_type(
             raise config.error("layer_types", f"has {kind!r}", f"it may have {', '.join(sizes)}")
     spans = tuple(sizes[kind] for kind in types[:num_layers])
     return spans if any(spans) else ()
-
-
-def refuse_quantised(config: Fields) -> None:
-    if config.has("quantization_config"):
-        raise config.error(
-            "quantization_config", "is set, and quantised weights are not supported", "use the checkpoint in bfloat16"
-        )
 
 
 def refuse_other_activations(config: Fields) -> None:
