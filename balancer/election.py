@@ -95,6 +95,8 @@ class Term:
         while self.holds():
             pause_s = _RETRY_S if problem else self._lease.ttl_s / _RENEWALS_PER_LEASE
             await self._sleep(max(0.0, min(pause_s, self._until_s - self._clock())))
+            if not self.holds():  # this process stood still
+                break
             asked_s = self._clock()
             try:
                 async with asyncio.timeout(self._until_s - asked_s):
