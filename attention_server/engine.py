@@ -19,9 +19,9 @@ import numpy as np
 
 from expertmesh.attention_server.kv_cache import BlockManager
 from expertmesh.attention_server.observe import RequestMetrics
-from expertmesh.attention_server.request import RefusedError, Sequence
+from expertmesh.attention_server.request import RefusedError, Sequence, SequenceState
 from expertmesh.attention_server.sampler import Logprobs, Sampled
-from expertmesh.attention_server.scheduler import Chunk, Limits, Scheduler, SchedulerCounts
+from expertmesh.attention_server.scheduler import Chunk, LaunchedChunk, Limits, Scheduler, SchedulerCounts
 from expertmesh.v1 import generate_pb2
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,11 @@ class Engine:
             self._collect()
         self._publish()
 
+    def can_go_on(self) -> bool:
+        """Whether a step can be prepared while one is under way: not where somebody would lose its blocks."""
+        with self._lock:
+            return self._scheduler.has_room_to_go_on()
+
     def prepare(self) -> tuple[list[Chunk], bool]:
         """The chunks of the next step, and whether they are other than those of the call before."""
         with self._lock:
@@ -181,18 +186,38 @@ class Engine:
 
     def complete(self, chunks: list[Chunk], sampled: Sampled) -> None:
         """The prepared step is computed; ``sampled`` has a token for each chunk that completes, in their order."""
-        now = self._clock()
+        self.land(self.launch(chunks), sampled)
+
+    def launch(self, chunks: list[Chunk]) -> list[LaunchedChunk]:
+        """The prepared step is under way: the next one may be prepared."""
         with self._lock:
             assert chunks is self._prepared, "a step other than the prepared one was computed"
-            completing = [chunk.sequence for chunk in chunks if chunk.completes]
             prefilled = sum([chunk.count for chunk in chunks if chunk.is_prefill])
-            self._metrics.computed(prefilled, len(completing))
-            self._scheduler.advance(chunks)
-            for index, (sequence, token) in enumerate(zip(completing, sampled.tokens.tolist(), strict=True)):
-                if not sequence.dropped:
-                    self._answer(sequence, token, sampled.logprobs.get(index), now)
+            launched = self._scheduler.launch(chunks)
+            self._metrics.computed(prefilled, sum([chunk.completes for chunk in launched]))
             self._unprepare()
+        return launched
+
+    def land(self, launched: list[LaunchedChunk], sampled: Sampled) -> None:
+        """A launched step is computed; steps land in the order of their launches.
+
+        What a sequence that has ended meanwhile computed is dropped: its blocks may be others' by now, but only for
+        steps behind this one.
+        """
+        now = self._clock()
+        with self._lock:
+            self._scheduler.land(launched)
+            completing = [chunk.sequence for chunk in launched if chunk.completes]
+            for index, (sequence, token) in enumerate(zip(completing, sampled.tokens.tolist(), strict=True)):
+                if sequence.state is not SequenceState.ENDED:
+                    self._answer(sequence, token, sampled.logprobs.get(index), now)
         self._publish()
+
+    def take_back(self, launched: list[LaunchedChunk]) -> None:
+        """A launched step is lost and will be computed again; steps are taken back from the last one on."""
+        with self._lock:
+            self._unprepare()
+            self._scheduler.take_back(launched)
 
     def _collect(self) -> None:
         while self._inbox:
@@ -237,12 +262,12 @@ class Engine:
         self._metrics.started(sequence, self._clock())
 
     def _answer(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> None:
-        sequence.append(token)
+        sequence.fill(token)
         self._metrics.token(sequence, now)
         finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
-        if token in sequence.sampling.end_ids and sequence.num_output >= sequence.sampling.min_tokens:
+        if token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens:
             finish, matched_id = generate_pb2.FINISH_REASON_STOP, token
-        elif sequence.num_tokens == len(sequence.tokens):
+        elif sequence.is_full and not sequence.num_pending:
             finish = generate_pb2.FINISH_REASON_LENGTH
         self._outputs.append(
             Output(sequence.link, sequence.handle, token, logprobs, finish, matched_id, sequence.cached_tokens)
@@ -259,6 +284,8 @@ class Engine:
     def _drop(self, sequence: Sequence, error: str) -> None:
         """Forget a sequence. Its blocks stay while a prepared step may write to them."""
         del self._active[(sequence.link, sequence.handle)]
+        sequence.num_tokens -= sequence.num_pending
+        sequence.num_pending = 0
         self._metrics.ended(sequence, self._clock(), error)
         if sequence.in_batch:
             sequence.dropped = True

@@ -25,7 +25,7 @@ class GroupedQueryAttention:
     def __init__(self, arch: Architecture, layer: int, parts: Parts, kv_cache: PagedKvCache) -> None:
         variant = arch.attention
         self._arch, self._layer, self._kv_cache = arch, layer, kv_cache
-        self.qkv = Linear(_join_qkv(parts, "proj", arch), _join_qkv(parts, "bias", arch) if "q_bias" in parts else None)
+        self.qkv = Linear(join_qkv(parts, "proj", arch), join_qkv(parts, "bias", arch) if "q_bias" in parts else None)
         self.o = Linear(parts["o_proj"], parts.get("o_bias"))
         self._norms = _qk_norms(arch, parts)
         self._epsilon = torch.tensor(arch.rms_norm_eps)
@@ -87,7 +87,7 @@ def _qk_norms(arch: Architecture, parts: Parts) -> tuple[RmsNorm, ...]:
     return (RmsNorm(torch.cat(heads), arch.rms_norm_eps),)
 
 
-def _join_qkv(parts: Parts, kind: str, arch: Architecture) -> torch.Tensor:
+def join_qkv(parts: Parts, kind: str, arch: Architecture) -> torch.Tensor:
     """The query, key and value projections' weights or biases as one, in our order of features."""
     q, k = (pair_features(parts[f"{name}_{kind}"], arch.head_dim, arch.rope) for name in "qk")
     return torch.cat([q, k, parts[f"v_{kind}"]])

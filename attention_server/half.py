@@ -5,7 +5,6 @@ Dimensions: T tokens of the step, S sequences, R rows of the sequence table, B b
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,22 +15,19 @@ import torch
 
 from expertmesh.attention_server.context import StepContext
 from expertmesh.attention_server.dense import DenseModel
-from expertmesh.attention_server.engine import Engine, no_samples
-from expertmesh.attention_server.kv_cache import BlockManager
-from expertmesh.attention_server.observe import RequestMetrics
+from expertmesh.attention_server.engine import no_samples
+from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
-from expertmesh.attention_server.request import Sequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
-from expertmesh.attention_server.scheduler import Chunk, Limits
+from expertmesh.attention_server.scheduler import Chunk
 from expertmesh.mesh.config import AttentionConfig
-from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
 
-log = logging.getLogger(__name__)
+HOST_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,7 @@ class Step:
     traceparent: str
 
 
-class ServingHalf:
+class ServingHalf(HalfBase):
     """Implements ``mesh.halves.AttentionHalf``.
 
     Args:
@@ -70,9 +66,8 @@ class ServingHalf:
         Raises:
             UserError: a tensor is missing or has another shape, or the KV cache is too small for two blocks.
         """
-        self._spec = spec
-        self._block_size = config.block_size
-        num_blocks = _num_kv_blocks(config, spec)
+        num_bytes = HOST_CACHE_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
+        num_blocks = num_kv_blocks(config, spec, num_bytes, "attention.kv_cache_bytes")
         cache = PagedKvCache(
             num_layers=spec.num_layers,
             num_blocks=num_blocks,
@@ -83,38 +78,18 @@ class ServingHalf:
         self._model = DenseModel(spec, checkpoint, cache)
         self._max_compiled_tokens = self._model.max_compiled_tokens
         self._spans = {span for span in spec.attention.spans if span is not None}
-        self._sampler = Sampler(spec.vocab_size, config.max_num_seqs)
-        blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
-        self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self.engine = Engine(
-            Limits(
-                block_size=config.block_size,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_waiting=config.max_waiting,
-            ),
-            BlockManager(num_blocks, enable_prefix_caching=config.enable_prefix_caching),
-            RequestMetrics(telemetry.metrics),
-            clock,
-            on_start=self._place,
-            on_stop=self._displace,
+        super().__init__(
+            config,
+            spec,
+            telemetry,
+            Sampler(spec.vocab_size, config.max_num_seqs),
+            num_blocks,
+            step_sample_interval_s=step_sample_interval_s,
+            clock=clock,
         )
-        self._clock = clock
-        self._trace_interval_s = step_sample_interval_s
-        self._last_trace_s = float("-inf")
         self._step: Step | None = None
         self._x_TH = torch.empty(0)
         self._shared_TH: torch.Tensor | None = None
-        log.info("KV cache: %d blocks of %d tokens", num_blocks, config.block_size)
-
-    def set_waker(self, wake: Callable[[], None]) -> None:
-        self.engine.set_waker(wake)
-
-    def set_serving(self, serving: bool, reason: str = "") -> None:
-        if not serving:
-            log.info("not serving: %s", reason or "no view")
-        self.engine.set_serving(serving)
 
     def prepare(self) -> int:
         chunks, changed = self.engine.prepare()
@@ -177,11 +152,7 @@ class ServingHalf:
 
     def _build_step(self, chunks: list[Chunk]) -> Step:
         sequences = [chunk.sequence for chunk in chunks]
-        for sequence in sequences:
-            if sequence.num_tabled < len(sequence.blocks):
-                new = slice(sequence.num_tabled, len(sequence.blocks))
-                self._blocks_RB[sequence.row, new] = sequence.blocks[new]
-                sequence.num_tabled = len(sequence.blocks)
+        self._write_table(chunks)
         rows = np.array([sequence.row for sequence in sequences])
         starts = np.array([sequence.num_computed for sequence in sequences])
         counts = np.array([chunk.count for chunk in chunks])
@@ -208,30 +179,13 @@ class ServingHalf:
             sampled_S=None if len(last_tokens) == len(tokens) else torch.from_numpy(last_tokens),
             sampled_rows_S=rows[completes],
             sampled_position_S=positions[completes],
-            traceparent=self._due_trace(sequences),
+            traceparent=self._due_trace(chunks),
         )
-
-    def _due_trace(self, sequences: list[Sequence]) -> str:
-        traced = (sequence.trace.traceparent for sequence in sequences if sequence.trace is not None)
-        traceparent = next(traced, "")
-        if traceparent and self._clock() - self._last_trace_s >= self._trace_interval_s:
-            return traceparent
-        return ""
 
     def _nothing(self) -> tuple[torch.Tensor, Routes]:
         spec = self._spec
         routes = Routes(torch.empty(0, spec.top_k, dtype=torch.int64), torch.empty(0, spec.top_k))
         return torch.empty(0, spec.hidden_size, dtype=spec.dtype), routes
-
-    def _place(self, sequence: Sequence) -> None:
-        sequence.row = self._free_rows.pop()
-        sequence.num_tabled = 0
-        self._sampler.open(sequence.row, sequence)
-
-    def _displace(self, sequence: Sequence) -> None:
-        self._sampler.close(sequence.row)
-        self._free_rows.append(sequence.row)
-        sequence.row = -1
 
 
 def _kv_layout(arch: Architecture) -> dict[str, Any]:
@@ -240,17 +194,3 @@ def _kv_layout(arch: Architecture) -> dict[str, Any]:
     if latent is None:
         return {"num_kv_heads": arch.num_kv_heads, "head_dim": arch.head_dim, "shared": False}
     return {"num_kv_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim, "shared": True}
-
-
-def _num_kv_blocks(config: AttentionConfig, spec: ModelSpec) -> int:
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    block_bytes = config.block_size * spec.kv_bytes_per_token
-    num_blocks = config.kv_cache_bytes // block_bytes
-    if num_blocks < 2:
-        raise UserError(
-            "attention.kv_cache_bytes",
-            f"{config.kv_cache_bytes} bytes hold {num_blocks} KV blocks of {block_bytes} bytes",
-            f"set it to {2 * block_bytes} or more, or lower attention.block_size",
-        )
-    return num_blocks

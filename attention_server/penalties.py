@@ -14,10 +14,12 @@ from expertmesh.attention_server.request import Sequence
 class PenaltyState:
     """A place for each running sequence with penalties; grows by doubling and is updated token by token."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._seen_PV = torch.zeros(0, vocab_size, dtype=torch.bool)  # in the prompt or the output
-        self._count_PV = torch.zeros(0, vocab_size)  # in the output
-        self._strength_P3 = torch.zeros(0, 3)  # repetition, frequency, presence
+    def __init__(self, vocab_size: int, device: torch.device | None = None) -> None:
+        """``device``: where the state and the logits are; None = the CPU."""
+        self._device = device
+        self._seen_PV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # in the prompt or the output
+        self._count_PV = torch.zeros(0, vocab_size, device=device)  # in the output
+        self._strength_P3 = torch.zeros(0, 3, device=device)  # repetition, frequency, presence
         self._free: list[int] = []
 
     def open(self, sequence: Sequence) -> int:
@@ -25,10 +27,10 @@ class PenaltyState:
         if not self._free:
             self._grow()
         place = self._free.pop()
-        tokens = torch.from_numpy(sequence.tokens[: sequence.num_tokens])
+        tokens = self._to_device(sequence.tokens[: sequence.num_tokens])
         output = tokens[sequence.num_prompt :]
         self._seen_PV[place].zero_()[tokens] = True
-        self._count_PV[place].zero_().index_add_(0, output, torch.ones(len(output)))
+        self._count_PV[place].zero_().index_add_(0, output, torch.ones(len(output), device=self._device))
         params = sequence.sampling
         self._strength_P3[place] = torch.tensor(
             [params.repetition_penalty, params.frequency_penalty, params.presence_penalty]
@@ -38,20 +40,24 @@ class PenaltyState:
     def close(self, place: int) -> None:
         self._free.append(place)
 
-    def accept(self, place_S: np.ndarray, token_S: np.ndarray) -> None:
+    def accept(self, place_S: np.ndarray, token_S: torch.Tensor) -> None:
         """Count one new output token of each place."""
-        place, token = torch.from_numpy(place_S), torch.from_numpy(token_S)
+        place, token = self._to_device(place_S), token_S
         self._seen_PV[place, token] = True
         self._count_PV[place, token] += 1
 
     def apply(self, logits_SV: torch.Tensor, place_S: np.ndarray) -> torch.Tensor:
         """The logits after repetition, frequency and presence penalties, in vLLM's order and meaning."""
-        place = torch.from_numpy(place_S)
+        place = self._to_device(place_S)
         repetition_S1, frequency_S1, presence_S1 = self._strength_P3[place].unsqueeze(-1).unbind(1)
         factor_SV = torch.where(self._seen_PV[place], repetition_S1, 1.0)
         logits_SV = torch.where(logits_SV > 0, logits_SV / factor_SV, logits_SV * factor_SV)
         count_SV = self._count_PV[place]
         return logits_SV - frequency_S1 * count_SV - presence_S1 * (count_SV > 0)
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._device is None else tensor.to(self._device)
 
     def _grow(self) -> None:
         old = self._seen_PV.shape[0]

@@ -60,7 +60,8 @@ class Sequence:
     """A request in the engine. Everything below ``trace`` changes as it runs.
 
     ``tokens`` int64 holds ``num_tokens`` tokens (prompt, replayed and generated output) and has room for all to come.
-    KV entries of the first ``num_computed`` tokens are in ``blocks``. ``deadline_s`` is monotonic, infinity = none.
+    The last ``num_pending`` of them are being computed: their ids are not known yet. KV entries of the first
+    ``num_computed`` tokens are in ``blocks``. ``deadline_s`` is monotonic, infinity = none.
     """
 
     link: int
@@ -77,6 +78,7 @@ class Sequence:
     trace: RequestTrace | None = None
 
     num_tokens: int = 0
+    num_pending: int = 0
     num_computed: int = 0
     state: SequenceState = SequenceState.WAITING
     serial: int = 0
@@ -104,13 +106,23 @@ class Sequence:
         return self.num_tokens - self.num_prompt
 
     @property
+    def num_known_output(self) -> int:
+        return self.num_tokens - self.num_pending - self.num_prompt
+
+    @property
+    def is_full(self) -> bool:
+        """All its tokens are there, or on their way."""
+        return self.num_tokens == len(self.tokens)
+
+    @property
     def outstanding_tokens(self) -> int:
         """Tokens still to prefill or generate."""
         return len(self.tokens) - self.num_computed
 
-    def append(self, token: int) -> None:
-        self.tokens[self.num_tokens] = token
-        self.num_tokens += 1
+    def fill(self, token: int) -> None:
+        """The first pending token is known now."""
+        self.tokens[self.num_tokens - self.num_pending] = token
+        self.num_pending -= 1
 
 
 def parse_submit(

@@ -46,6 +46,19 @@ class Chunk:
         return self.count > 1 or self.sequence.num_computed < self.sequence.num_prompt
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedChunk:
+    """A chunk whose step is under way: the sequence's tokens from ``start`` to ``end`` - 1.
+
+    ``completes``: the token that it gives, which nobody knows yet, is counted in ``num_tokens`` and ``num_pending``.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    completes: bool
+
+
 @dataclass
 class SchedulerCounts:
     """Totals since the start: preemptions, and tokens looked up and found in the prefix cache."""
@@ -129,7 +142,7 @@ class Scheduler:
     def schedule(self) -> tuple[list[Chunk], list[Sequence]]:
         """Choose the next step's chunks and give them blocks.
 
-        Nothing advances before ``advance``: called again instead, it chooses again.
+        Nothing advances before ``launch``: called again instead, it chooses again.
 
         Returns: the chunks, and sequences that outgrew the whole KV cache: the caller must remove them.
         """
@@ -140,6 +153,9 @@ class Scheduler:
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
+            if sequence.is_full:  # its last token is on its way
+                index += 1
+                continue
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             if not self._make_room(sequence, sequence.num_computed + count):
                 if sequence.state is SequenceState.RUNNING:
@@ -152,14 +168,46 @@ class Scheduler:
             self._admit(chunks, budget)
         return chunks, outgrown
 
-    def advance(self, chunks: list[Chunk]) -> None:
-        """The chunks are computed; their full blocks may serve as prefixes from now on."""
+    def has_room_to_go_on(self) -> bool:
+        """Whether all that run can have another token without a preemption."""
+        missing = sum(
+            [
+                self._num_blocks(sequence.num_tokens) > len(sequence.blocks)
+                for sequence in self._running
+                if not sequence.is_full
+            ]
+        )
+        return missing <= self._blocks.num_free
+
+    def launch(self, chunks: list[Chunk]) -> list[LaunchedChunk]:
+        """The chunks' step is under way: ``schedule`` goes on from what will be there after it."""
+        launched = []
         for chunk in chunks:
+            sequence, completes = chunk.sequence, chunk.completes
+            start = sequence.num_computed
+            sequence.num_computed = start + chunk.count
+            launched.append(LaunchedChunk(sequence, start, sequence.num_computed, completes))
+            if completes:
+                sequence.num_tokens += 1
+                sequence.num_pending += 1
+        return launched
+
+    def land(self, launched: list[LaunchedChunk]) -> None:
+        """The chunks are computed; their full blocks may serve as prefixes from now on."""
+        for chunk in launched:
+            sequence = chunk.sequence
+            is_running = sequence.state is SequenceState.RUNNING
+            if is_running and chunk.end // self._limits.block_size > sequence.num_published:
+                self._publish(sequence, chunk.end)
+
+    def take_back(self, launched: list[LaunchedChunk]) -> None:
+        """The chunks' step never happened; steps are taken back from the last one on."""
+        for chunk in launched:
             sequence = chunk.sequence
             if sequence.state is SequenceState.RUNNING:
-                sequence.num_computed += chunk.count
-                if sequence.num_computed // self._limits.block_size > sequence.num_published:
-                    self._publish(sequence)
+                sequence.num_tokens -= chunk.completes
+                sequence.num_pending -= chunk.completes
+                sequence.num_computed = chunk.start
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         while budget > 0 and len(self._running) < self._limits.max_num_seqs:
@@ -235,13 +283,13 @@ class Scheduler:
         chain_digests(sequence.tokens, self._limits.block_size, sequence.digests, num_tokens)
         return self._blocks.find_prefix(sequence.digests[: num_tokens // self._limits.block_size])
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
         if not self._blocks.caches_prefixes:
             return
-        chain_digests(sequence.tokens, self._limits.block_size, sequence.digests, sequence.num_computed)
-        for index in range(sequence.num_published, sequence.num_computed // self._limits.block_size):
+        chain_digests(sequence.tokens, self._limits.block_size, sequence.digests, num_computed)
+        for index in range(sequence.num_published, num_computed // self._limits.block_size):
             self._blocks.publish(sequence.blocks[index], sequence.digests[index])
-        sequence.num_published = sequence.num_computed // self._limits.block_size
+        sequence.num_published = num_computed // self._limits.block_size
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._limits.block_size)

@@ -5,21 +5,39 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grpc
+import torch
 
 from expertmesh.attention_server.engine import EndAll, Load, Output
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.v1 import attention_pb2, attention_pb2_grpc, mesh_pb2
 
+if TYPE_CHECKING:
+    from expertmesh.attention_server.gpu_half import GpuHalf
+
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5  # how late a deadline may be noticed, and a load be told, while the rank does not step
+
+
+def _open_half(
+    config: MeshConfig, spec: ModelSpec, checkpoint: Checkpoint, telemetry: Telemetry, device: torch.device
+) -> ServingHalf | GpuHalf:
+    interval_s = config.telemetry.step_sample_interval_s
+    if device.type == "cpu":
+        return ServingHalf(config.attention, spec, checkpoint, telemetry, step_sample_interval_s=interval_s)
+    # Imported here: Triton, which it needs, is there only where a GPU is.
+    from expertmesh.attention_server.gpu_half import GpuHalf
+
+    return GpuHalf(config.attention, spec, checkpoint, telemetry, device, step_sample_interval_s=interval_s)
 
 
 class AttentionServer:
@@ -29,14 +47,15 @@ class AttentionServer:
         UserError: the weights cannot be read or the KV cache is too small.
     """
 
-    def __init__(self, config: MeshConfig, spec: ModelSpec, checkpoint: Checkpoint, telemetry: Telemetry) -> None:
-        self.half = ServingHalf(
-            config.attention,
-            spec,
-            checkpoint,
-            telemetry,
-            step_sample_interval_s=config.telemetry.step_sample_interval_s,
-        )
+    def __init__(
+        self,
+        config: MeshConfig,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        telemetry: Telemetry,
+        device: torch.device = CPU,
+    ) -> None:
+        self.half = _open_half(config, spec, checkpoint, telemetry, device)
         self._max_num_seqs = config.attention.max_num_seqs
         self._service = AttentionService(self.half.engine, spec, telemetry)
         self._ticking: asyncio.Task[None] | None = None

@@ -16,8 +16,9 @@ from expertmesh.expert_server.server import ExpertServer
 from expertmesh.kernels.warm_up import warm_up
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
-from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.device import resolve_device
 from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.model.weights import open_checkpoint
 from expertmesh.mesh.rank import RankServer
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.v1 import mesh_pb2
@@ -54,13 +55,15 @@ async def serve_rank(
     torch.set_num_threads(config.expert.num_threads if role == "expert" else config.attention.num_threads)
     started_s = time.monotonic()
     spec = load_spec(config.model)
-    checkpoint = Checkpoint(spec.path, telemetry.metrics.checkpoint_read_bytes.add)
+    device = resolve_device(config)
+    checkpoint = open_checkpoint(config.model, spec, device, telemetry.metrics.checkpoint_read_bytes.add)
     checkpoint.log_unused(spec)
     await asyncio.to_thread(warm_up, attention=role != "expert", experts=role != "attention")
+    # Slots first: on a GPU the KV cache gets its share of what they leave.
+    experts = ExpertServer(config, spec, checkpoint, telemetry, device) if role != "attention" else None
     with checkpoint.progress("dense weights", checkpoint.dense_bytes(spec)):
-        attention = AttentionServer(config, spec, checkpoint, telemetry) if role != "expert" else None
-    experts = ExpertServer(config, spec, checkpoint, telemetry) if role != "attention" else None
-    log.info("loaded %s (%s) in %.1f s", spec.name, spec.family, time.monotonic() - started_s)
+        attention = AttentionServer(config, spec, checkpoint, telemetry, device) if role != "expert" else None
+    log.info("loaded %s (%s) on %s in %.1f s", spec.name, spec.family, device, time.monotonic() - started_s)
 
     def register(server: grpc.aio.Server) -> Sequence[str]:
         return attention.register(server) if attention is not None else ()
@@ -79,6 +82,7 @@ async def serve_rank(
         telemetry=telemetry,
         grpc_address=server.address,
         load=attention.report if attention is not None else None,
+        device=device,
     )
     try:
         if attention is not None:

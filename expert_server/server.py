@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.halves import ExpertHalf
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from expertmesh.expert_server.gpu_slots import GpuSlots
 
 
 class ExpertServer:
@@ -17,15 +25,26 @@ class ExpertServer:
         UserError: the configured slots cannot hold the model's experts; see ``MeshConfig.slots_per_server``.
     """
 
-    def __init__(self, config: MeshConfig, spec: ModelSpec, checkpoint: Checkpoint, telemetry: Telemetry) -> None:
-        num_slots = config.slots_per_server(spec.num_experts)
-        self.slots = Slots(
-            spec,
-            checkpoint,
-            num_slots,
-            telemetry.metrics.slots_loaded,
-            layers_at_a_time=max(1, config.balancer.layer_updates_per_iter),
-        )
+    def __init__(
+        self,
+        config: MeshConfig,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        telemetry: Telemetry,
+        device: torch.device = CPU,
+    ) -> None:
+        num_slots, loaded = config.slots_per_server(spec.num_experts), telemetry.metrics.slots_loaded
+        layers = max(1, config.balancer.layer_updates_per_iter)
+        self.slots: Slots | GpuSlots
+        if device.type == "cpu":
+            self.slots = Slots(spec, checkpoint, num_slots, loaded, layers_at_a_time=layers)
+            return
+        # Imported here: Triton, which it needs, is there only where a GPU is.
+        from expertmesh.expert_server.gpu_slots import GpuSlots
+
+        is_bounded = config.balancer.policy == "solver"
+        spare = layers * (min(num_slots, config.balancer.max_slots_per_update) if is_bounded else num_slots)
+        self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=spare)
 
     @property
     def half(self) -> ExpertHalf:

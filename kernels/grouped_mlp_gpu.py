@@ -7,6 +7,8 @@ the device knows: every program derives its tiles from them, and the grid covers
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -57,9 +59,9 @@ def grouped_expert_mlp_gpu(
         tiles = tiles_for(num_rows / num_slots if expected_rows is None else expected_rows)
     hidden_NI = rows_NH.new_empty(num_rows, down_SHI.shape[-1])
     overlaps = tiles.overlap and not IS_INTERPRETED
-    where = {"starts_S": starts_S, "table_S": table_S}
-    grouped_matmul(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps, **where)
-    grouped_matmul(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, waits=overlaps, **where)
+    product = partial(grouped_matmul, starts_S=starts_S, table_S=table_S)
+    product(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps)
+    product(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, waits=overlaps)
     return y_NH
 
 

@@ -30,6 +30,11 @@ class ModelConfig(Section):
     name: str | None = Field(None, description="name that clients may ask for; unset = repo, or the folder's name")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights, activations and KV cache")
     max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; unset = the checkpoint's")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="auto = safetensors files; dummy = random weights, for benchmarks: the folder then needs no more "
+        "than config.json, and a tokenizer where text is asked for",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -66,7 +71,12 @@ class AttentionConfig(Section):
     servers: int = Field(2, ge=0)
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     num_kv_blocks: int | None = Field(None, ge=2, description="a server; unset = kv_cache_bytes / bytes of a block")
-    kv_cache_bytes: int = Field(256 * 2**20, ge=2**16, description="a server")
+    kv_cache_bytes: int | None = Field(
+        None, ge=2**16, description="a server; unset = 256 MiB, on a GPU free_gpu_memory_fraction of what is free"
+    )
+    free_gpu_memory_fraction: float = Field(
+        0.85, gt=0, lt=1, description="of the GPU memory that weights leave, the share of the KV cache"
+    )
     max_num_seqs: int = Field(256, ge=1, description="sequences in one step of a server")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step of a server")
     max_waiting: int = Field(8192, ge=1, description="sequences waiting on one server; beyond it RESOURCE_EXHAUSTED")
@@ -246,6 +256,9 @@ class MeshConfig(Section):
     name: str = Field("mesh", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
     node: str = Field("node-0", description="ranks of one node share fast links")
     both_servers: int = Field(0, ge=0, description="colocated ranks with an attention and an expert half")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what ranks compute on; auto = a GPU where the mesh is one rank and sees one, else the CPU"
+    )
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     attention: AttentionConfig = AttentionConfig()

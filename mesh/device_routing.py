@@ -13,6 +13,7 @@ import torch
 
 from expertmesh.kernels.gate import ReplicaPrices, RoutingTotals, SlotTables
 from expertmesh.mesh.placement import LayerRouting, RoutingTables, Topology
+from expertmesh.mesh.statistics import Counts
 
 MOST_REPLICAS = 4
 """That a token chooses among: the shapes of a view's graphs must not change. Of an expert on more ranks each source
@@ -69,6 +70,13 @@ class DeviceRouting:
         if self._is_replicated:
             self._price_2LR[0].copy_(self._price_2LR[1])
 
+    def take_totals(self) -> DeviceTotals:
+        """What was counted since the call before, on its way to the host; the device counts from 0 on."""
+        totals = DeviceTotals(self.pairs_LEE, self.slot_load_LG, self.visits_L2)
+        for counts in (self.pairs_LEE, self.slot_load_LG, self.visits_L2):
+            counts.zero_()
+        return totals
+
     def tables(self, layer: int) -> SlotTables:
         return self._tables[layer]
 
@@ -89,6 +97,31 @@ class DeviceRouting:
         return RoutingTotals(
             pairs_EE=self.pairs_LEE[row], slot_load_G=self.slot_load_LG[row], visits=self.visits_L2[row]
         )
+
+
+class DeviceTotals:
+    """Counts on their way to the host."""
+
+    def __init__(self, *counts: torch.Tensor) -> None:
+        is_cuda = counts[0].is_cuda
+        self._host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=is_cuda) for part in counts]
+        for host, part in zip(self._host, counts, strict=True):
+            host.copy_(part, non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            self._done.record()
+
+    @property
+    def is_there(self) -> bool:
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]  # torch's
+
+    def fetch(self) -> tuple[Counts, Counts, Counts]:
+        """pairs [L, E, E], slot load [L, G] and visits [L, 2]; waits for them."""
+        if self._done is not None:
+            self._done.synchronize()
+        pairs_LEE, slot_load_LG, visits_L2 = (part.numpy() for part in self._host)
+        return pairs_LEE, slot_load_LG, visits_L2
 
 
 def _empty_tables(num_experts: int, width: int, node_R: torch.Tensor, topology: Topology) -> SlotTables:

@@ -9,6 +9,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class StepGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # an opaque handle of torch's
         self.num_captures = 0
 
     def capture_all(self, sizes: Iterable[int], passes: Callable[[int], Callable[[], None]]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from expertmesh.mesh.device_routing import DeviceRouting
     from expertmesh.mesh.placement import RoutingTables, Topology
 
 
@@ -91,6 +92,10 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
 
     def bind(self, routing: RoutingTables, topology: Topology) -> None:
         """A view begins: route by its tables. Steps that had not been handed out are run again."""
+
+    @property
+    def routing(self) -> DeviceRouting:
+        """The tables and counts of the view."""
 
     def graph_sizes(self) -> Sequence[int]:
         """Tokens T of the steps that graphs are wanted for, ascending."""

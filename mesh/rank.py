@@ -12,7 +12,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.framing import Waker
 from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
 from expertmesh.mesh.meet import bind_listener
@@ -65,6 +68,7 @@ class RankServer:
         telemetry: Telemetry,
         grpc_address: str,
         load: Callable[[], mesh_pb2.ServerLoad] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         assert config.balancer.address is not None, "a rank is started with its balancer's address"
         self._identity = RankIdentity(server_id=server_id, role=role, node=node, grpc_address=grpc_address)
@@ -85,6 +89,7 @@ class RankServer:
             listener=self._listener,
             waker=self._waker,
             inbox=self._inbox,
+            device=device,
             report=self._report_from_thread,
             view_ended=self._view_ended_from_thread,
         )

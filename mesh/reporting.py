@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +18,13 @@ from expertmesh.mesh.statistics import RoutingCounts, RoutingStatistics
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
+if TYPE_CHECKING:  # needs Triton, which is there only where a GPU is
+    from expertmesh.mesh.device_routing import DeviceRouting, DeviceTotals
+
 log = logging.getLogger(__name__)
 
+DEVICE_FETCH_INTERVAL_S = 1.0
+"""A rank that counts on a GPU fetches the counts so often."""
 _CHUNK_INTERVAL_S = 0.1
 _RETRY_S = 0.05
 
@@ -36,14 +42,20 @@ class RoutingObserver:
         self._versions: list[int] = []
         self._expert_LTK: list[Ints] = []
         self._slot_LTK: list[Ints] = []
+        self._recorded_LTK: list[torch.Tensor] = []
+        self._counted_tokens = 0
+        self._fetched_s = 0.0
+        self._on_the_way: tuple[list[int], int, DeviceTotals] | None = None
 
     def enter_view(self, view: ViewInfo) -> None:
+        # What a device counted under the old view and has not sent is lost with its tables.
+        self._on_the_way, self._counted_tokens = None, 0
         versions = [view.versions[layer] for layer in self._moe_layers]
         self._statistics.enter_view(view.number, versions, Topology.of(view))
 
     def begin(self) -> None:
         """A step begins, perhaps once more."""
-        self._versions, self._expert_LTK, self._slot_LTK = [], [], []
+        self._versions, self._expert_LTK, self._slot_LTK, self._recorded_LTK = [], [], [], []
 
     def observe(self, version: int, expert_TK: torch.Tensor, slot_TK: torch.Tensor) -> None:
         """The next MoE layer's choices, and the slots of its placement ``version`` that they went to."""
@@ -57,6 +69,47 @@ class RoutingObserver:
         expert_LTK = np.concatenate(self._expert_LTK).reshape(shape)
         self._statistics.add(self._versions, expert_LTK, np.concatenate(self._slot_LTK).reshape(shape))
         self._recorder.record(expert_LTK)
+
+    # -- ranks whose gates count on the device ----------------------------------------------------------------------
+
+    @property
+    def is_recording(self) -> bool:
+        """Every layer's choices are wanted, token by token."""
+        return self._recorder.is_active
+
+    def observe_on_device(self, expert_TK: torch.Tensor) -> None:
+        """The next MoE layer's choices of a step that no graph runs."""
+        if self.is_recording:
+            self._recorded_LTK.append(expert_TK)
+
+    def commit_on_device(self, versions: Mapping[int, int], num_tokens: int, routing: DeviceRouting) -> None:
+        """A step is enqueued; now and then send for what the device has counted, and take it when it has come."""
+        if self._recorded_LTK:
+            self._recorder.record(torch.stack(self._recorded_LTK).cpu().numpy())
+            self._recorded_LTK = []
+        self._counted_tokens += num_tokens
+        if self._on_the_way is not None and self._on_the_way[2].is_there:
+            self._take_in()
+        if self._on_the_way is None and time.monotonic() - self._fetched_s >= DEVICE_FETCH_INTERVAL_S:
+            self._send_for(versions, routing)
+
+    def flush_device(self, versions: Mapping[int, int], routing: DeviceRouting) -> None:
+        """Placements are about to change: what was counted belongs to the old ones. Waits for the device."""
+        self._take_in()
+        self._send_for(versions, routing)
+        self._take_in()
+
+    def _send_for(self, versions: Mapping[int, int], routing: DeviceRouting) -> None:
+        versions_L = [versions[layer] for layer in self._moe_layers]
+        self._on_the_way = versions_L, self._counted_tokens, routing.take_totals()
+        self._counted_tokens, self._fetched_s = 0, time.monotonic()
+
+    def _take_in(self) -> None:
+        if self._on_the_way is not None:
+            versions_L, num_tokens, totals = self._on_the_way
+            self._on_the_way = None
+            if num_tokens:
+                self._statistics.add_totals(versions_L, num_tokens, *totals.fetch())
 
 
 class Outbox(Protocol):

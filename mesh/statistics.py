@@ -159,6 +159,25 @@ class RoutingStatistics:
                 counts.change_versions(versions_L)
             counts.add(expert_LTK, slot_LTK)
 
+    def add_totals(
+        self, versions_L: Sequence[int], num_tokens: int, pairs_LEE: Counts, slot_load_LG: Counts, visits_L2: Counts
+    ) -> None:
+        """Completed steps that were counted elsewhere, all under these placement versions.
+
+        ``visits_L2``: ranks, then nodes that the tokens visited; the rest is as in ``RoutingCounts``.
+        """
+        with self._lock:
+            counts = self._counts
+            assert counts is not None, "steps happen in a view"
+            if counts.versions_L != versions_L:
+                counts.change_versions(versions_L)
+            counts.num_tokens += num_tokens
+            counts.pairs_LEE += pairs_LEE
+            counts.slot_load_LG += slot_load_LG
+            counts.rank_visits_L += visits_L2[:, 0]
+            counts.node_visits_L += visits_L2[:, 1]
+            counts.visit_tokens_L += num_tokens
+
     def take(self) -> RoutingCounts | None:
         """What came together since the call before, None when nothing did."""
         with self._lock:

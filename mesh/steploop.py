@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from expertmesh.mesh.dataplane import DataPlane, Dispatched, Exchange
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.graphs import StepGraphs, round_up
 from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
 from expertmesh.mesh.lockstep import Lockstep
@@ -30,14 +31,12 @@ from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoopContext:
     """What the loop of one view works with. ``view`` is as it began; its placements may be switched since.
 
-    ``graphs``: of a device plane on a GPU; the attention half is then a ``DeviceAttentionHalf``.
+    With a device plane the attention half is a ``DeviceAttentionHalf``, and ``graphs`` hold its decode steps on a GPU.
     """
 
     view: ViewInfo
@@ -72,6 +71,7 @@ class StepLoop:
         self._c = context
         self._progress = progress
         self._versions = context.view.versions
+        self._is_on_device = context.plane.is_on_device
         device = context.device
         self._no_x = torch.empty(0, context.hidden_size, dtype=context.dtype, device=device)
         self._no_slots = torch.empty(0, context.top_k, dtype=torch.int64, device=device)
@@ -80,7 +80,6 @@ class StepLoop:
     def run(self) -> None:
         """Step until the leader ends the view in good order."""
         with torch.inference_mode():
-            self.capture()
             while True:
                 go = self.exchange()
                 if go.stop:
@@ -88,15 +87,16 @@ class StepLoop:
                 self.step(go)
 
     def capture(self) -> None:
-        """Capture the graphs that decode steps of this rank will want; without graphs nothing happens."""
+        """Before ``run``: capture the graphs that decode steps of this rank will want, if any."""
         graphs, attention = self._c.graphs, self._c.attention
         if graphs is not None and attention is not None:
             half = cast(DeviceAttentionHalf, attention)
-            graphs.capture_all(reversed(half.graph_sizes()), partial(self._pass_of_nothing, half))
+            with torch.inference_mode():
+                graphs.capture_all(reversed(half.graph_sizes()), partial(self._pass_of_nothing, half))
 
     def _pass_of_nothing(self, half: DeviceAttentionHalf, size: int) -> Callable[[], None]:
         half.stage_nothing(size)
-        return partial(self._pass, half, [size])
+        return partial(self._pass, half, [size] * self._c.view.size)
 
     def exchange(self) -> mesh_pb2.StepGo:
         """The lockstep before a step."""
@@ -119,6 +119,8 @@ class StepLoop:
         Raises:
             DataPlaneError: the view broke; nothing that a client can see has changed.
         """
+        if go.commits and self._is_on_device and self._c.observer is not None:
+            self._c.observer.flush_device(self._versions, cast(DeviceAttentionHalf, self._c.attention).routing)
         self._c.migrations.switch(go.commits, go.step)
         self._versions = self._c.migrations.view.versions
         tokens = list(go.num_tokens)
@@ -128,18 +130,27 @@ class StepLoop:
             attention = self._c.attention if tokens[self._c.view.rank] else None
             if attention is not None and self._c.observer is not None:
                 self._c.observer.begin()
-            if self._c.graphs is None:
-                self._pass(attention, tokens)
+            if self._is_on_device:
+                self._pass_on_device(cast("DeviceAttentionHalf | None", attention), tokens)
             else:
-                self._pass_on_device(self._c.graphs, cast("DeviceAttentionHalf | None", attention), tokens)
+                self._pass(attention, tokens)
             clock.attention_done()
             if attention is not None:
                 attention.finish()
-                self._c.routing.commit()
-                if self._c.observer is not None:
-                    self._c.observer.commit()
+                self._commit(attention, tokens[self._c.view.rank])
             clock.finish(sum(tokens))
         self._progress.step = go.step
+
+    def _commit(self, attention: AttentionHalf, num_tokens: int) -> None:
+        """The step of this rank's tokens counts from now on."""
+        self._c.routing.commit()
+        observer = self._c.observer
+        if observer is None:
+            return
+        if self._is_on_device:
+            observer.commit_on_device(self._versions, num_tokens, cast(DeviceAttentionHalf, attention).routing)
+        else:
+            observer.commit()
 
     def _pass(self, attention: AttentionHalf | None, tokens: list[int]) -> None:
         """All layers, from the tokens to what is sampled from."""
@@ -148,15 +159,16 @@ class StepLoop:
         for layer in self._c.moe_layers:
             self._layer(layer, attention, tokens)
 
-    def _pass_on_device(self, graphs: StepGraphs, half: DeviceAttentionHalf | None, tokens: list[int]) -> None:
+    def _pass_on_device(self, half: DeviceAttentionHalf | None, tokens: list[int]) -> None:
         """Replay the graph of the step's size where there is one, or else enqueue the pass."""
-        size = round_up(max(tokens))
+        graphs, size = self._c.graphs, round_up(max(tokens))
         if half is not None:
-            has_graph = half.is_decode and graphs.has(size)
-            half.stage(size if has_graph else None)
-            if has_graph:
+            is_recording = self._c.observer is not None and self._c.observer.is_recording
+            if graphs is not None and half.is_decode and graphs.has(size) and not is_recording:
+                half.stage(size)
                 graphs.replay(size)
                 return
+            half.stage(None)
         self._pass(half, tokens)
 
     def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int]) -> None:
@@ -166,6 +178,8 @@ class StepLoop:
             weight_TK = routes.weight_TK
             if routes.slot_TK is not None:
                 slot_TK = routes.slot_TK
+                if self._c.observer is not None:
+                    self._c.observer.observe_on_device(routes.expert_TK)
             else:
                 slot_TK = self._c.routing[layer].choose(routes.expert_TK)
                 if self._c.observer is not None:

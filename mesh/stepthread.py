@@ -9,15 +9,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.dataplane import DataPlane, open_dataplane, uses_links
 from expertmesh.mesh.dataplane.collective import PlaneShape
 from expertmesh.mesh.dataplane.device_faults import as_device_lost
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 from expertmesh.mesh.framing import Link, Waker
-from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
+from expertmesh.mesh.graphs import StepGraphs
+from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.meet import Links, meet
 from expertmesh.mesh.migration import MigrationContext, Migrations, failed_status
@@ -127,6 +131,7 @@ class StepThread:
         listener: socket.socket,
         waker: Waker,
         inbox: Inbox,
+        device: torch.device = CPU,
         report: Callable[[mesh_pb2.JoinRequest], None],
         view_ended: Callable[[], None],
     ) -> None:
@@ -141,6 +146,7 @@ class StepThread:
         self._listener = listener
         self._waker = waker
         self._inbox = inbox
+        self._device = device
         self._report = report
         self._view_ended = view_ended
         self.progress = Progress()
@@ -207,12 +213,16 @@ class StepThread:
             if self._experts is not None:
                 self._experts.load(view.local_slots())
             links = self._links = self._meet(view)
-            plane = open_dataplane(self._config.dataplane, view, self._plane_shape(view), links.data)
+            plane = open_dataplane(self._config.dataplane, view, self._plane_shape(view), links.data, self._device)
             lockstep = self._lockstep(view, links.lockstep)
             routing = self._routing = self._routing_of(view)
+            if plane.is_on_device and self._attention is not None:
+                cast(DeviceAttentionHalf, self._attention).bind(routing, Topology.of(view))
             migrations = self._open_migrations(view, routing)
+            loop = StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress)
+            loop.capture()
             self._enter(view, migrations, started)
-            StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress).run()
+            loop.run()
             log.info("view %d ended after step %d", view.number, self.progress.step)
         except _Stopping:
             log.info("left view %d to stop", view.number)
@@ -254,7 +264,7 @@ class StepThread:
             self._listener,
             self._waker,
             timeout_s=self._config.balancer.view_timeout_s,
-            with_data=uses_links(self._config.dataplane),
+            with_data=uses_links(self._config.dataplane, self._device),
             superseded=lambda: self._inbox.closed or self._inbox.known_view > view.number,
         )
 
@@ -309,6 +319,7 @@ class StepThread:
         migrations: Migrations,
         routing: RoutingTables,
     ) -> LoopContext:
+        has_graphs = self._device.type == "cuda" and view.size == 1
         return LoopContext(
             view=view,
             attention=self._attention,
@@ -322,9 +333,17 @@ class StepThread:
             hidden_size=self._spec.hidden_size,
             top_k=self._spec.top_k,
             dtype=self._spec.dtype,
-            max_num_tokens=self._config.dataplane.max_num_tokens,
+            max_num_tokens=self._max_num_tokens(view),
             clock=self._clock,
+            graphs=StepGraphs(self._device) if has_graphs else None,
+            device=self._device,
         )
+
+    def _max_num_tokens(self, view: ViewInfo) -> int:
+        """A rank on its own on a device sends nothing, so that nothing bounds what it exchanges."""
+        if self._device.type == "cuda" and view.size == 1:
+            return self._config.attention.max_num_batched_tokens
+        return self._config.dataplane.max_num_tokens
 
     def _next_view(self) -> int:
         """What the lockstep tells the leader; it is asked before every step, so this is where a rank stops."""

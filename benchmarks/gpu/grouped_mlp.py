@@ -185,8 +185,7 @@ def _time_tiles(inputs: Inputs, tokens: int, gated: bool, tiles: list[Tile]) -> 
         expected = torch.nn.functional.silu(gate) * up
     for tile in tiles:
         calls = [
-            partial(grouped_matmul, x[i], counts[i], weights[i], out[i], tile, is_gated=gated)
-            for i in range(_SETS)
+            partial(grouped_matmul, x[i], counts[i], weights[i], out[i], tile, is_gated=gated) for i in range(_SETS)
         ]
         try:
             out[0].fill_(float("nan"))

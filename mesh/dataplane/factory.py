@@ -31,7 +31,8 @@ ON_DEVICE = ("deepep", "nccl")
 
 
 def checked_backend(backend: Backend, device: torch.device) -> Backend:
-    """``auto`` on a CPU is ``tcp``; on a GPU it stays ``auto`` until all ranks have said whether they can do deepep.
+    """``auto`` on a CPU is ``tcp``; on a GPU it stays ``auto`` until all ranks have said whether they can do deepep, or
+    is ``local`` where there is one rank only.
 
     Raises:
         UserError: the backend moves tokens of the other kind of device.
@@ -81,6 +82,10 @@ def open_dataplane(
     """
     backend = checked_backend(config.backend, device)
     if backend not in ("tcp", "gloo"):
+        if backend == "auto" and view.size == 1:
+            from expertmesh.mesh.dataplane.local import LocalPlane  # its kernels need Triton
+
+            return LocalPlane(shape.slots_per_rank, device)
         return _open_on_device(config, view, shape, device, join_s)
     group: PointToPoint
     if backend == "tcp":

@@ -5,7 +5,6 @@ A device plane (see ``base``): one launch groups a decode step's rows by slot, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +24,14 @@ class LocalHandle:
 class LocalPlane:
     """Implements ``DataPlane``; all of it is work on the current stream.
 
-    ``counts_LS`` int32: rows of each slot in the last exchange of each layer, for whoever wants to know how many
-    experts were active.
+    ``counts``: by layer, int32 [S], rows of each slot in its last exchange, for whoever wants to know how many experts
+    were active.
     """
 
-    def __init__(self, moe_layers: Sequence[int], num_slots: int, device: torch.device) -> None:
-        self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
-        self.counts_LS = torch.zeros(len(moe_layers), num_slots, dtype=torch.int32, device=device)
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self._num_slots = num_slots
+        self._device = device
+        self.counts: dict[int, torch.Tensor] = {}
 
     @property
     def is_on_device(self) -> bool:
@@ -40,7 +40,9 @@ class LocalPlane:
     def dispatch(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
     ) -> Pending[Dispatched[LocalHandle]]:
-        groups = group_rows(x_TH, slot_TK, self.counts_LS[self._row_of_layer[exchange.layer]])
+        if exchange.layer not in self.counts:
+            self.counts[exchange.layer] = torch.empty(self._num_slots, dtype=torch.int32, device=self._device)
+        groups = group_rows(x_TH, slot_TK, self.counts[exchange.layer])
         handle = LocalHandle(groups.place_TK, weight_TK)
         return _Done(Dispatched(groups.rows_NH, groups.counts_S, None, handle))
 

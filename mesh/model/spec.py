@@ -88,7 +88,7 @@ def load_spec(config: ModelConfig) -> ModelSpec:
     """Read and check a checkpoint folder; see ``checkpoint_folder`` for which one.
 
     Every tensor that the architecture needs is looked up in the safetensors headers, so that a server which got its
-    spec can read its weights.
+    spec can read its weights; with ``load_format: dummy`` there need be none.
 
     Raises:
         UserError: config.json, generation_config.json or the weights are missing, damaged, contradictory or of an
@@ -104,8 +104,10 @@ def load_spec(config: ModelConfig) -> ModelSpec:
         generation = _generation_defaults(hf_generation)
         # As transformers' generate: what generation_config.json says about the end wins over config.json.
         arch = replace(arch, eos_token_ids=hf_generation.integers("eos_token_id") or arch.eos_token_ids)
-    index = read_tensor_index(path)
-    check_tensors(family, arch, index)
+    index = TensorIndex(path=path, entries={})
+    if config.load_format == "auto":
+        index = read_tensor_index(path)
+        check_tensors(family, arch, index)
     sizes: dict[str, Any] = {field.name: getattr(arch, field.name) for field in fields(arch)}
     return ModelSpec(
         **sizes,

@@ -165,7 +165,8 @@ def test_penalties_are_counted_as_tokens_come() -> None:
         expected = int(processed_logits(logits[0], sequence).argmax())
         token = int(sampler.sample(torch.tensor(logits), np.array([1]), np.array([position])).tokens[0])
         assert token == expected
-        sequence.append(token)
+        sequence.tokens[sequence.num_tokens] = token
+        sequence.num_tokens += 1
     sampler.close(1)
     fresh = make_sequence([3], 1, presence_penalty=2.0)
     sampler.open(1, fresh)

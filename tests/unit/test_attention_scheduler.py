@@ -55,9 +55,9 @@ class Bench:
             end = chunk.sequence.num_computed + chunk.count
             assert end <= len(chunk.sequence.blocks) * self.block_size
         done = [(chunk.sequence, chunk.count) for chunk in chunks]
-        self.scheduler.advance(chunks)
+        self.scheduler.land(self.scheduler.launch(chunks))
         for sequence in completing:
-            sequence.append(7)
+            sequence.fill(7)
             if sequence.num_tokens == len(sequence.tokens):
                 self.finished.append(sequence)
                 self.scheduler.remove(sequence)
@@ -131,7 +131,7 @@ def test_queue_is_bounded() -> None:
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_scheduling_again_without_advance_gives_the_same_chunks() -> None:
+def test_scheduling_again_without_a_launch_gives_the_same_chunks() -> None:
     bench = Bench()
     for length in (3, 9, 20):
         bench.add(list(range(length)))

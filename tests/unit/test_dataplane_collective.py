@@ -115,6 +115,7 @@ def test_a_token_goes_once_to_a_rank_with_several_of_its_experts(backend: str) -
         x = torch.randn(layout.tokens[rank], 8)
         dispatched = plane.dispatch(x, slots[: x.shape[0]], torch.ones(x.shape[0], 4), exchange).wait()
         plane.combine(dispatched.rows_NH, dispatched.handle).wait()
+        assert dispatched.num_tokens is not None, "a host plane knows"
         return dispatched.num_tokens, dispatched.rows_NH.shape[0]
 
     with GROUPS[backend](2) as groups, ThreadPoolExecutor(2) as pool:

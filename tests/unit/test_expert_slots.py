@@ -27,9 +27,9 @@ class CountingCheckpoint(Checkpoint):
         super().__init__(path)
         self.reads: list[tuple[int, int]] = []
 
-    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, *parts: torch.Tensor) -> None:
         self.reads.append((layer, expert))
-        super().copy_expert(spec, layer, expert, gate_up, down)
+        super().copy_expert(spec, layer, expert, *parts)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def make_slots(path: Path) -> tuple[Slots, ModelSpec, CountingCheckpoint]:
     config = parse_config({"expert": {"servers": 2, "slots_per_server": NUM_SLOTS}})
     server = ExpertServer(config, spec, checkpoint, disabled_telemetry())
     assert server.half is server.slots
+    assert isinstance(server.slots, Slots)
     return server.slots, spec, checkpoint
 
 

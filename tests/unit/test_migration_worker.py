@@ -60,12 +60,12 @@ class FakeCheckpoint(Checkpoint):
         self.hold.set()
         self.error: Exception | None = None
 
-    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def copy_expert(self, spec: ModelSpec, layer: int, expert: int, *parts: torch.Tensor) -> None:
         assert self.hold.wait(10)
         if self.error is not None:
             raise self.error
         self.reads.append((layer, expert))
-        super().copy_expert(spec, layer, expert, gate_up, down)
+        super().copy_expert(spec, layer, expert, *parts)
 
 
 class Rank:

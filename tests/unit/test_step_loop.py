@@ -40,6 +40,8 @@ class Plane:
         self.slots: list[list[int]] = []
         self._breaks_at = breaks_at
 
+    is_on_device = False
+
     def dispatch(self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Any) -> Any:
         if len(self.slots) == self._breaks_at:
             raise DataPlaneError("a peer is gone")

@@ -1,0 +1,203 @@
+"""Decoding on one GPU: a ``both`` rank with random weights of Qwen3-30B-A3B's shape, through the real engine.
+
+    PYTHONPATH=src:tests:benchmarks/gpu python benchmarks/gpu/decode.py --out benchmarks/results/gpu_decode.json
+
+Every number of requests is submitted at once, 128 random tokens in, 128 out, greedy, no cached prefixes. Scheduler,
+engine, step loop, lockstep, slots and data plane are those that serve; only gRPC is missing. Time per output token is a
+request's time from its first token to its last over the tokens between, so the prompts of others that are computed
+meanwhile count. ``step_ms`` is the median between two steps' tokens on the host while all requests decode, ``graph_ms``
+what the device takes for such a step's graph alone, replayed back to back: the difference is what the host costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+
+from expertmesh.attention_server.engine import Load, Output
+from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.graphs import round_up
+from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.model.weights import DummyCheckpoint
+from support.solo_rank import SoloRank
+
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+VLLM_MS = {1: 4.12, 8: 9.13, 32: 15.8, 64: 17.5, 128: 18.6, 256: 21.6}
+"""vLLM 0.26.0, the same model shape and load on an H200 (torch 2.11, FA3, Triton fused MoE): median ms per token."""
+_REPLAYS = 20
+
+
+class Timed(SoloRank):
+    """Notes when tokens reach the host."""
+
+    arrivals: dict[int, list[float]]
+    landings: list[tuple[float, int]]
+
+    def reset(self) -> None:
+        self.outputs, self.arrivals, self.landings = {}, {}, []
+
+    def _take(self, outputs: list[Output], load: Load) -> None:
+        now = time.perf_counter()
+        if outputs:
+            self.landings.append((now, len(outputs)))
+            for output in outputs:
+                self.arrivals.setdefault(output.handle, []).append(now)
+        super()._take(outputs, load)
+
+
+def build(arguments: argparse.Namespace) -> Timed:
+    Timed.arrivals, Timed.landings = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        config = {**QWEN3_30B_A3B, "num_hidden_layers": arguments.layers}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        model = ModelConfig(path=Path(folder), dtype="bfloat16", load_format="dummy", max_model_len=4096)
+        spec = load_spec(model)
+    return Timed(
+        spec,
+        DummyCheckpoint(torch.device("cuda")),
+        "cuda",
+        max_num_seqs=max(arguments.requests),
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
+    )
+
+
+def submit(rank: Timed, requests: int, tokens_in: int, tokens_out: int) -> None:
+    prompts = np.random.default_rng(requests).integers(0, rank.spec.vocab_size, (requests, tokens_in))
+    for handle, prompt in enumerate(prompts.tolist()):
+        rank.submit(handle, prompt, max_tokens=tokens_out)
+
+
+def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int) -> dict[str, Any]:
+    rank.reset()
+    submit(rank, requests, tokens_in, tokens_out)
+    started, active = time.perf_counter(), 0.0
+    while rank.step():
+        if not active and rank.landings and rank.landings[-1][1] == requests:
+            torch.cuda.synchronize()
+            active = active_experts(rank)
+    seconds = time.perf_counter() - started
+    assert all(len(times) == tokens_out for times in rank.arrivals.values())
+    per_token = [(times[-1] - times[0]) / (tokens_out - 1) for times in rank.arrivals.values()]
+    full = [now for now, number in rank.landings if number == requests]
+    return {
+        "requests": requests,
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
+        "ms_per_token": round(1e3 * statistics.median(per_token), 3),
+        "vllm_ms_per_token": VLLM_MS.get(requests) if tokens_in == tokens_out == 128 else None,
+        "step_ms": round(1e3 * statistics.median(np.diff(full)), 3),
+        "graph_ms": round(time_graph(rank, requests), 3),
+        "output_tokens_per_s": round(requests * tokens_out / seconds),
+        "ttft_ms": round(1e3 * statistics.median(times[0] - started for times in rank.arrivals.values()), 1),
+        "active_experts": round(active, 1),
+    }
+
+
+def active_experts(rank: Timed) -> float:
+    """Slots a layer that the last step sent rows to."""
+    counts = [(counts_S > 0).sum() for counts_S in rank.plane.counts.values()]
+    return torch.stack(counts).float().mean().item()
+
+
+def time_graph(rank: Timed, requests: int) -> float:
+    """Milliseconds of the last decode step's graph, replayed over and over with the same inputs."""
+    assert rank.graphs is not None, "there is a GPU"
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    size = round_up(requests)
+    rank.graphs.replay(size)
+    start.record()
+    for _ in range(_REPLAYS):
+        rank.graphs.replay(size)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _REPLAYS
+
+
+def profile(rank: Timed, requests: int, tokens_in: int) -> list[dict[str, Any]]:
+    """What the kernels of a decode step take, summed up by name."""
+    steps = 8
+    rank.reset()
+    submit(rank, requests, tokens_in, 40)
+    while len(rank.landings) < 16:
+        rank.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            rank.step()
+        torch.cuda.synchronize()
+    rank.run()
+    found = [event for event in profiler.key_averages() if event.self_device_time_total]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {
+            "requests": requests,
+            "kernel": event.key[:90],
+            "launches_a_step": round(event.count / steps, 1),
+            "us_a_step": round(event.self_device_time_total / steps, 1),
+        }
+        for event in found
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--requests", type=int, nargs="+", default=list(VLLM_MS))
+    parser.add_argument("--tokens-in", type=int, default=128)
+    parser.add_argument("--tokens-out", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile the kernels of")
+    arguments = parser.parse_args()
+    command = f"python benchmarks/gpu/decode.py --out {arguments.out.name}"
+    began = time.perf_counter()
+    rank = build(arguments)
+    print(f"built in {time.perf_counter() - began:.1f} s, {rank.load.num_kv_blocks} KV blocks", flush=True)
+    rows: list[dict[str, Any]] = []
+    for requests in arguments.requests:
+        rank.reset()
+        submit(rank, requests, arguments.tokens_in, 4)
+        rank.run()  # compiles what prefill needs
+        active_experts(rank)
+        rows.append(measure_requests(rank, requests, arguments.tokens_in, arguments.tokens_out))
+        print(json.dumps(rows[-1]), flush=True)
+        measure.write(arguments.out, command, {}, rows)
+    for requests in arguments.profile:
+        kernels = profile(rank, requests, arguments.tokens_in)
+        for row in kernels[:18]:
+            print(f"{row['us_a_step']:10.1f} us {row['launches_a_step']:7.1f} x {row['kernel']}", flush=True)
+        print(requests, "all kernels", round(sum(row["us_a_step"] for row in kernels)), "us a step", flush=True)
+        arguments.out.with_suffix(f".profile{requests}.json").write_text(json.dumps(kernels, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""A view of one ``both`` rank on a device, in process: the real step loop, lockstep, engine, slots and data plane.
+
+What a mesh adds to it is gRPC and the balancer. On the CPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from expertmesh.attention_server.engine import Load, Output
+from expertmesh.attention_server.gpu_half import GpuHalf
+from expertmesh.attention_server.request import Sampling
+from expertmesh.attention_server.request import Sequence as EngineSequence
+from expertmesh.expert_server.gpu_slots import GpuSlots
+from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.dataplane.local import LocalPlane
+from expertmesh.mesh.framing import Waker
+from expertmesh.mesh.graphs import StepGraphs
+from expertmesh.mesh.halves import SlotChange
+from expertmesh.mesh.lockstep import Lockstep
+from expertmesh.mesh.migration import MigrationContext, Migrations
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.stepclock import StepClock
+from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
+from expertmesh.mesh.telemetry import disabled_telemetry
+from expertmesh.mesh.view import ViewInfo
+from expertmesh.v1 import mesh_pb2
+
+
+def solo_view(spec: ModelSpec, num_slots: int) -> ViewInfo:
+    """One rank whose slot s holds expert s, as far as there are experts."""
+    slots = [slot if slot < spec.num_experts else -1 for slot in range(num_slots)]
+    view = mesh_pb2.View(
+        number=1,
+        slots_per_rank=num_slots,
+        ranks=[mesh_pb2.Rank(rank=0, server_id="solo", incarnation="1", role=mesh_pb2.ROLE_BOTH, node="n")],
+        placement=[mesh_pb2.LayerPlacement(layer=layer, version=1, slots=slots) for layer in spec.moe_layers],
+    )
+    return ViewInfo(view, 0)
+
+
+class SoloRank:
+    """Submit sequences, then step; outputs are collected by handle."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        device: str,
+        *,
+        uses_graphs: bool | None = None,
+        spare_slots: int = 0,
+        **config: Any,
+    ) -> None:
+        """``uses_graphs`` None = on a GPU. ``config``: keys of ``attention``."""
+        there = torch.device(device)
+        telemetry = disabled_telemetry()
+        self.spec = spec
+        self.now = [100.0]
+        num_slots = spec.num_experts + spare_slots
+        self.view = solo_view(spec, num_slots)
+        self.slots = GpuSlots(spec, checkpoint, num_slots, telemetry.metrics.slots_loaded, there, spare=num_slots)
+        self.slots.load(self.view.local_slots())
+        self.half = GpuHalf(
+            AttentionConfig(**config),
+            spec,
+            checkpoint,
+            telemetry,
+            there,
+            step_sample_interval_s=1.0,
+            clock=lambda: self.now[0],
+        )
+        topology = Topology.of(self.view)
+        self.routing = RoutingTables(self.view.proto.placement, spec.num_experts, topology)
+        self.half.bind(self.routing, topology)
+        self.plane = LocalPlane(num_slots, there)
+        self._waker = Waker()
+        self.half.set_waker(self._waker.wake)
+        self.outputs: dict[int, list[Output]] = {}
+        self.load = self.half.engine.load()
+        self.half.engine.set_sink(self._take)
+        self.reports: list[mesh_pb2.JoinRequest] = []
+        self.migrations = Migrations(
+            MigrationContext(
+                view=self.view,
+                num_experts=spec.num_experts,
+                experts=self.slots,
+                routing=self.routing,
+                side=None,
+                report=self.reports.append,
+                wake=self._waker.wake,
+                telemetry=telemetry,
+                silence_s=1.0,
+            )
+        )
+        with_graphs = there.type == "cuda" if uses_graphs is None else uses_graphs
+        self.graphs = StepGraphs(there) if with_graphs else None
+        self.loop = StepLoop(
+            LoopContext(
+                view=self.view,
+                attention=self.half,
+                experts=self.slots,
+                plane=self.plane,
+                lockstep=Lockstep(
+                    self.view,
+                    {},
+                    self._waker,
+                    lambda: 1,
+                    self.migrations.listed,
+                    timeout_s=5.0,
+                    idle_tick_s=0.0,
+                ),
+                migrations=self.migrations,
+                routing=self.routing,
+                observer=None,
+                moe_layers=spec.moe_layers,
+                hidden_size=spec.hidden_size,
+                top_k=spec.top_k,
+                dtype=spec.dtype,
+                max_num_tokens=2**30,
+                clock=StepClock(telemetry, has_experts=True),
+                graphs=self.graphs,
+                device=there,
+            ),
+            Progress(),
+        )
+        self.loop.capture()
+
+    def _take(self, outputs: list[Output], load: Load) -> None:
+        self.load = load
+        for output in outputs:
+            self.outputs.setdefault(output.handle, []).append(output)
+
+    def submit(self, handle: int, prompt: Sequence[int], *, output: Sequence[int] = (), **sampling: Any) -> None:
+        params = Sampling(**{"max_tokens": 16, **sampling})
+        given = [*prompt, *output]
+        tokens = np.zeros(min(len(prompt) + params.max_tokens, self.spec.max_model_len), np.int64)
+        tokens[: len(given)] = given
+        self.half.engine.post(
+            EngineSequence(
+                link=1,
+                handle=handle,
+                request_id=f"r{handle}",
+                tokens=tokens,
+                num_prompt=len(prompt),
+                num_tokens=len(given),
+                sampling=params,
+                queued_s=self.now[0],
+            )
+        )
+
+    def migrate(self, layer: int, order: Sequence[int]) -> None:
+        """Give slot i of a layer what slot ``order[i]`` holds, as a migration that is staged and switched at once."""
+        held = self.slots.slots(layer)
+        wanted = [held[slot] for slot in order]
+        changes = []
+        with torch.inference_mode():
+            staged = self.slots.reserve(sum(expert >= 0 for expert in wanted))
+            memory = iter(staged)
+            for slot, (source, expert) in enumerate(zip(order, wanted, strict=True)):
+                if expert < 0:
+                    changes.append(SlotChange(slot, -1, None))
+                    continue
+                into = next(memory)
+                for part, there in zip(into, self.slots.read(layer, source), strict=True):
+                    part.copy_(there)
+                changes.append(SlotChange(slot, expert, into))
+            self.slots.commit(layer, changes)
+            self.slots.release(staged)
+            self.routing.replace(mesh_pb2.LayerPlacement(layer=layer, version=2, slots=wanted))
+
+    def swap_weights(self, layer: int, first: int, second: int) -> None:
+        """Two slots change their weights, and the routing does not know it."""
+        with torch.inference_mode():
+            staged = self.slots.reserve(2)
+            for into, slot in zip(staged, (second, first), strict=True):
+                for part, there in zip(into, self.slots.read(layer, slot), strict=True):
+                    part.copy_(there)
+            held = self.slots.slots(layer)
+            changes = [SlotChange(slot, held[slot], into) for into, slot in zip(staged, (first, second), strict=True)]
+            self.slots.commit(layer, changes)
+            self.slots.release(staged)
+
+    def step(self) -> int:
+        """One turn of the loop; returns the tokens of its step."""
+        with torch.inference_mode():
+            go = self.loop.exchange()
+            self.loop.step(go)
+        return sum(go.num_tokens)
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Step until nothing is left; returns the number of steps."""
+        for steps in range(max_steps):
+            if not self.step():
+                return steps
+        raise AssertionError(f"sequences still run after {max_steps} steps")
+
+    def tokens(self, handle: int) -> list[int]:
+        return [output.token for output in self.outputs.get(handle, []) if output.token is not None]
