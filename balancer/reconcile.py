@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from expertmesh.balancer.actual import LIVE, NO_SERVERS, Actual, Effects, Phase
+from expertmesh.balancer.actual import LIVE, Actual, Effects, Phase
 from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.faults import Strikes, Suspicions
+from expertmesh.balancer.formation import Formation
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.scaling import Autoscaler
 from expertmesh.balancer.scaling_target import ScaleTargets
-from expertmesh.balancer.views import NoView, ViewPlan, next_view, still_missing
+from expertmesh.balancer.views import NoView, ViewPlan, next_view
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.v1 import mesh_pb2
 
@@ -52,7 +53,7 @@ class Reconciler:
         self._actual = actual
         self._effects = effects
         self._events = events
-        self._targets = targets
+        self._formation = Formation(config.balancer, actual, targets)
         self._store_address = store_address
         self._initial = initial
         self._rule = ReplicaRule.of(config.expert)
@@ -60,8 +61,6 @@ class Reconciler:
         self._suspicions = Suspicions()
         self._strikes = Strikes(config.balancer.view_timeout_s)
         self._num_retries = 0  # views of the same members in a row
-        self._had_view = False  # somebody who is alive was in a view: the first formation is behind us
-        self._first_rank_s: float | None = None
         self._wanted: frozenset[tuple[str, str]] = frozenset()
         self._wanted_s = 0.0  # when the wanted membership last changed
         self._last_tick_s: float | None = None
@@ -170,7 +169,7 @@ class Reconciler:
             return None
         own = actual.view_members()
         ready = [member for member in own if actual.is_ready(member)]
-        self._had_view = bool(own)
+        self._formation.had_view = bool(own)
         subject, back = f"view {actual.view.number}", f"{len(ready)} of its {len(ids)} ranks came back to it"
         if len(ready) == len(ids) and not actual.reports:
             actual.set_phase(Phase.SERVING, now)
@@ -236,7 +235,7 @@ class Reconciler:
         if actual.phase is Phase.FORMING and wanted >= present:  # joins wait until the view stands
             return None
         if actual.phase is Phase.NONE:
-            waiting_for = self._wait_for_formation(candidates, now)
+            waiting_for = self._formation.waits_for(candidates, now - self._wanted_s, now)
             if waiting_for is not None:
                 return self._pause(waiting_for, now)
         if now < self._settled_s(wanted == present) or self._waits_for_proof(candidates):
@@ -250,20 +249,6 @@ class Reconciler:
             delay_s = min(delay_s * 2.0**self._num_retries, self._settings.lease_s)
         broken_s = self._actual.phase_s if self._actual.phase is Phase.BROKEN else 0.0
         return max(self._wanted_s, broken_s) + delay_s
-
-    def _wait_for_formation(self, candidates: Sequence[Member], now: float) -> str | None:
-        """Why the first view is not formed yet."""
-        if not self._actual.members.ranks():
-            self._had_view = False
-            self._first_rank_s = None
-            return NO_SERVERS
-        if self._had_view:
-            return None
-        if self._first_rank_s is None:
-            self._first_rank_s = now
-        if now - self._first_rank_s >= self._settings.formation_timeout_s:
-            return None
-        return still_missing(self._targets.targets, candidates)
 
     def _waits_for_proof(self, candidates: Sequence[Member]) -> bool:
         """A member without a stream could not hear of a view, and a suspect that hangs would stall it: both get until
@@ -296,7 +281,7 @@ class Reconciler:
         if why == "broken":  # a death explains itself
             self._suspicions.record(actual.reports, now)
         self._num_retries = self._num_retries + 1 if why == "broken" else 0
-        self._had_view = True
+        self._formation.had_view = True
         actual.view = view
         actual.reports.clear()
         actual.set_phase(Phase.FORMING, now)

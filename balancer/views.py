@@ -57,6 +57,23 @@ def still_missing(targets: Mapping[str, int], members: Sequence[Member]) -> str 
     )
 
 
+def why_none(members: Sequence[Member]) -> NoView | None:
+    """Why these members can serve nothing together; None when they can."""
+    hosts = [member for member in members if member.has_experts]
+    if not any(member.has_attention for member in members):
+        return NoView(reason="no attention server is in the mesh: start one")
+    if not hosts:
+        return NoView(reason="no expert server is in the mesh: start one")
+    num_experts = hosts[0].registration.model.num_experts
+    usable = usable_slots(num_experts, [member.registration.num_slots for member in hosts])
+    if usable >= num_experts:
+        return None
+    return NoView(
+        reason=f"the {len(hosts)} expert servers in the mesh have room for {usable} of the model's "
+        f"{num_experts} experts a layer: start another expert server or raise expert.slots_per_server"
+    )
+
+
 def next_view(
     members: Sequence[Member], plan: ViewPlan, previous: mesh_pb2.View, place: PlaceLayer = place_layer
 ) -> mesh_pb2.View | NoView:
@@ -68,20 +85,13 @@ def next_view(
     Args:
         previous: the view published last, live or not; an empty message when there was none.
     """
+    none = why_none(members)
+    if none is not None:
+        return none
     ordered = sorted(members, key=lambda member: (not member.has_attention, member.server_id))
     hosts = [member for member in ordered if member.has_experts]
-    if not any(member.has_attention for member in ordered):
-        return NoView(reason="no attention server is in the mesh: start one")
-    if not hosts:
-        return NoView(reason="no expert server is in the mesh: start one")
     model = hosts[0].registration.model
     capacities = [member.registration.num_slots for member in hosts]
-    usable = usable_slots(model.num_experts, capacities)
-    if usable < model.num_experts:
-        return NoView(
-            reason=f"the {len(hosts)} expert servers in the mesh have room for {usable} of the model's "
-            f"{model.num_experts} experts a layer: start another expert server or raise expert.slots_per_server"
-        )
     view = mesh_pb2.View(
         number=plan.number,
         slots_per_rank=max(capacities),

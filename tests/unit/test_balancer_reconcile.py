@@ -239,6 +239,62 @@ def test_when_every_server_is_gone_formation_starts_again() -> None:
     assert (world.view.number, world.phase) == (2, Phase.SERVING)
 
 
+def everybody_dies(world: World, *server_ids: str) -> None:
+    """While the balancer is down, too."""
+    state = world.effects.saved[-1]
+    for server_id in server_ids:
+        world.disconnect(server_id)
+    world.restart_balancer(state=state)
+
+
+def test_when_all_died_with_the_balancer_those_who_can_serve_wait_a_lease_for_the_others() -> None:
+    world = World(config(attention=1, experts=3, lease_s=3.0, formation_timeout_s=60.0))
+    world.form("a1", "e1", "e2", "e3")
+    everybody_dies(world, "a1", "e1", "e2", "e3")
+    world.advance(4)
+    assert world.phase is Phase.NONE
+    world.join("e1", incarnation="2")
+    world.advance(10)
+    assert world.phase is Phase.NONE, "nobody has attention"
+    world.join("a9", incarnation="2")
+    world.advance(2.9)
+    assert world.phase is Phase.NONE
+    assert "2 of 3 expert halves" not in world.actual.why_not_serving()
+    assert "1 of 3 expert halves" in world.actual.why_not_serving()
+    world.advance(0.3)
+    assert (world.phase, world.ranks) == (Phase.SERVING, ["a9", "e1"])
+    world.join("e2", incarnation="2")
+    world.advance(1)
+    assert (world.phase, world.ranks) == (Phase.SERVING, ["a9", "e1", "e2"])
+
+
+def test_when_the_servers_of_the_last_view_are_back_nobody_else_is_awaited() -> None:
+    world = World(config(attention=1, experts=3))
+    world.form("a1", "e1", "e2", "e3")
+    world.leave("e3")
+    world.disconnect("e3")
+    world.advance(1)
+    everybody_dies(world, "a1", "e1", "e2")
+    world.join("a1", "e1", "e2", incarnation="2")
+    world.advance(0.5)
+    assert (world.phase, world.ranks) == (Phase.SERVING, ["a1", "e1", "e2"])
+
+
+def test_when_all_died_too_few_wait_for_room_however_long() -> None:
+    world = World(config(attention=1, experts=2, formation_timeout_s=20.0))
+    world.form("a1", "e1", "e2")
+    everybody_dies(world, "a1", "e1", "e2")
+    world.connect(registration("a1", incarnation="2"))
+    world.connect(registration("e1", incarnation="2", num_slots=7))
+    world.advance(15)
+    assert (world.phase, "1 of 2 expert halves" in world.actual.why_not_serving()) == (Phase.NONE, True)
+    world.advance(10)
+    assert "room for 7 of the model's 8 experts" in world.actual.why_not_serving()
+    world.join("e2", incarnation="2")
+    world.advance(1)
+    assert world.phase is Phase.SERVING
+
+
 def test_a_death_while_a_view_forms_makes_the_next_one_at_once() -> None:
     world = World(config())
     world.join("a1", "e1")
