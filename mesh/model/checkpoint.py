@@ -159,7 +159,10 @@ class Checkpoint:
         return stored.T if transposed else stored
 
     def _read_all(self, parts: Mapping[str, NamedTensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        tensors = {part: torch.empty(named.shape, dtype=dtype) for part, named in parts.items()}
+        tensors = {
+            part: torch.empty(named.shape, dtype=torch.float32 if named.float32 else dtype)
+            for part, named in parts.items()
+        }
         with ThreadPoolExecutor(READERS, thread_name_prefix="dense-read") as pool:
             # list() raises what a read raised, and leaving the block waits for all others.
             list(pool.map(self._copy, parts.values(), tensors.values()))

@@ -50,6 +50,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"attention_bias": True, "n_shared_experts": 2},
         {"use_qk_norm": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "tie_word_embeddings": True},
     ],
+    "dots1": [
+        {"rope_parameters": YARN},
+        {"sliding_window": None, "attention_bias": True, "n_group": 1, "topk_group": 1},
+    ],
     "gpt_oss": [
         {"rope_parameters": {**YARN, "truncate": False}, "swiglu_limit": 0.7},
         {"num_key_value_heads": 1, "attention_bias": False, "tie_word_embeddings": True, "intermediate_size": 13},

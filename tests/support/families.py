@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
     },
     "glm4_moe": {**GLM_MOE, "head_dim": 16, "use_qk_norm": True},
+    "dots1": {**GLM_MOE, "head_dim": 16, "sliding_window": 10, "max_window_layers": 2},
     "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "sliding_window": 8},
     "deepseek_v2": {**GLM_MOE, **LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "deepseek_v3": {**GLM_MOE, **LATENT},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from expertmesh.mesh.model.families.base import Family
 from expertmesh.mesh.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from expertmesh.mesh.model.families.dots1 import Dots1
 from expertmesh.mesh.model.families.glm4_moe import Glm4Moe
 from expertmesh.mesh.model.families.gpt_oss import GptOss
 from expertmesh.mesh.model.families.granitemoe import GraniteMoe
@@ -21,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     Olmoe(),
     GraniteMoe(),
     Glm4Moe(),
+    Dots1(),
     GptOss(),
     DEEPSEEK_V2,
     DEEPSEEK_V3,

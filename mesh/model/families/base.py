@@ -12,10 +12,14 @@ from expertmesh.mesh.model.fields import Fields
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor as the checkpoint names it, with the shape that the architecture asks for."""
+    """A tensor as the checkpoint names it, with the shape that the architecture asks for.
+
+    ``float32``: it is kept so whatever the mesh computes in.
+    """
 
     name: str
     shape: tuple[int, ...]
+    float32: bool = False
 
 
 @dataclass(frozen=True, slots=True)

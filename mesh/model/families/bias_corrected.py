@@ -53,7 +53,9 @@ def sparse_mlp_tensors(arch: Architecture, layer: int) -> Mapping[str, NamedTens
         return standard.dense_tensors(arch, mlp)
     tensors = standard.router_tensors(arch, f"{mlp}.gate.weight")
     if arch.gate.correction:
-        tensors["router_correction"] = NamedTensor(f"{mlp}.gate.e_score_correction_bias", (arch.num_experts,))
+        tensors["router_correction"] = NamedTensor(
+            f"{mlp}.gate.e_score_correction_bias", (arch.num_experts,), float32=True
+        )
     if arch.shared is not None:
         tensors |= standard.dense_tensors(arch, f"{mlp}.shared_experts", "shared_")
     return tensors
