@@ -40,6 +40,8 @@ def read_rope(
     if kind not in ("default", "linear", "llama3", "yarn") or (kind != "default" and not scaled):
         supported = "default, linear, llama3 or yarn" if scaled else "default"
         raise section.error(key, f"is {kind!r}, which is not supported", f"use a model with {supported} RoPE")
+    if kind == "yarn" and theta <= 1:
+        raise config.error("rope_theta", f"is {theta}", "it must be more than 1 with YaRN")
     scaling = _scaling(config, section, kind)
     return theta, Rope(dim=None if dim == width else dim, interleaved=interleaved, scaling=scaling)
 
