@@ -107,6 +107,7 @@ class LocalMesh:
         self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
         self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
         self._planned = frozenset(self._servers)
+        self._is_planned = not _has_past(config)  # else the balancer remembers how many servers there should be
         self._targets = {role: self._num_named[role] for role in SCALED_ROLES}  # of the scale, as far as it is seen to
 
     @property
@@ -141,11 +142,11 @@ class LocalMesh:
             balancer.start()
         started = {balancer.id for balancer in balancers}
         self._wait_for(lambda: started <= self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
-        for server in self._servers.values():
-            if server not in balancers:
-                server.start()
         self._watch = ScaleWatch(lambda: self.balancer, self._config.tls, LAUNCHER, self._see_to)
         self._watch.start()
+        self._wait_for(lambda: self._is_planned, BALANCER_READY_TIMEOUT_S, "the balancer to say how many servers start")
+        for server_id in self._planned - started:
+            self._servers[server_id].start()
 
     def _balancer_processes(self) -> list[ServiceProcess]:
         return [server for server in self._servers.values() if server.role == "balancer"]
@@ -244,10 +245,27 @@ class LocalMesh:
         the balancer drains it, and it is not started again."""
         targets = dict.fromkeys(SCALED_ROLES, 0)
         targets |= {mesh_pb2.Role.Name(entry.role).removeprefix("ROLE_").lower(): entry.target for entry in scale.roles}
+        if not self._is_planned:
+            self._plan(targets)
+            return
         for role in SCALED_ROLES:
             for _ in range(targets[role] - self._targets[role]):
                 self._one_more(role).start()
         self._targets = targets
+
+    def _plan(self, targets: dict[str, int]) -> None:
+        """Nothing was started yet: start so many, whatever the configuration says."""
+        wanted = {f"{role}-{index}": role for role in SCALED_ROLES for index in range(targets[role])}
+        kept = {
+            name: server for name, server in self._servers.items() if name in wanted or server.role not in SCALED_ROLES
+        }
+        new = {name: self._service(role, name) for name, role in wanted.items() if name not in kept}
+        with self._changed:
+            self._servers = {**kept, **new}
+            self._planned = frozenset(self._servers)
+            self._num_named |= Counter(targets)
+            self._targets, self._is_planned = targets, True
+            self._changed.notify_all()
 
     def forget(self, server_id: str) -> None:
         """Supervise a server no longer that has left for good: it was drained, and its process has ended."""
@@ -382,6 +400,11 @@ def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
 def _known_address(server: ServiceProcess) -> str:
     assert server.address is not None, f"{server.id} has no address yet"
     return server.address
+
+
+def _has_past(config: MeshConfig) -> bool:
+    """Whether its balancer may have the state of an earlier start."""
+    return config.balancer.state_dir is not None or config.balancer.state == "etcd"
 
 
 def _with_balancer_state(config: MeshConfig, state_dir: Path) -> MeshConfig:

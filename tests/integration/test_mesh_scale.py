@@ -111,20 +111,3 @@ async def test_servers_are_added_by_hand_and_drained_ones_stay_away(mesh: LocalM
     scale = (await asyncio.to_thread(balancer, mesh, "status"))["scale"]
     assert scale["roles"]["expert"] == {"target": 2, "servers": 2, "serving": 2}
     assert (mesh.servers["expert-0"].pid, mesh.servers["expert-0"].starts) == (None, 1)
-
-
-async def test_an_extra_server_that_cannot_start_does_not_end_the_mesh(mesh: LocalMesh) -> None:
-    whole = mesh.config_file.read_text(encoding="utf-8")
-    try:
-        mesh.config_file.write_text(whole.replace("block_size: 16", "block_size: 0"), encoding="utf-8")
-        await asyncio.to_thread(balancer, mesh, "add", "attention", "--no-wait")
-
-        async def given_up() -> bool:
-            newest = mesh.servers[list(mesh.servers)[-1]]
-            return newest.role == "attention" and newest.pid is None and newest.starts == 1
-
-        await until(given_up, TIMEOUT_S, lambda: logs(mesh))
-    finally:
-        mesh.config_file.write_text(whole, encoding="utf-8")
-    mesh.raise_failure()
-    assert len(await generate_all(mesh.router, REQUESTS[:2], concurrency=2)) == 2
