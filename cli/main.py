@@ -39,6 +39,10 @@ SUB_COMMANDS = {
         target="expertmesh.cli.serve:serve", summary="Run one service: what Slurm, Kubernetes and `up` start."
     ),
     "place": SubCommand(target="expertmesh.cli.place:place", summary="Write a placement file from recorded routing."),
+    "inspect": SubCommand(
+        target="expertmesh.cli.inspect_model:inspect_model",
+        summary="Show a model's sizes, what of it fits a GPU, and a dry placement.",
+    ),
     "simulate": SubCommand(
         target="expertmesh.cli.simulate:simulate", summary="Compare placements on recorded routing."
     ),
