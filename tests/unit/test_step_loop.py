@@ -19,14 +19,18 @@ HIDDEN, LAYERS = 4, (0, 1)
 
 
 class Attention:
-    """Sends three tokens to expert 0 in each layer."""
+    """Sends three tokens to expert 0 in each layer; ``log`` gets the layers whose tokens were on their way."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
 
     def begin(self) -> None: ...
 
     def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
         return torch.zeros(3, HIDDEN), Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
 
-    def while_dispatched(self, layer: int) -> None: ...
+    def while_dispatched(self, layer: int) -> None:
+        self._log.append(f"shared experts {layer}")
 
     def after_experts(self, layer: int, out_TH: torch.Tensor) -> None: ...
 
@@ -38,6 +42,7 @@ class Plane:
 
     def __init__(self, breaks_at: int = -1) -> None:
         self.slots: list[list[int]] = []
+        self.log: list[str] = []
         self._breaks_at = breaks_at
 
     is_on_device = False
@@ -46,10 +51,12 @@ class Plane:
         if len(self.slots) == self._breaks_at:
             raise DataPlaneError("a peer is gone")
         self.slots.append(slot_TK.ravel().tolist())
+        self.log.append(f"dispatch {exchange.layer}")
         dispatched = Dispatched(torch.empty(0, HIDDEN), torch.zeros(1, dtype=torch.int64), 0, None)
         return SimpleNamespace(wait=lambda: dispatched)
 
     def combine(self, y_NH: torch.Tensor, handle: object) -> Any:
+        self.log.append("combine")
         return SimpleNamespace(wait=lambda: torch.zeros(3, HIDDEN))
 
 
@@ -68,7 +75,7 @@ def loop(routing: RoutingTables, plane: Plane) -> StepLoop:
     view = SimpleNamespace(versions=dict.fromkeys(LAYERS, 1), rank=0)
     context = SimpleNamespace(
         view=view,
-        attention=Attention(),
+        attention=Attention(plane.log),
         experts=None,
         plane=plane,
         migrations=SimpleNamespace(switch=lambda ids, step: None, view=view),
@@ -103,3 +110,15 @@ def test_a_step_that_broke_chooses_the_same_slots_in_the_next_view() -> None:
     second.step(go)
     second.step(go)
     assert breaking.slots[:2] + after.slots == undisturbed.slots
+
+
+def test_shared_experts_are_computed_once_while_the_layers_tokens_are_away() -> None:
+    plane = Plane()
+    loop(tables(), plane).step(mesh_pb2.StepGo(step=1, num_tokens=[3]))
+    layer = ["dispatch 0", "shared experts 0", "combine"]
+    assert plane.log == layer + [event.replace("0", "1") for event in layer]
+    in_parts = Plane()
+    loop(tables(), in_parts).step(mesh_pb2.StepGo(step=1, num_tokens=[20]))
+    assert in_parts.log.count("dispatch 0") == 3
+    assert in_parts.log[:2] == layer[:2]
+    assert in_parts.log.count("shared experts 0") == 1
