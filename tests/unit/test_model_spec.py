@@ -21,7 +21,6 @@ from expertmesh.mesh.model.fields import Fields
 from expertmesh.mesh.model.spec import GenerationDefaults, load_spec
 from support.checkpoints import TINY, write_checkpoint
 
-
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
