@@ -103,6 +103,7 @@ class GpuSlots:
         *,
         starts_S: torch.Tensor | None = None,
         expected_rows: float | None = None,
+        factor_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp_gpu``. Returns y[N, H]."""
         return grouped_expert_mlp_gpu(
@@ -112,6 +113,7 @@ class GpuSlots:
             self._down_AHI,
             starts_S=starts_S,
             table_S=self._table_LS[self._layer_index[layer]],
+            factor_N=factor_N,
             expected_rows=expected_rows,
         )
 

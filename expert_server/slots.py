@@ -97,9 +97,11 @@ class Slots:
         *,
         starts_S: torch.Tensor | None = None,
         expected_rows: float | None = None,
+        factor_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp``. Returns y[N, H]."""
         assert starts_S is None, "host planes leave no gaps between slots"
+        assert factor_N is None, "host planes multiply rows by their factors themselves"
         row, variant = self._row_of_layer[layer], self._spec.expert
         gate_up_SFH, down_SHI, *biases = (part[row] for part in self._arena)
         if variant == ExpertVariant():

@@ -30,6 +30,7 @@ def grouped_expert_mlp_gpu(
     *,
     starts_S: torch.Tensor | None = None,
     table_S: torch.Tensor | None = None,
+    factor_N: torch.Tensor | None = None,
     expected_rows: float | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
@@ -45,6 +46,7 @@ def grouped_expert_mlp_gpu(
         starts_S: int32 or int64 on the device, each slot's first row; None = slots follow each other without gaps.
         table_S: int32 on the device, where in ``gate_up`` and ``down``, which may then hold more, each slot's weights
             are; None = the weights of slot s are at s.
+        factor_N: float32 on the device, multiplies each row of the result before it is rounded; None = 1.
         expected_rows: mean rows a slot to choose tiles for, where N is a capacity and not what will come; default N/S.
         tiles: instead of the table's.
 
@@ -61,7 +63,7 @@ def grouped_expert_mlp_gpu(
     overlaps = tiles.overlap and not IS_INTERPRETED
     product = partial(grouped_matmul, starts_S=starts_S, table_S=table_S)
     product(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps)
-    product(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, waits=overlaps)
+    product(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, factor_N=factor_N, waits=overlaps)
     return y_NH
 
 
@@ -75,6 +77,7 @@ def grouped_matmul(
     is_gated: bool,
     starts_S: torch.Tensor | None = None,
     table_S: torch.Tensor | None = None,
+    factor_N: torch.Tensor | None = None,
     signals: bool = False,
     waits: bool = False,
 ) -> None:
@@ -82,9 +85,11 @@ def grouped_matmul(
 
     Args:
         x_NK, weight_SCK, out_NC: K is the depth; ``weight`` has 2C columns where ``is_gated``.
+        factor_N: multiplies each row of ``out`` before it is rounded; not where ``is_gated``.
         signals: let the next launch begin when the last program of this one has begun (programmatic dependent launch).
         waits: the other side: read weights into the L2 cache at once, and rows when the launch before is complete.
     """
+    assert factor_N is None or not is_gated, "factors are for the rows of the last product"
     num_rows, depth = x_NK.shape
     num_slots, num_columns = counts_S.shape[0], out_NC.shape[1]
     if not _is_bulk(x_NK):
@@ -112,6 +117,7 @@ def grouped_matmul(
         counts_S,
         counts_S if starts_S is None else starts_S,
         counts_S if table_S is None else table_S,
+        counts_S if factor_N is None else factor_N,
         num_slots,
         num_rows,
         num_columns,
@@ -125,6 +131,7 @@ def grouped_matmul(
         IS_GATED=is_gated,
         HAS_STARTS=starts_S is not None,
         HAS_TABLE=table_S is not None,
+        HAS_FACTORS=factor_N is not None,
         WEIGHTS_FIRST=tile.weights_first,
         LOOPS=tile.programs_per_sm > 0,
         IS_BULK=tile.bulk,
@@ -192,6 +199,7 @@ def _compute_tile(
     weight_RK,
     out,
     starts,
+    factors,
     count_S,
     blocks_S,
     end_S,
@@ -207,6 +215,7 @@ def _compute_tile(
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     IS_BULK: tl.constexpr,
     IS_PAIRED: tl.constexpr,
@@ -267,10 +276,16 @@ def _compute_tile(
         gate = acc.to(dtype).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
         acc = silu * acc_up.to(dtype).to(tl.float32)
+    row_M = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if HAS_FACTORS:
+        factor_M = tl.load(factors + start + row_M, mask=row_M < count, other=0.0)
+        if WEIGHTS_FIRST:
+            acc = acc * factor_M[None, :]
+        else:
+            acc = acc * factor_M[:, None]
     result = acc.to(dtype)
     if WEIGHTS_FIRST:
         result = tl.trans(result)
-    row_M = block * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = column + tl.arange(0, BLOCK_N)
     to = out + (start + row_M).to(tl.int64)[:, None] * num_columns + column_N[None, :]
     tl.store(to, result, mask=(row_M < count)[:, None] & (column_N < num_columns)[None, :])
@@ -285,6 +300,7 @@ def _grouped_matmul_kernel(
     counts,
     starts,
     table,
+    factors,
     num_slots,
     num_rows,
     num_columns,
@@ -298,6 +314,7 @@ def _grouped_matmul_kernel(
     IS_GATED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     LOOPS: tl.constexpr,
     IS_BULK: tl.constexpr,
@@ -325,13 +342,13 @@ def _grouped_matmul_kernel(
     if LOOPS:
         for tile in range(pid, num_tiles, tl.num_programs(0)):
             _compute_tile(
-                tile, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
-                num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST,
-                IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
+                tile, x, weight, weight_RK, out, starts, factors, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
+                num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
+                WEIGHTS_FIRST, IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
             )  # fmt: skip
     elif pid < num_tiles:
         _compute_tile(
-            pid, x, weight, weight_RK, out, starts, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
-            num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, WEIGHTS_FIRST,
-            IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
+            pid, x, weight, weight_RK, out, starts, factors, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
+            num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
+            WEIGHTS_FIRST, IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
         )  # fmt: skip

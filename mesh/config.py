@@ -220,8 +220,11 @@ class DataPlaneConfig(Section):
     max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
     timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
     idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")
-    num_sms: int = Field(
-        24, ge=2, multiple_of=2, description="multiprocessors of a GPU that a deepep exchange takes from the experts"
+    num_sms: int | None = Field(
+        None,
+        ge=2,
+        multiple_of=2,
+        description="multiprocessors of a GPU that a deepep exchange takes; unset = 24, and 64 beyond 1024 tokens",
     )
     fp8_dispatch: bool = Field(
         False, description="deepep: tokens travel to the experts as float8_e4m3, scaled by blocks of 128"

@@ -136,11 +136,12 @@ class ExpertHalf(Protocol):
         *,
         starts_S: torch.Tensor | None = None,
         expected_rows: float | None = None,
+        factor_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The expert MLP on rows grouped by local slot: the first ``counts_S[0]`` rows go through slot 0, and so on.
 
-        ``counts_S`` is int64 on the CPU or the device. ``starts_S`` and ``expected_rows`` come from device planes alone
-        (see ``Dispatched``). Returns y[N, H].
+        ``counts_S`` is int64 on the CPU or the device. ``starts_S``, ``expected_rows`` and ``factor_N`` come from
+        device planes alone (see ``Dispatched``). Returns y[N, H].
         """
 
     def reserve(self, num_experts: int) -> list[ExpertWeights]:

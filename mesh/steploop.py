@@ -233,6 +233,7 @@ class StepLoop:
                 dispatched.counts_S,
                 starts_S=dispatched.starts_S,
                 expected_rows=dispatched.expected_rows,
+                factor_N=dispatched.factor_N,
             )
         clock.computed()
         out_TH = plane.combine(y_NH, dispatched.handle).wait()

@@ -2,10 +2,10 @@
 
     PYTHONPATH=src:tests:benchmarks/gpu python benchmarks/gpu/dataplane.py --out benchmarks/results/gpu_dataplane.json
 
-A round trip is a dispatch and a combine without experts between them: what arrived goes back. ``deepep`` is our plane,
-which the experts spare the weighting (``is_weighted``); ``direct`` the same buffer, settings and arguments in DeepEP's
-own calls; ``direct, capacity T`` with kernels made for just these tokens; ``deepep, weighted`` our plane with a pass
-over the rows of its own; ``fp8`` with tokens sent as float8 and turned back into bfloat16; ``nccl`` our other plane.
+A round trip is a dispatch and a combine without experts between them: what arrived goes back. ``deepep`` is our plane;
+``direct`` the same buffer, settings and arguments in DeepEP's own calls; ``direct_capacity_t`` these with kernels made
+for just so many tokens; ``fp8`` our plane with tokens that travel as float8 and become bfloat16 again; ``nccl`` our
+other plane, which weights the rows itself.
 All alternatives of a row are timed in turns, round by round; the figure is rank 0's median.
 
 ``--sweep`` times DeepEP with other numbers of multiprocessors instead.
@@ -26,7 +26,8 @@ import torch
 from measure import Row
 
 from expertmesh.mesh.dataplane.base import Exchange
-from expertmesh.mesh.dataplane.deepep_checks import loaded_nccl
+from expertmesh.mesh.dataplane.deepep import usable
+from expertmesh.mesh.dataplane.deepep_checks import nccl_version
 from support.gpu_ranks import PlaneConfig, Rank, Ranks, close_planes, gpu_ranks, plane_of
 from support.plane_checks import Batch, Layout, draw
 
@@ -39,7 +40,7 @@ SWEPT_TOKENS = (8, 128, 4096)
 PEER_BYTES = 395e9  # a second, one way, as a plain copy between the two GPUs was measured
 
 _TRIPS = 10  # round trips in a graph
-_ROUNDS = 15
+_ROUNDS = 24
 _ROUND_S = 0.02
 _TARGET = 1.05
 
@@ -70,23 +71,17 @@ def write(path: Path, head: Row, rows: list[Row]) -> None:
 
 
 def about(rank: Rank) -> Row:
-    import deep_ep
+    library = usable(Layout("bb", 64, 2048, TOP_K).shape(rank.rank), rank.device, ["node"] * rank.size)
+    import deep_ep  # behind its checks, which also tell it where NCCL is
 
-    library = str(loaded_nccl())
     return {
         **measure.machine(),
         "gpus": torch.cuda.device_count(),
         "deep_ep": deep_ep.__version__,
         "nccl": ".".join(str(part) for part in nccl_version(library)),
-        "settings": {"num_sms": PlaneConfig("deepep").num_sms, "top_k": TOP_K, "dtype": "bfloat16"},
+        "settings": {"top_k": TOP_K, "dtype": "bfloat16", "max_num_tokens": TOKENS[-1]},
         "peer_copy_bytes_per_s": PEER_BYTES,
     }
-
-
-def nccl_version(library: str) -> tuple[int, int, int]:
-    from expertmesh.mesh.dataplane.deepep_checks import _version_of
-
-    return _version_of(Path(library))
 
 
 # -- what the ranks do ------------------------------------------------------------------------------------------------
@@ -130,16 +125,16 @@ def time_all(rank: Rank, layout: Layout, num_tokens: int) -> dict[str, float]:
     config = PlaneConfig("deepep")
     plane = plane_of(rank, config, layout.shape(rank.rank))
     capacity = plane._capacity(num_tokens)
+    num_sms = plane._settings.sms_for(capacity)
     fp8 = plane_of(rank, replace(config, fp8_dispatch=True), layout.shape(rank.rank))
     nccl = plane_of(rank, replace(config, backend="nccl"), layout.shape(rank.rank))
     return in_turns(
         num_tokens,
         {
-            "deepep": trip(plane, batch, tokens, is_weighted=True),
-            "direct": direct(plane, batch, layout, capacity, config.num_sms),
-            "direct_capacity_t": direct(plane, batch, layout, num_tokens, config.num_sms),
-            "deepep_weighted": trip(plane, batch, tokens),
-            "fp8": trip(fp8, batch, tokens, is_weighted=True),
+            "deepep": trip(plane, batch, tokens),
+            "direct": direct(plane, batch, layout, capacity, num_sms),
+            "direct_capacity_t": direct(plane, batch, layout, num_tokens, num_sms),
+            "fp8": trip(fp8, batch, tokens),
             "nccl": trip(nccl, batch, tokens),
         },
     )
@@ -153,13 +148,13 @@ def time_sms(rank: Rank, layout: Layout, num_tokens: int) -> dict[str, float]:
     return in_turns(num_tokens, {str(sms): direct(plane, batch, layout, capacity, sms) for sms in SWEPT_SMS})
 
 
-def trip(plane: Any, batch: Batch, tokens: list[int], **options: bool) -> Trip:
+def trip(plane: Any, batch: Batch, tokens: list[int]) -> Trip:
     """A round trip through a plane."""
     exchange = Exchange(layer=0, version=1, tokens=tokens, capacity=max(tokens))
 
     def call() -> object:
         arrived = plane.dispatch(batch.x_TH, batch.slot_TK, batch.weight_TK, exchange).wait()
-        return plane.combine(arrived.rows_NH, arrived.handle, **options).wait()
+        return plane.combine(arrived.rows_NH, arrived.handle).wait()
 
     return call
 
@@ -191,8 +186,10 @@ def in_turns(num_tokens: int, alternatives: dict[str, Trip]) -> dict[str, float]
     graphs = {name: captured(call) for name, call in alternatives.items()}
     replays = max(2, round(_ROUND_S / (_TRIPS * (25e-6 + num_tokens * 0.1e-6))))
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(_ROUNDS):
-        for name, graph in graphs.items():
+    for turn in range(_ROUNDS):
+        names = list(graphs)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            graph = graphs[name]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()  # meets the other rank
             start.record()
@@ -201,7 +198,7 @@ def in_turns(num_tokens: int, alternatives: dict[str, Trip]) -> dict[str, float]
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1e3 / (replays * _TRIPS))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def captured(call: Trip) -> torch.cuda.CUDAGraph:

@@ -60,7 +60,9 @@ class Dispatched(Generic[HandleT]):
     N is what there is room for: rows of no slot hold anything. ``counts_S``: rows of each local slot, int64, or int32
     on the device. ``num_tokens``: distinct tokens among the rows, None where only the device knows. ``handle`` goes to
     ``combine``. ``starts_S``: int32 or int64 on the device, the first row of each slot, None = slots follow each other
-    without gaps. ``expected_rows``: mean rows a slot to choose tiles for, None = N/S.
+    without gaps. ``expected_rows``: mean rows a slot to choose tiles for, None = N/S. ``factor_N``: float32 on the
+    device, what each row of y has to be multiplied by before ``combine``, which then only adds up: a pass over the rows
+    that the experts' last product can spare the plane. None = ``combine`` multiplies.
     """
 
     rows_NH: torch.Tensor
@@ -69,6 +71,7 @@ class Dispatched(Generic[HandleT]):
     handle: HandleT
     starts_S: torch.Tensor | None = None
     expected_rows: float | None = None
+    factor_N: torch.Tensor | None = None
 
 
 class DataPlane(Protocol[HandleT]):
@@ -92,7 +95,7 @@ class DataPlane(Protocol[HandleT]):
     def combine(self, y_NH: torch.Tensor, handle: HandleT) -> Pending[torch.Tensor]:
         """Return out[T, H] = Σ over K of weight × y of the chosen slot, in x's dtype; 0 for a token that went nowhere.
 
-        ``y_NH``: the expert outputs in the order of ``rows_NH``.
+        ``y_NH``: the expert outputs in the order of ``rows_NH``, multiplied by ``factor_N`` where there is one.
         """
 
     def check(self) -> None:

@@ -33,7 +33,6 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
 from expertmesh.kernels.fp8_rows import dequantize_rows, quantize_rows
-from expertmesh.kernels.scale_rows import scale_rows
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
 from expertmesh.mesh.dataplane.collective import PlaneShape
 from expertmesh.mesh.dataplane.deepep_checks import check_machine, check_shape
@@ -45,8 +44,13 @@ log = logging.getLogger(__name__)
 
 _SMALLEST_CAPACITY = 32
 _CAPACITY_STEP = 8
-_CLOCK_MARGIN_S = 2.0  # kernels count clock cycles at the highest rate, and the GPU may run slower
+_TRAP_S = 2
+"""From a kernel's trap to its error on the host: 1.6 s were measured."""
 _COMPILE_S = 300.0
+
+_FEW_TOKENS, _FEW_SMS, _MANY_SMS = 1024, 24, 64
+"""Up to so many tokens more multiprocessors gain nothing; beyond it 64 of them are a sixth faster than 24 and some 5 %
+slower than all (benchmarks/results/gpu_dataplane_sms.json)."""
 
 _LOST: list[Any] = []
 """Buffers of a lost context: their destructors would end the process before it has said why."""
@@ -54,26 +58,33 @@ _LOST: list[Any] = []
 
 @dataclass(frozen=True, slots=True)
 class DeepEpSettings:
-    """``num_sms``: multiprocessors that an exchange takes. ``fp8_dispatch``: tokens travel as float8_e4m3 with a
-    float32 scale per 128 elements. ``timeout_s``: silence of a peer after which the kernels trap, whole seconds.
+    """``num_sms``: multiprocessors that an exchange takes, None = by its size. ``fp8_dispatch``: tokens travel as
+    float8_e4m3 with a float32 scale per 128 elements. ``timeout_s``: silence of a peer after which this rank gives up.
     """
 
-    num_sms: int
+    num_sms: int | None
     fp8_dispatch: bool
     timeout_s: float
 
     @property
     def kernel_timeout_s(self) -> int:
-        return max(1, math.floor(self.timeout_s))
+        """Whole seconds after which the kernels trap: soon enough that the host knows in time."""
+        return max(1, math.floor(self.timeout_s) - _TRAP_S)
+
+    @property
+    def host_timeout_s(self) -> float:
+        return max(self.timeout_s, float(self.kernel_timeout_s + _TRAP_S))
+
+    def sms_for(self, capacity: int) -> int:
+        return self.num_sms or (_FEW_SMS if capacity <= _FEW_TOKENS else _MANY_SMS)
 
 
 @dataclass(frozen=True, slots=True)
 class DeepEpHandle:
-    """DeepEP's handle; ``weight_N`` float32: the factor of each row; ``end``: int32 [1], where the last slot ends."""
+    """DeepEP's own handle and the float32 weight of each row."""
 
     inner: Any
     weight_N: torch.Tensor
-    end: torch.Tensor
 
 
 def capacities(max_num_tokens: int) -> tuple[int, ...]:
@@ -129,6 +140,7 @@ class DeepEpPlane:
         shape = self._shape
         # A negative index counts from the end, where -1 stands.
         id_TK = slot_TK if self._id_G is None else self._id_G[slot_TK]
+        capacity = self._capacity(max(exchange.capacity, len(x_TH)))
         x: Any = quantize_rows(x_TH) if self._settings.fp8_dispatch else x_TH
         try:
             rows, _, weight_N, inner, event = self._buffer.dispatch(
@@ -136,9 +148,9 @@ class DeepEpPlane:
                 topk_idx=id_TK,
                 topk_weights=weight_TK,
                 num_experts=shape.size * shape.slots_per_rank,
-                num_max_tokens_per_rank=self._capacity(max(exchange.capacity, len(x_TH))),
+                num_max_tokens_per_rank=capacity,
                 expert_alignment=1,
-                num_sms=self._settings.num_sms,
+                num_sms=self._settings.sms_for(capacity),
                 async_with_compute_stream=True,
                 do_handle_copy=False,
                 do_cpu_sync=False,
@@ -146,21 +158,13 @@ class DeepEpPlane:
             )
         except RuntimeError as error:
             raise _as_error(error) from error
-        handle = DeepEpHandle(inner, weight_N, inner.psum_num_recv_tokens_per_expert[-1:])
+        handle = DeepEpHandle(inner, weight_N)
         expected = sum(exchange.tokens) * shape.top_k / (len(shape.expert_ranks) * shape.slots_per_rank)
         return _PendingDispatch(event, rows, handle, self._is_host, expected)
 
-    def combine(self, y_NH: torch.Tensor, handle: DeepEpHandle, *, is_weighted: bool = False) -> Pending[torch.Tensor]:
-        """See ``DataPlane``.
-
-        Args:
-            is_weighted: each row of y has been multiplied by ``handle.weight_N`` already, which saves a pass over
-                them.
-        """
+    def combine(self, y_NH: torch.Tensor, handle: DeepEpHandle) -> Pending[torch.Tensor]:
         if not len(y_NH):  # a rank without slots: DeepEP wants a row length all the same
             y_NH = y_NH.new_empty(1, self._shape.hidden_size)
-        elif not is_weighted:
-            y_NH = scale_rows(y_NH, handle.weight_N, handle.end)
         try:
             out_TH, _, event = self._buffer.combine(y_NH, handle.inner, async_with_compute_stream=True)
         except RuntimeError as error:
@@ -173,7 +177,7 @@ class DeepEpPlane:
         Raises:
             DeviceLostError: it has, or the device did not finish.
         """
-        limit_s = self._settings.kernel_timeout_s + _CLOCK_MARGIN_S
+        limit_s = self._settings.host_timeout_s
         wait_for_device(limit_s, lambda: DeviceLostError(f"the GPU did not finish a step within {limit_s:g} s"))
 
     def prepare(self) -> None:
@@ -243,11 +247,11 @@ class _PendingDispatch(Pending[Dispatched[DeepEpHandle]]):
         counts_S = handle.inner.num_unaligned_recv_tokens_per_expert
         if not self.is_host:
             rows_NH = (rows[0] if isinstance(rows, tuple) else rows)[:0].to(torch.bfloat16)
-        elif isinstance(rows, tuple):
-            rows_NH = dequantize_rows(rows[0], rows[1], handle.end)
-        else:
-            rows_NH = rows
-        return Dispatched(rows_NH, counts_S, None, handle, expected_rows=self.expected_rows)
+            return Dispatched(rows_NH, counts_S, None, handle)
+        if isinstance(rows, tuple):
+            end = handle.inner.psum_num_recv_tokens_per_expert[-1:]  # where the last slot's rows end
+            rows = dequantize_rows(rows[0], rows[1], end)
+        return Dispatched(rows, counts_S, None, handle, expected_rows=self.expected_rows, factor_N=handle.weight_N)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def check_nccl(library: Path, version: tuple[int, int, int] | None = None) -> No
     Raises:
         UserError: it is not.
     """
-    found = _version_of(library) if version is None else version
+    found = nccl_version(library) if version is None else version
     if found < OLDEST_NCCL:
         raise UserError(
             KEY,
@@ -107,7 +107,8 @@ def check_nccl(library: Path, version: tuple[int, int, int] | None = None) -> No
         )
 
 
-def _version_of(library: Path) -> tuple[int, int, int]:
+def nccl_version(library: Path) -> tuple[int, int, int]:
+    """Of a library, as it says itself."""
     number = ctypes.c_int()
     ctypes.CDLL(str(library)).ncclGetVersion(ctypes.byref(number))
     return number.value // 10000, number.value // 100 % 100, number.value % 100

@@ -20,6 +20,7 @@ from support.kernel_checks import (
     Draw,
     assert_near,
     check_add_rms_norm,
+    check_fp8_rows,
     check_grouped_mlp,
     check_gumbel_argmax,
     check_paged_decode,
@@ -53,6 +54,7 @@ def test_mlp_of_routed_tokens(num_tokens: int, top_k: int) -> None:
 def test_mlp_with_every_row_of_the_table(counts: list[int], tiles: Tiles) -> None:
     check_grouped_mlp("cuda", counts, 2048, 768, BF16, tiles=tiles, spare=3)
     check_grouped_mlp("cuda", counts, 264, 136, BF16, tiles=tiles, gap=5)
+    check_grouped_mlp("cuda", counts, 2048, 768, BF16, tiles=tiles, spare=3, has_factors=True)
 
 
 @DTYPES
@@ -198,3 +200,9 @@ def test_no_kernel_waits_for_the_device() -> None:
         gumbel_argmax(logits, temperature, seeds, seeds)
         torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
+
+
+@DTYPES
+@pytest.mark.parametrize(("num_tokens", "hidden", "end"), [(3, 256, 2), (1, 128, 1), (4096, 7168, 4000), (0, 128, 0)])
+def test_rows_survive_float8_within_its_noise(num_tokens: int, hidden: int, end: int, dtype: torch.dtype) -> None:
+    check_fp8_rows("cuda", num_tokens, hidden, end, dtype)

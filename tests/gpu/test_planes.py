@@ -118,8 +118,8 @@ def test_a_view_follows_another_and_memory_is_given_back(ranks: Ranks, backend: 
 
 @BACKENDS
 def test_a_killed_rank_is_noticed_in_time_and_its_successor_takes_part(backend: str) -> None:
-    """The time-out is 2 s. A survivor of nccl goes on as it is; one of deepep has lost its context and starts again."""
-    config = PlaneConfig(backend, timeout_s=2.0)
+    """The time-out is 4 s. A survivor of nccl goes on as it is; one of deepep has lost its context and starts again."""
+    config = PlaneConfig(backend, timeout_s=4.0)
     with gpu_ranks(2) as ranks:
         for rank in range(2):
             ranks.send(rank, exchange_for_ever, config)
@@ -127,19 +127,20 @@ def test_a_killed_rank_is_noticed_in_time_and_its_successor_takes_part(backend: 
         killed_at = time.monotonic()
         ranks.kill(1)
         found = ranks.answer(0, timeout_s=30)
-        noticed_s = found["at"] - killed_at
-        assert noticed_s <= 5.0, found
+        passed_s = {"noticed": found["at"] - killed_at}
+        assert passed_s["noticed"] <= 5.0, found
         assert found["error"] == ("DeviceLostError" if backend == "deepep" else "DataPlaneError"), found
         if backend == "deepep":
             ranks.send(0, leave_with_status)
             assert ranks.exit_status(0, 30) == EXIT_DEVICE_LOST
+            passed_s["exited"] = time.monotonic() - killed_at
             ranks.restart(0)
         ranks.restart(1)
+        ranks.run(free_bytes)
+        passed_s["started again"] = time.monotonic() - killed_at
         assert ranks.run(check_again, config) == [3, 3]
-        recovered_s = time.monotonic() - killed_at
-        print(
-            f"{backend}: noticed after {noticed_s:.2f} s, exchanged again after {recovered_s:.2f} s: {found['message']}"
-        )
+        passed_s["exchanged again"] = time.monotonic() - killed_at
+        print(backend, {name: round(seconds, 2) for name, seconds in passed_s.items()}, found["message"])
 
 
 @BACKENDS

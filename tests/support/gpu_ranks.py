@@ -43,7 +43,7 @@ class PlaneConfig:
 
     backend: str
     timeout_s: float = 5.0
-    num_sms: int = 24
+    num_sms: int | None = None
     fp8_dispatch: bool = False
 
 
@@ -117,7 +117,16 @@ class Ranks:
         self.view += 1
         for rank in range(self.size):
             self.send(rank, function, *args)
-        return [self.answer(rank) for rank in range(self.size)]
+        results: list[Any] = []
+        for rank in range(self.size):
+            try:
+                results.append(self.answer(rank))
+            except RankError as error:  # the others' answers must not be taken for those of the next call
+                results.append(error)
+        for result in results:
+            if isinstance(result, RankError):
+                raise result
+        return results
 
     def close(self) -> None:
         for pipe in self._pipes:

@@ -30,7 +30,6 @@ from expertmesh.kernels.paged_decode import (
 )
 from expertmesh.kernels.rope_append import rope_append, rope_append_reference
 from expertmesh.kernels.sampler import gumbel_argmax, gumbel_argmax_reference
-from expertmesh.kernels.scale_rows import scale_rows, scale_rows_reference
 
 # bfloat16 keeps 8 bits, and the interpreter cuts off the others where hardware rounds.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -97,6 +96,7 @@ def check_grouped_mlp(
     tiles: Tiles | None = None,
     gap: int = 0,
     spare: int = 0,
+    has_factors: bool = False,
 ) -> None:
     """``gap`` rows between slots and ``spare`` rows at the end belong to nobody and hold NaN."""
     draw = Draw(sum(counts) * 1000 + hidden + width, device)
@@ -111,6 +111,7 @@ def check_grouped_mlp(
     rows_NH[~is_used_N] = float("nan")
     gate_up_SFH = (draw.normal(len(counts), 2 * width, hidden) / hidden**0.5).to(dtype)
     down_SHI = (draw.normal(len(counts), hidden, width) / width**0.5).to(dtype)
+    factor_N = draw.normal(end + spare).masked_fill(~is_used_N, float("nan")) if has_factors else None
     with poisoned():
         y_NH = grouped_expert_mlp_gpu(
             rows_NH,
@@ -118,10 +119,13 @@ def check_grouped_mlp(
             gate_up_SFH,
             down_SHI,
             starts_S=torch.tensor(starts, device=device, dtype=torch.int32) if gap else None,
+            factor_N=factor_N,
             tiles=tiles,
         )
     assert y_NH.dtype == dtype
     expected_NH = expert_mlp_reference(rows_NH, counts, starts, gate_up_SFH, down_SHI)
+    if factor_N is not None:
+        expected_NH = (expected_NH.float() * factor_N[:, None]).to(dtype)
     assert_near(y_NH[is_used_N], expected_NH[is_used_N], dtype)
 
 
@@ -302,15 +306,6 @@ def check_gumbel_argmax(device: str, num_seqs: int, vocab: int, dtype: torch.dty
     assert torch.equal(actual, gumbel_argmax_reference(logits_SV, temperature_S, seed_S, position_S))
     assert torch.equal(actual[::4], logits_SV[::4].float().argmax(-1))
     assert not (actual % 3 == 0).any()
-
-
-def check_scale_rows(device: str, num_rows: int, hidden: int, end: int, dtype: torch.dtype) -> None:
-    draw = Draw(num_rows + hidden, device)
-    y_NH, weight_N = draw.normal(num_rows, hidden, dtype=dtype), draw.normal(num_rows)
-    end_1 = torch.tensor([end], dtype=torch.int32, device=device)
-    with poisoned():
-        scaled_NH = scale_rows(y_NH, weight_N, end_1)
-    assert_near(scaled_NH[:end], scale_rows_reference(y_NH, weight_N, end_1)[:end], dtype)
 
 
 def check_fp8_rows(device: str, num_tokens: int, hidden: int, end: int, dtype: torch.dtype) -> None:

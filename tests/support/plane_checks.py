@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.mesh.dataplane.base import Exchange
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange
 from expertmesh.mesh.dataplane.collective import PlaneShape
 from support.gpu_ranks import PlaneConfig, Rank, plane_of
 
@@ -94,13 +94,15 @@ def factor(slot: torch.Tensor) -> torch.Tensor:
     return 0.25 + (slot * 37 % 64).float() / 32
 
 
-def experts(rows_NH: torch.Tensor, counts_S: torch.Tensor, first_slot: int) -> torch.Tensor:
+def experts(arrived: Dispatched[Any], first_slot: int) -> torch.Tensor:
     """The experts of a rank, without knowing the counts on the host; NaN in rows of no slot."""
-    ends_S = counts_S.long().cumsum(0)
+    rows_NH, ends_S = arrived.rows_NH, arrived.counts_S.long().cumsum(0)
     n_N = torch.arange(len(rows_NH), device=rows_NH.device)
     slot_N = torch.searchsorted(ends_S, n_N, right=True)
-    y_NH = (rows_NH.float() * factor(slot_N + first_slot)[:, None]).to(rows_NH.dtype)
-    return y_NH.masked_fill((n_N >= ends_S[-1])[:, None], float("nan"))
+    y_NH = rows_NH.float() * factor(slot_N + first_slot)[:, None]
+    if arrived.factor_N is not None:
+        y_NH = y_NH * arrived.factor_N[:, None]
+    return y_NH.to(rows_NH.dtype).masked_fill((n_N >= ends_S[-1])[:, None], float("nan"))
 
 
 def round_trip(plane: Any, layout: Layout, rank: int, batch: Batch, tokens: Sequence[int]) -> tuple[torch.Tensor, Any]:
@@ -108,7 +110,7 @@ def round_trip(plane: Any, layout: Layout, rank: int, batch: Batch, tokens: Sequ
     arrived = plane.dispatch(batch.x_TH, batch.slot_TK, batch.weight_TK, exchange).wait()
     y_NH = arrived.rows_NH
     if rank in layout.expert_ranks:
-        y_NH = experts(y_NH, arrived.counts_S, layout.expert_ranks.index(rank) * layout.slots_per_rank)
+        y_NH = experts(arrived, layout.expert_ranks.index(rank) * layout.slots_per_rank)
     else:
         assert not len(y_NH), "a rank without slots receives no rows"
     return plane.combine(y_NH, arrived.handle).wait(), arrived.counts_S
@@ -192,7 +194,7 @@ def check_overlap(rank: Rank, config: PlaneConfig, layout: Layout, counts: Seque
     first = layout.expert_ranks.index(rank.rank) * layout.slots_per_rank if rank.rank in layout.expert_ranks else None
     for pending in arriving:
         arrived = pending.wait()
-        y_NH = arrived.rows_NH if first is None else experts(arrived.rows_NH, arrived.counts_S, first)
+        y_NH = arrived.rows_NH if first is None else experts(arrived, first)
         found.append(arrived.counts_S)
         returning.append(plane.combine(y_NH, arrived.handle))
     outs = [pending.wait() for pending in returning]

@@ -48,6 +48,11 @@ def test_gaps_between_slots(dtype: torch.dtype) -> None:
     check_grouped_mlp("cpu", [3, 0, 17, 1], 64, 24, dtype, tiles=TILES["weights first"], gap=7)
 
 
+@pytest.mark.parametrize("name", ["weights first", "rows first", "pointers"])
+def test_rows_are_multiplied_by_their_factors(name: str) -> None:
+    check_grouped_mlp("cpu", [3, 0, 17, 1], 64, 24, torch.bfloat16, tiles=TILES[name], gap=2, has_factors=True)
+
+
 def test_no_rows_at_all() -> None:
     check_grouped_mlp("cpu", [0, 0], 64, 24, torch.bfloat16)
 
