@@ -184,6 +184,12 @@ class BalancerConfig(Section):
         20_000, ge=1, description="a token's weight in the statistics halves over so many"
     )
     max_slots_per_update: int = Field(8, ge=1, description="slots a layer that one migration may load")
+    migration_bytes_per_s: int = Field(
+        100_000_000,
+        ge=1,
+        description="weights that one expert server sends to others for migrations, at most; one that would be late at "
+        "this rate goes faster",
+    )
     migration_timeout_s: float = Field(30.0, gt=0, description="a migration that is not staged by then is aborted")
     heartbeat_s: float = Field(0.5, gt=0)
     lease_s: float = Field(3.0, gt=0, description="silence after which a server counts as lost")

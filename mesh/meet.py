@@ -33,12 +33,20 @@ class Links:
 
     lockstep: dict[int, Link] = field(default_factory=dict)
     data: dict[int, socket.socket] = field(default_factory=dict)
+    side: dict[int, socket.socket] = field(default_factory=dict)
 
     def add(self, kind: mesh_pb2.LinkKind.ValueType, link: Link) -> None:
         if kind == mesh_pb2.LINK_KIND_LOCKSTEP:
             self.lockstep[link.rank] = link
-        else:
+        elif kind == mesh_pb2.LINK_KIND_DATA:
             self.data[link.rank] = link.sock
+        else:
+            self.side[link.rank] = link.sock
+
+    def hand_over_side(self) -> dict[int, socket.socket]:
+        """The side links, which from now on another thread closes."""
+        side, self.side = self.side, {}
+        return side
 
     def abandon(self) -> None:
         """End every wait on these links at once; from any thread."""
@@ -49,7 +57,7 @@ class Links:
     def close(self) -> None:
         for link in self.lockstep.values():
             link.close()
-        for sock in self.data.values():
+        for sock in (*self.data.values(), *self.side.values()):
             sock.close()
 
 
@@ -62,7 +70,8 @@ def bind_listener(host: str) -> socket.socket:
 
 
 def wanted_links(view: ViewInfo, *, with_data: bool) -> Iterator[Key]:
-    """(kind, peer) of each link that this rank has in the view: with the leader, and between the two halves."""
+    """(kind, peer) of each link that this rank has in the view: with the leader, between the two halves, and between
+    expert ranks."""
     own = view.proto.ranks[view.rank]
     for peer in view.proto.ranks:
         if peer.rank == view.rank:
@@ -73,6 +82,8 @@ def wanted_links(view: ViewInfo, *, with_data: bool) -> Iterator[Key]:
         receives = own.role in HOSTS_EXPERTS and peer.role in HOSTS_ATTENTION
         if with_data and (sends or receives):
             yield mesh_pb2.LINK_KIND_DATA, peer.rank
+        if own.role in HOSTS_EXPERTS and peer.role in HOSTS_EXPERTS:
+            yield mesh_pb2.LINK_KIND_SIDE, peer.rank
 
 
 def meet(
@@ -87,7 +98,7 @@ def meet(
     """Link this rank with its peers of the view.
 
     Args:
-        with_data: link up for the data plane too, not for the lockstep only.
+        with_data: link up for the data plane too.
         superseded: says that a newer view is known, so that waiting for this one makes no sense.
 
     Raises:

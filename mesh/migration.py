@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from expertmesh.mesh.background import preempt_nobody
-from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
+from expertmesh.mesh.halves import ExpertHalf, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables
-from expertmesh.mesh.sidegroup import Patience, SideGroup, TransferError
+from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take
 from expertmesh.mesh.telemetry import Telemetry, record_span
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
@@ -28,7 +28,6 @@ from expertmesh.v1 import mesh_pb2
 log = logging.getLogger(__name__)
 
 _FORGOTTEN_CHECK_S = 1.0
-_JOIN_SLACK_S = 1.0
 
 LOCAL, PEER, CHECKPOINT = "local", "peer", "checkpoint"
 
@@ -38,8 +37,7 @@ class MigrationContext:
     """What the migrations of one view work with.
 
     ``routing`` is None on a rank that routes nothing, ``experts`` on one without slots, ``side`` on the only one with
-    slots. ``report`` is thread-safe; ``wake`` ends the step thread's wait. ``silence_s``: of a peer in the middle of a
-    transfer.
+    slots. ``report`` is thread-safe; ``wake`` ends the step thread's wait.
     """
 
     view: ViewInfo
@@ -50,7 +48,6 @@ class MigrationContext:
     report: Callable[[mesh_pb2.JoinRequest], None]
     wake: Callable[[], None]
     telemetry: Telemetry
-    silence_s: float
 
 
 class _CalledOffError(Exception):
@@ -60,12 +57,14 @@ class _CalledOffError(Exception):
 class Migrations:
     """The migrations of one view on one rank; ``start`` it once, ``call_off`` when the view is over."""
 
+    LONGEST_JOIN_S = 2.0
+    """How long ``close`` may take."""
+
     def __init__(self, context: MigrationContext) -> None:
         self._c = context
         self._metrics = context.telemetry.metrics
         self._book = MigrationBook(context.view, context.num_experts)
         self._work: queue.SimpleQueue[Migration | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
         name = f"migrations of view {context.view.number}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -80,25 +79,19 @@ class Migrations:
     def call_off(self) -> None:
         """Drop what has not switched; the thread ends by itself, in its own time.
 
-        Nothing of the next view may wait for it: it may be on a store that died with the balancer, or hang in the
-        middle of a transfer. What it still reads from slots that change goes nowhere.
+        Nothing of the next view may wait for it: it may be reading from a checkpoint on a slow disk. What it still
+        reads from slots that change goes nowhere.
         """
-        self._closing.set()
         for migration in self._book.drop_all("view_ended"):
-            self._work.put(migration)
+            self._dropped(migration)
         self._work.put(None)
 
     def close(self) -> None:
-        """Call off, and see the thread end: soon, unless the store or a peer in the middle of a transfer hangs."""
+        """Call off, and see the thread end: soon, unless it hangs in a read from the checkpoint."""
         self.call_off()
-        self._thread.join(self.longest_join_s(self._c.silence_s))
+        self._thread.join(self.LONGEST_JOIN_S)
         if self._thread.is_alive():
-            log.error("view %d: a transfer of weights does not end", self._c.view.number)
-
-    @staticmethod
-    def longest_join_s(silence_s: float) -> float:
-        """How long ``close`` may take."""
-        return silence_s + _JOIN_SLACK_S
+            log.error("view %d: the thread that stages weights does not end", self._c.view.number)
 
     # -- event loop ---------------------------------------------------------------------------------------------
 
@@ -115,7 +108,7 @@ class Migrations:
     def _hear_plan(self, plan: mesh_pb2.MigrationPlan) -> None:
         for old in self._book.supersede(plan):
             log.warning("migration %d of layer %d gives way to migration %d", old.id, old.layer, plan.id)
-            self._work.put(old)
+            self._dropped(old)
         try:
             migration = self._book.open(plan)
         except PlanRefusedError as error:
@@ -143,7 +136,13 @@ class Migrations:
             self._say_again(abort.id)
             return
         log.info("migration %d of layer %d aborted: %s", abort.id, migration.layer, abort.reason)
+        self._dropped(migration)
+
+    def _dropped(self, migration: Migration) -> None:
+        """Have the worker finish it, also when it is in the middle of its transfers."""
         self._work.put(migration)
+        if self._c.side is not None:
+            self._c.side.wake()
 
     def _say_again(self, migration_id: int) -> None:
         status = self._book.status(migration_id)
@@ -175,8 +174,6 @@ class Migrations:
     def _run(self) -> None:
         preempt_nobody()
         with torch.inference_mode():
-            if self._c.side is not None:
-                self._c.side.open(Patience(self._closing, time.monotonic() + self._c.silence_s))
             while True:
                 try:
                     migration = self._work.get(timeout=_FORGOTTEN_CHECK_S)
@@ -226,26 +223,66 @@ class Migrations:
             self._load(self._c.experts, migration)
 
     def _load(self, experts: ExpertHalf, migration: Migration) -> None:
-        """Take part in the transfers of a plan, in its order."""
+        """Fill staging memory with what comes to this rank's slots, and send peers what they take from it."""
         plan, own, width = migration.plan, self._c.view.expert_index, self._c.view.slots_per_rank
         assert own is not None, "a rank with experts has slots"
-        arriving = [transfer for transfer in plan.transfers if transfer.slot // width == own]
-        changes = []
+        arriving = [i for i, transfer in enumerate(plan.transfers) if transfer.slot // width == own]
         migration.staged = experts.reserve(len(arriving))
-        memory = iter(migration.staged)
-        patience = Patience(migration.called_off, migration.deadline_s)
+        memory = dict(zip(arriving, migration.staged, strict=True))
+        came_from: dict[int, str] = {}
+        takes, gives = [], []
         for number, transfer in enumerate(plan.transfers):
-            if patience.left_s <= 0:
-                raise _CalledOffError if migration.outcome else TimeoutError("not all transfers were done in time")
-            name = f"{plan.id}/{number}"
-            source = transfer.source_slot // width if transfer.HasField("source_slot") else None
-            if transfer.slot // width == own:
-                into = next(memory)
-                migration.came_from.append(self._fetch(experts, migration, transfer, into, name, patience))
-                changes.append(SlotChange(transfer.slot % width, transfer.expert, into))
+            source, slot = divmod(transfer.source_slot, width) if transfer.HasField("source_slot") else (None, 0)
+            if number in memory and source == own:
+                for part, held in zip(memory[number], experts.read(migration.layer, slot), strict=True):
+                    part.copy_(held)
+                came_from[number] = LOCAL
+            elif number in memory and source is not None:
+                takes.append(Take(number, source, memory[number]))
+                came_from[number] = PEER
             elif source == own:
-                self._give(experts, migration, transfer, name, patience)
+                gives.append(Give(number, transfer.slot // width, experts.read(migration.layer, slot)))
+        if takes or gives:
+            for number in self._exchange(migration, takes, gives):
+                del came_from[number]
+        for number in arriving:
+            if number not in came_from:
+                self._check_time(migration)
+                experts.fetch(migration.layer, plan.transfers[number].expert, memory[number])
+        migration.came_from = [came_from.get(number, CHECKPOINT) for number in arriving]
+        changes = [SlotChange(plan.transfers[i].slot % width, plan.transfers[i].expert, memory[i]) for i in arriving]
         migration.changes = sorted([*changes, *self._emptied(migration)], key=lambda change: change.slot)
+
+    def _exchange(self, migration: Migration, takes: Sequence[Take], gives: Sequence[Give]) -> list[int]:
+        """Take part in the transfers between ranks. Returns the numbers of those that did not come: the checkpoint
+        has to stand in, for which time is left."""
+        side, plan = self._c.side, migration.plan
+        assert side is not None, "two expert ranks have a side group"
+        patience = Patience(migration.called_off, migration.deadline_s)
+        side.begin(plan.id, takes, gives, patience)
+        try:
+            failed = side.take(patience.half())
+            not_given = side.give(patience.half())
+        finally:
+            side.end()
+        self._check_time(migration)
+        for number, error in failed.items():
+            migration.num_fallbacks += 1
+            self._metrics.migration_fallbacks.add(cause=error.cause)
+            log.warning(
+                "migration %d: expert %d of layer %d comes from the checkpoint: %s",
+                *(migration.id, plan.transfers[number].expert, migration.layer, error),
+            )
+        for number in not_given:
+            log.warning("migration %d: nobody took expert %d", migration.id, plan.transfers[number].expert)
+        return list(failed)
+
+    @staticmethod
+    def _check_time(migration: Migration) -> None:
+        if migration.outcome:
+            raise _CalledOffError
+        if time.monotonic() > migration.deadline_s:
+            raise TimeoutError("not all transfers were done in time")
 
     def _emptied(self, migration: Migration) -> list[SlotChange]:
         old = next(layer.slots for layer in self.view.proto.placement if layer.layer == migration.layer)
@@ -254,48 +291,6 @@ class Migrations:
         first = own * width
         new = migration.plan.placement.slots
         return [SlotChange(slot, -1, None) for slot in range(width) if new[first + slot] == -1 != old[first + slot]]
-
-    def _fetch(
-        self,
-        experts: ExpertHalf,
-        migration: Migration,
-        transfer: mesh_pb2.SlotTransfer,
-        into: ExpertWeights,
-        name: str,
-        patience: Patience,
-    ) -> str:
-        """Put one expert into staging memory; returns where it came from."""
-        width = self._c.view.slots_per_rank
-        if transfer.HasField("source_slot"):
-            source, slot = divmod(transfer.source_slot, width)
-            if source == self._c.view.expert_index:
-                for part, held in zip(into, experts.read(migration.layer, slot), strict=True):
-                    part.copy_(held)
-                return LOCAL
-            assert self._c.side is not None, "two expert ranks have a side group"
-            try:
-                self._c.side.take(name, into, source, patience.half())
-                return PEER
-            except TransferError as error:
-                if migration.outcome:
-                    raise _CalledOffError from None
-                migration.num_fallbacks += 1
-                self._metrics.migration_fallbacks.add(cause=error.cause)
-                log.warning(
-                    "migration %d: expert %d of layer %d comes from the checkpoint: %s",
-                    *(migration.id, transfer.expert, migration.layer, error),
-                )
-        experts.fetch(migration.layer, transfer.expert, into)
-        return CHECKPOINT
-
-    def _give(
-        self, experts: ExpertHalf, migration: Migration, transfer: mesh_pb2.SlotTransfer, name: str, patience: Patience
-    ) -> None:
-        width = self._c.view.slots_per_rank
-        assert self._c.side is not None, "two expert ranks have a side group"
-        weights = experts.read(migration.layer, transfer.source_slot % width)
-        if not self._c.side.give(name, weights, transfer.slot // width, patience) and not migration.outcome:
-            log.warning("migration %d: expert %d was not handed on", migration.id, transfer.expert)
 
     def _fail(self, migration: Migration, reason: str) -> None:
         if self._book.drop(migration.id, "failed") is not None:

@@ -159,8 +159,7 @@ class StepThread:
     @property
     def longest_wait_s(self) -> float:
         """The thread looks at its inbox at least this often."""
-        timeout_s = self._config.dataplane.timeout_s
-        return timeout_s + self._config.dataplane.idle_tick_s + Migrations.longest_join_s(timeout_s)
+        return self._config.dataplane.timeout_s + self._config.dataplane.idle_tick_s + Migrations.LONGEST_JOIN_S
 
     @property
     def view(self) -> ViewInfo | None:
@@ -218,7 +217,7 @@ class StepThread:
             routing = self._routing = self._routing_of(view)
             if plane.is_on_device and self._attention is not None:
                 cast(DeviceAttentionHalf, self._attention).bind(routing, Topology.of(view))
-            migrations = self._open_migrations(view, routing)
+            migrations = self._open_migrations(view, routing, links)
             loop = StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress)
             loop.capture()
             self._enter(view, migrations, started)
@@ -280,19 +279,19 @@ class StepThread:
             idle_tick_s=dataplane.idle_tick_s,
         )
 
-    def _open_migrations(self, view: ViewInfo, routing: RoutingTables) -> Migrations:
-        several = self._experts is not None and len(view.expert_ranks) > 1
+    def _open_migrations(self, view: ViewInfo, routing: RoutingTables, links: Links) -> Migrations:
+        bytes_per_s = self._config.balancer.migration_bytes_per_s
+        side = open_side_group(view, links.hand_over_side(), bytes_per_s) if links.side else None
         migrations = Migrations(
             MigrationContext(
                 view=view,
                 num_experts=self._spec.num_experts,
                 experts=self._experts,
                 routing=routing if self._attention is not None else None,
-                side=open_side_group(self._config.dataplane, view) if several else None,
+                side=side,
                 report=self._report,
                 wake=self._waker.wake,
                 telemetry=self._telemetry,
-                silence_s=self._config.dataplane.timeout_s,
             )
         )
         migrations.start()

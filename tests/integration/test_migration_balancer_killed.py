@@ -34,6 +34,9 @@ POLL_S = 0.02
 PATIENCE_S = 30.0  # of a rank with others, and of the balancer with ranks: nothing that hangs here is to be given up
 STAGED = "expertmesh_rank_migration_duration_seconds_count"  # one for the staging, one for the switch
 ENDED = "expertmesh_rank_migrations_total"
+MOVED, FALLBACKS = "expertmesh_migrated_slots_total", "expertmesh_migration_fallbacks_total"
+
+DESTINATIONS = ("expert-0", "expert-1")  # of ``Scene.apply``
 
 Expected = list[tuple[str, tuple[int, ...]]]
 
@@ -256,7 +259,6 @@ async def agreed_placement(mesh: LocalMesh) -> mesh_pb2.View:
     return agreed[-1]
 
 
-# First the one in which weights go from peer to peer: their meeting point, the first balancer's store, dies with it.
 @pytest.mark.parametrize(
     ("hold", "switches"),
     [(staging, False), (planned, False), (staged, False), (committing, None), (committed, True)],
@@ -290,7 +292,8 @@ async def test_the_balancer_is_killed(
 
 
 async def again(scene: Scene, view: mesh_pb2.View) -> None:
-    """The balancer that starts again goes on from what runs, in the same view, and migrates as before."""
+    """The balancer that starts again goes on from what runs, in the same view, and migrates as before: weights go from
+    peer to peer, who need nothing of the balancer for that."""
     mesh = scene.mesh
 
     async def is_whole() -> bool:
@@ -300,6 +303,8 @@ async def again(scene: Scene, view: mesh_pb2.View) -> None:
     after = await scene.placement()
     assert (after.view_number, list(after.layers)) == (view.number, list(view.placement))
     versions = {layer.layer: layer.version for layer in after.layers if layer.layer in (scene.layer, scene.layer + 1)}
+    moved = await asyncio.to_thread(scene.counts, MOVED)
+    fallbacks = await asyncio.to_thread(scene.counts, FALLBACKS)
 
     async def has_migrated() -> bool:
         """A layer that a rank has staged for a plan that died with the balancer is refused once."""
@@ -310,3 +315,5 @@ async def again(scene: Scene, view: mesh_pb2.View) -> None:
         return not left
 
     await until(has_migrated, TIMEOUT_S, lambda: "the mesh does not migrate any more", POLL_S)
+    await scene.grows(MOVED, {server_id: count for server_id, count in moved.items() if server_id in DESTINATIONS})
+    assert await asyncio.to_thread(scene.counts, FALLBACKS) == fallbacks

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
 
-from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]  # not in torch's __all__
+from torch.distributed import HashStore, ProcessGroupGloo  # type: ignore[attr-defined]  # not in torch's __all__
 
-from expertmesh.mesh.config import DataPlaneConfig
 from expertmesh.mesh.dataplane.collective import PointToPoint
-from expertmesh.mesh.dataplane.factory import connect_gloo
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.sidegroup import SideGroup
 
@@ -54,18 +52,10 @@ def socket_group(size: int, timeout_s: float = 5.0) -> Iterator[list[PointToPoin
 GROUPS = {"gloo": gloo_group, "tcp": socket_group}
 
 
-def side_groups(size: int, *, timeout_s: float = 5.0, store: Store | None = None) -> list[SideGroup]:
-    """One of ``size`` expert ranks each, to be opened by a thread of its own."""
-    shared = HashStore() if store is None else store
-    config = DataPlaneConfig(timeout_s=timeout_s)
-
-    def group(index: int) -> SideGroup:
-        return SideGroup(
-            index=index,
-            size=size,
-            store=lambda: shared,
-            connect=lambda store: connect_gloo(PrefixStore("gloo/", store), index, size, config),
-            timeout_s=timeout_s,
-        )
-
-    return [group(index) for index in range(size)]
+def side_groups(size: int, *, bytes_per_s: float = 1e9) -> list[SideGroup]:
+    """Of ``size`` expert ranks, linked to one another."""
+    links: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+    for low in range(size):
+        for high in range(low + 1, size):
+            links[low][high], links[high][low] = socket.socketpair()
+    return [SideGroup(own, bytes_per_s=bytes_per_s) for own in links]

@@ -96,7 +96,6 @@ class SoloRank:
                 report=self.reports.append,
                 wake=self._waker.wake,
                 telemetry=telemetry,
-                silence_s=1.0,
             )
         )
         with_graphs = there.type == "cuda" if uses_graphs is None else uses_graphs

@@ -1,38 +1,43 @@
-"""Weights from rank to rank over a real gloo group, ranks as threads."""
+"""Weights from rank to rank over real links, ranks as threads."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
 from expertmesh.mesh import sidegroup
 from expertmesh.mesh.halves import ExpertWeights
-from expertmesh.mesh.sidegroup import Patience, SideGroup, TransferError
+from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take, TransferError
 from support.groups import side_groups
 
 WEIGHTS = (torch.arange(12, dtype=torch.bfloat16).view(3, 4), torch.ones(5, dtype=torch.bfloat16))
+LARGE = (torch.rand(1 << 20), torch.rand(1 << 19))  # more than the kernel buffers
+
+Failed = dict[int, TransferError]
 
 
 def patience(seconds: float = 5.0) -> Patience:
     return Patience(threading.Event(), time.monotonic() + seconds)
 
 
-def blank() -> ExpertWeights:
-    return tuple(torch.zeros_like(part) for part in WEIGHTS)
+def blank(like: ExpertWeights = WEIGHTS) -> ExpertWeights:
+    first, second = (torch.zeros_like(part) for part in like)
+    return first, second
 
 
-class Pair:
-    def __init__(self) -> None:
-        self.store = HashStore()
-        self.groups = side_groups(2, store=self.store)
-        self.pool = ThreadPoolExecutor(4)
-        list(self.pool.map(lambda group: group.open(patience()), self.groups))
+class Groups:
+    """``groups[0]`` is the source of most transfers, ``groups[1]`` the destination. A plan is a future on each."""
+
+    def __init__(self, size: int = 2, bytes_per_s: float = 1e9) -> None:
+        self.groups = side_groups(size, bytes_per_s=bytes_per_s)
+        self.pool = ThreadPoolExecutor(2 * size)
+        self.ids = itertools.count(1)
 
     @property
     def source(self) -> SideGroup:
@@ -42,122 +47,187 @@ class Pair:
     def destination(self) -> SideGroup:
         return self.groups[1]
 
+    def takes(self, plan: int, into: ExpertWeights, waits: Patience | None = None) -> Future[Failed]:
+        return self.pool.submit(run, self.destination, plan, [Take(0, 0, into)], [], waits or patience())
+
+    def gives(self, plan: int, weights: ExpertWeights, waits: Patience | None = None) -> Future[Failed]:
+        return self.pool.submit(run, self.source, plan, [], [Give(0, 1, weights)], waits or patience())
+
+    def hand_over(self, weights: ExpertWeights = WEIGHTS) -> None:
+        """A transfer works."""
+        plan, into = next(self.ids), blank(weights)
+        giving, taking = self.gives(plan, weights), self.takes(plan, into)
+        assert taking.result(10) == {}
+        giving.result(10)
+        assert all(torch.equal(part, sent) for part, sent in zip(into, weights, strict=True))
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        for group in self.groups:
+            group.close()
+
+
+def run(group: SideGroup, plan: int, takes: list[Take], gives: list[Give], waits: Patience) -> Failed:
+    """One plan as a rank goes through it."""
+    group.begin(plan, takes, gives, waits)
+    try:
+        failed = group.take(waits)
+        not_given = group.give(waits)
+    finally:
+        group.end()
+    assert not_given in ([], [give.number for give in gives])
+    return failed
+
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
-    made = Pair()
+def pair() -> Iterator[Groups]:
+    made = Groups()
     yield made
-    made.pool.shutdown()
-    for group in made.groups:
-        group.close()
+    made.close()
 
 
-def hand_over(pair: Pair, name: str) -> bool:
-    """Whether a transfer works."""
-    into = blank()
-    giving = pair.pool.submit(pair.source.give, name, WEIGHTS, 1, patience())
-    pair.destination.take(name, into, 0, patience())
-    for part, sent in zip(into, WEIGHTS, strict=True):
-        torch.testing.assert_close(part, sent, rtol=0, atol=0)
-    return giving.result(5)
+def test_weights_arrive_whoever_comes_first(pair: Groups) -> None:
+    for _ in range(3):
+        pair.hand_over()
+    first, into = next(pair.ids), blank()
+    taking = pair.takes(first, into)
+    with pytest.raises(TimeoutError):
+        taking.result(0.05)
+    pair.gives(first, WEIGHTS).result(5)
+    assert taking.result(5) == {}
+    second = next(pair.ids)
+    giving = pair.gives(second, WEIGHTS)
+    with pytest.raises(TimeoutError):
+        giving.result(0.05)
+    assert pair.takes(second, into).result(5) == {}
+    giving.result(5)
 
 
-def test_weights_arrive_whoever_comes_first(pair: Pair) -> None:
-    for number in range(3):
-        assert hand_over(pair, f"1/{number}")
-    into = blank()
-    taking = pair.pool.submit(pair.destination.take, "2/0", into, 0, patience())
-    while not pair.store.check(["2/0"]):
-        assert not taking.done()
-    assert pair.source.give("2/0", WEIGHTS, 1, patience())
-    taking.result(5)
-    assert torch.equal(into[0], WEIGHTS[0])
-    assert not pair.store.check(["2/0"])
+def test_all_ranks_give_and_take_at_once() -> None:
+    """Far more than the kernel's buffers in every direction."""
+    size = 3
+    made = Groups(size)
+    ways = list(itertools.permutations(range(size), 2))
+    sent = [tuple(torch.full_like(part, 1 + number) for part in LARGE) for number in range(len(ways))]
+    got = [blank(LARGE) for _ in ways]
+    futures = []
+    for rank, group in enumerate(made.groups):
+        takes = [Take(number, source, got[number]) for number, (source, to) in enumerate(ways) if to == rank]
+        gives = [Give(number, to, sent[number]) for number, (source, to) in enumerate(ways) if source == rank]
+        futures.append(made.pool.submit(run, group, 1, takes, gives, patience(20)))
+    assert [future.result(20) for future in futures] == [{}] * size
+    for weights, want in zip(got, sent, strict=True):
+        assert all(torch.equal(part, other) for part, other in zip(weights, want, strict=True))
+    made.close()
 
 
-def test_a_source_that_does_not_come_costs_this_transfer_only(pair: Pair) -> None:
-    with pytest.raises(TransferError) as caught:
-        pair.destination.take("1/0", blank(), 0, patience(0.02))
-    assert caught.value.cause == "called_off"
-    assert not pair.source.give("1/0", WEIGHTS, 1, patience())  # too late: it is told so at once
-    assert hand_over(pair, "1/1")
+def test_a_source_that_does_not_come_costs_this_transfer_only(pair: Groups) -> None:
+    late = next(pair.ids)
+    error = pair.takes(late, blank(), patience(0.02)).result(5)[0]
+    assert error.cause == "called_off"
+    pair.gives(late, WEIGHTS, patience(0.02)).result(5)  # sent into nothing
+    pair.hand_over()
 
 
-def test_a_destination_that_does_not_come_costs_this_transfer_only(pair: Pair) -> None:
-    assert not pair.source.give("1/0", WEIGHTS, 1, patience(0.02))
-    with pytest.raises(TransferError):
-        pair.destination.take("1/0", blank(), 0, patience())
-    assert hand_over(pair, "1/1")
+def test_a_destination_that_does_not_come_costs_this_transfer_only(pair: Groups) -> None:
+    late = next(pair.ids)
+    pair.gives(late, WEIGHTS, patience(0.02)).result(5)
+    taking = pair.takes(late, blank(), patience(60))
+    giving = pair.gives(
+        next(pair.ids), WEIGHTS, patience(0.2)
+    )  # at its next plan the source says that this one is over
+    assert "given the plan up" in str(taking.result(5)[0])
+    giving.result(5)
+    pair.hand_over()
 
 
 @pytest.mark.parametrize("end", ["source", "destination"])
-def test_calling_off_ends_the_wait_at_once(pair: Pair, end: str) -> None:
-    waits = patience(60)
-    if end == "source":
-        future = pair.pool.submit(pair.source.give, "1/0", WEIGHTS, 1, waits)
-    else:
-        future = pair.pool.submit(pair.destination.take, "1/0", blank(), 0, waits)  # type: ignore[arg-type]  # None
+def test_calling_off_ends_the_wait_at_once(pair: Groups, end: str) -> None:
+    waits, plan = patience(60), next(pair.ids)
+    future = pair.gives(plan, WEIGHTS, waits) if end == "source" else pair.takes(plan, blank(), waits)
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
     waits.called_off.set()
-    if end == "source":
-        assert future.result(1) is False
-    else:
-        assert isinstance(future.exception(1), TransferError)
-    assert hand_over(pair, "1/1")
+    (pair.source if end == "source" else pair.destination).wake()
+    failed = future.result(2)
+    assert list(failed) == ([] if end == "source" else [0])
+    pair.hand_over()
 
 
-def test_what_arrives_damaged_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["source", "destination"])
+def test_calling_off_in_the_middle_of_the_weights(first: str) -> None:
+    """At a rate at which they would take a minute; the link is as good as new for the next plan."""
+    slow = Groups(bytes_per_s=100_000.0)
+    plan, into = next(slow.ids), blank(LARGE)
+    ends = {"source": patience(600), "destination": patience(600)}
+    futures = {
+        "source": slow.gives(plan, LARGE, ends["source"]),
+        "destination": slow.takes(plan, into, ends["destination"]),
+    }
+    deadline_s = time.monotonic() + 10
+    while not into[0][0]:
+        assert time.monotonic() < deadline_s, "nothing comes"
+    for end in sorted(ends, key=lambda end: end != first):
+        ends[end].called_off.set()
+        (slow.source if end == "source" else slow.destination).wake()
+        assert list(futures[end].result(2)) == ([] if end == "source" else [0])
+    seen = into[0].clone()
+    assert not seen[-1], "it was to be called off in the middle"
+    slow.source._bytes_per_s, slow.source._paid_s, slow.source._resume_s = 1e9, 0.0, 0.0
+    slow.hand_over(LARGE)  # behind the rest of the first plan's weights
+    assert torch.equal(into[0], seen), "memory that was let go was written to"
+    slow.close()
+
+
+def test_what_arrives_damaged_is_noticed(pair: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sidegroup.checksum(WEIGHTS)
-    monkeypatch.setattr(sidegroup, "checksum", lambda weights: right + (weights is WEIGHTS))
-    giving = pair.pool.submit(pair.source.give, "1/0", WEIGHTS, 1, patience())
-    with pytest.raises(TransferError, match="has checksum") as caught:
-        pair.destination.take("1/0", blank(), 0, patience())
-    assert caught.value.cause == "checksum"
-    assert giving.result(5)
+    monkeypatch.setattr(sidegroup, "checksum", lambda weights: right + (weights[0] is WEIGHTS[0]))
+    plan = next(pair.ids)
+    giving = pair.gives(plan, WEIGHTS)
+    error = pair.takes(plan, blank()).result(5)[0]
+    assert error.cause == "checksum"
+    assert "has checksum" in str(error)
+    giving.result(5)
     monkeypatch.undo()
-    assert hand_over(pair, "1/1")
+    pair.hand_over()
 
 
-def test_a_peer_that_dies_breaks_the_group_and_no_wait_is_long(pair: Pair) -> None:
-    """The source says go and is gone: as a process that was killed, its links are closed."""
-    into = blank()
-    taking = pair.pool.submit(pair.destination.take, "1/0", into, 0, patience())
-    while not pair.store.check(["1/0"]):
-        assert not taking.done()
-    description = sidegroup._description(WEIGHTS)
-    pair.store.compare_set("1/0", "want", f"go {sidegroup.checksum(WEIGHTS)} {description}")
-    started_s = time.monotonic()
-    pair.source.close()
-    error = taking.exception(5)
-    assert time.monotonic() - started_s < 2
-    assert isinstance(error, TransferError)
+def test_weights_of_another_size_are_refused(pair: Groups) -> None:
+    plan = next(pair.ids)
+    giving = pair.gives(plan, WEIGHTS)
+    error = pair.takes(plan, (torch.zeros(3, 4), torch.zeros(5))).result(5)[0]
+    assert "34 bytes instead of 68" in str(error)
+    giving.result(5)
+    pair.hand_over()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_nobody_waits_for_a_peer_that_has_gone(pair: Groups, when: str) -> None:
+    """As when it was killed, its links are closed."""
+    if when == "before":
+        pair.source.close()
+    taking = pair.takes(1, blank(), patience(60))
+    if when == "meanwhile":
+        with pytest.raises(TimeoutError):
+            taking.result(0.05)
+        pair.source.close()
+    error = taking.result(2)[0]
     assert error.cause == "broken"
-    assert "failed" in pair.destination.broken
-    # From now on nobody waits for it.
-    with pytest.raises(TransferError, match="broken"):
-        pair.destination.take("1/1", into, 0, patience(60))
-    assert not pair.destination.give("1/2", WEIGHTS, 0, patience(60))
+    assert "the link to expert rank 0 is broken" in str(error)
+    giving = pair.pool.submit(run, pair.destination, 2, [], [Give(0, 0, WEIGHTS)], patience(60))
+    assert giving.result(2) == {}
 
 
-def test_the_other_end_of_a_broken_group_does_not_wait_either(pair: Pair) -> None:
-    pair.source.broken = "for the test"
-    taking = pair.pool.submit(pair.destination.take, "1/0", blank(), 0, patience(60))
-    assert not pair.source.give("1/0", WEIGHTS, 1, patience(60))
-    assert isinstance(taking.exception(5), TransferError)
-    assert not pair.destination.broken
-
-
-def test_weights_of_another_shape_are_refused(pair: Pair) -> None:
-    giving = pair.pool.submit(pair.source.give, "1/0", WEIGHTS, 1, patience())
-    with pytest.raises(TransferError, match=r"sends torch.bfloat16\[3,4\]"):
-        pair.destination.take("1/0", (torch.zeros(3, 4), torch.zeros(5)), 0, patience())
-    pair.destination.close()
-    assert not giving.result(8)
-
-
-def test_a_rank_that_never_comes_to_the_group() -> None:
-    (group, _) = side_groups(2)
-    group.open(patience(0.02))
-    assert "not all expert ranks came" in group.broken
-    assert not group.give("1/0", WEIGHTS, 1, patience(0.02))
-    with pytest.raises(TransferError, match="not all expert ranks came"):
-        group.take("1/0", blank(), 1, patience(0.02))
+def test_the_rate_is_kept_and_a_plan_that_would_be_late_goes_faster() -> None:
+    num_bytes = sum(part.nbytes for part in LARGE)
+    paced = Groups(bytes_per_s=num_bytes / 0.4)
+    started_s = time.monotonic()
+    paced.hand_over(LARGE)
+    assert time.monotonic() - started_s > 0.3
+    paced.close()
+    hurried = Groups(bytes_per_s=num_bytes / 1000)
+    plan, into = next(hurried.ids), blank(LARGE)
+    giving = hurried.gives(plan, LARGE, patience(2.0))
+    assert hurried.takes(plan, into, patience(2.0)).result(5) == {}
+    giving.result(5)
+    hurried.close()

@@ -107,12 +107,16 @@ class _LinkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LinkKind.Val
     LINK_KIND_UNSPECIFIED: _LinkKind.ValueType  # 0
     LINK_KIND_LOCKSTEP: _LinkKind.ValueType  # 1
     LINK_KIND_DATA: _LinkKind.ValueType  # 2
+    LINK_KIND_SIDE: _LinkKind.ValueType  # 3
+    """weights, between expert ranks"""
 
 class LinkKind(_LinkKind, metaclass=_LinkKindEnumTypeWrapper): ...
 
 LINK_KIND_UNSPECIFIED: LinkKind.ValueType  # 0
 LINK_KIND_LOCKSTEP: LinkKind.ValueType  # 1
 LINK_KIND_DATA: LinkKind.ValueType  # 2
+LINK_KIND_SIDE: LinkKind.ValueType  # 3
+"""weights, between expert ranks"""
 Global___LinkKind: _TypeAlias = LinkKind  # noqa: Y015
 
 @_typing.final
