@@ -18,6 +18,8 @@ UNKNOWN = 4.0
 """Assumed until enough windows were seen: what prompts of a hundred tokens gave on the demo model."""
 FEWEST_PAIRS = 2
 PAIRS_KEPT = 8
+DRIFT = 2.0
+"""Times the variance that windows of the same traffic show, from which on traffic counts as another one."""
 
 
 class Dispersion:
@@ -50,12 +52,31 @@ class Dispersion:
         self._tokens, self._seen, self._load_E = snapshot.tokens, seen, snapshot.load_E
 
     def _compare(self, before_E: Floats, after_E: Floats) -> None:
-        """The median over experts of the chi-square statistic of two windows, over its own median (0.455 at one degree
-        of freedom: the median of squares is less than their mean)."""
-        total_E = before_E + after_E
-        known_E = total_E > 0
-        if not before_E.any() or not after_E.any():
-            return
-        share = before_E.sum() / total_E.sum()
-        excess_E = (before_E - share * total_E)[known_E] ** 2 / (share * (1 - share) * total_E[known_E])
-        self._ratios.append(float(np.median(excess_E)) / 0.455)
+        ratio = _unlikeness(before_E, after_E)
+        if ratio is not None:
+            self._ratios.append(ratio)
+
+
+def has_drifted(before: LayerStatistics, now: LayerStatistics, fresh: float, dispersion: float) -> bool:
+    """Whether the tokens that came in between chose otherwise than those before, by more than chance.
+
+    Args:
+        before, now: snapshots of the same decayed counts.
+        fresh: tokens that came in between.
+        dispersion: of windows of the same traffic.
+    """
+    kept = max(now.tokens - fresh, 0.0) / max(before.tokens, 1.0)
+    ratio = _unlikeness(before.load_E, np.maximum(now.load_E - kept * before.load_E, 0.0))
+    return ratio is not None and ratio > DRIFT * dispersion
+
+
+def _unlikeness(before_E: Floats, after_E: Floats) -> float | None:
+    """The median over experts of the chi-square statistic of two windows, over its own median (0.455 at one degree of
+    freedom: the median of squares is less than their mean). None where a window is empty."""
+    total_E = before_E + after_E
+    known_E = total_E > 0
+    if not before_E.any() or not after_E.any():
+        return None
+    share = before_E.sum() / total_E.sum()
+    excess_E = (before_E - share * total_E)[known_E] ** 2 / (share * (1 - share) * total_E[known_E])
+    return float(np.median(excess_E)) / 0.455

@@ -1,17 +1,23 @@
 """Mode online: finds layers that a better placement is worth loading weights for, and has them migrated.
 
-An iteration evaluates the layers whose statistics are fresh, a few at a time on a worker thread; ranks what is
-worthwhile by predicted gain per byte; and migrates the best ``layer_updates_per_iter`` layers. The next one begins when
-nothing migrates any more. A layer is not judged again before fresh tokens were counted, and after a migration of it
-failed it waits, longer each time.
+An iteration ranks what is worthwhile by predicted gain per byte and migrates the best ``layer_updates_per_iter``
+layers. The next one begins when nothing migrates any more; meanwhile other layers are evaluated, a few at a time on a
+worker thread, so that it is known by then what comes next. After a migration of it failed a layer waits, longer each
+time.
+
+A search costs more than everything else here, so one is made only where it may bring something new: of a layer that
+fresh tokens were counted for and that either has changed since the last search, or found nothing then and has another
+traffic now. One that found something keeps it until it is that layer's turn, and is searched again then.
 
 Pure but for ``Effects``; time comes in as an argument.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -21,8 +27,8 @@ from expertmesh.balancer.applying import Applying, RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, Job, LayerQuestion
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Outcome
-from expertmesh.balancer.noise import Dispersion
-from expertmesh.balancer.policy import Floats, Layout, Proposal, StatisticsSource
+from expertmesh.balancer.noise import Dispersion, has_drifted
+from expertmesh.balancer.policy import Floats, LayerStatistics, Layout, Proposal, StatisticsSource
 from expertmesh.balancer.source_quotas import quotas_of
 from expertmesh.balancer.state import ModeSwitch
 from expertmesh.mesh.config import BalancerConfig
@@ -32,7 +38,12 @@ log = logging.getLogger(__name__)
 ENOUGH_SHARE = 0.25
 """Of the half-life: tokens that a layer's statistics need before anything is done about it."""
 FRESH_SHARE = 0.1
-"""Of the half-life: tokens between two evaluations of a layer."""
+"""Of the half-life: tokens between two looks at a layer."""
+SETTLED_SHARE = 0.25
+"""The same where a layer's last evaluation found nothing."""
+REST_SHARE = 1.0
+"""Of the half-life: tokens after which a layer is evaluated again though its loads are as they were: which experts are
+chosen together may have changed, and more tokens show smaller gains."""
 LAYERS_PER_JOB = 4
 MAX_BACK_OFF_S = 600.0
 
@@ -43,6 +54,8 @@ class _Layer:
 
     dispersion: Dispersion = field(default_factory=Dispersion)
     evaluated: float | None = None  # tokens seen at the last evaluation
+    looked: float = 0.0  # and at the last look, which need not have come to that
+    counts: LayerStatistics | None = None  # of the last evaluation, loads only
     proposal: Proposal | None = None
     made_for: tuple[int, int] = (0, 0)  # view number, placement version
     failures: int = 0  # in a row
@@ -125,10 +138,17 @@ class Online:
         if self._chosen:
             return self._start(self._chosen.popleft(), now)
         is_on = self.mode == "online" and self.layer_updates_per_iter > 0
-        if not is_on or self._job is not None or len(self._migrations):
+        if not is_on or self._job is not None:
             return None
-        due = [layer for layer in self._actual.model.moe_layers if self._is_due(layer, now)]
-        return self._evaluate(due[:LAYERS_PER_JOB], now) or self._choose(now)
+        busy = {migration.layer for migration in self._migrations}
+        idle = [layer for layer in self._actual.model.moe_layers if layer not in busy]
+        due = (layer for layer in idle if self._is_due(layer, now))
+        best = self._best(idle, now)
+        return (
+            self._evaluate(due, now)
+            or self._evaluate((layer for layer in best if self._is_stale(layer)), now)
+            or (self._choose(best) if best and not busy else None)
+        )
 
     def answered(self, answer: Answer, now: float) -> None:
         """The worker has finished a job."""
@@ -178,35 +198,61 @@ class Online:
 
     def _is_due(self, layer: int, now: float) -> bool:
         state, seen = self._state(layer), self._statistics.tokens_seen(layer)
-        if now < state.wait_until_s:
+        if now < state.wait_until_s or self._worthwhile(layer, now) is not None:
             return False
         if state.evaluated is None:
             return seen >= ENOUGH_SHARE * self._config.stats_half_life_tokens
-        return seen - state.evaluated >= max(FRESH_SHARE * self._config.stats_half_life_tokens, 1.0)
+        return self._is_stale(layer)
 
-    def _evaluate(self, layers: list[int], now: float) -> str | None:
-        if not layers:
+    def _is_stale(self, layer: int) -> bool:
+        """Fresh tokens were counted since the layer was looked at."""
+        fresh = self._statistics.tokens_seen(layer) - self._state(layer).looked
+        return fresh >= max(FRESH_SHARE * self._config.stats_half_life_tokens, 1.0)
+
+    def _evaluate(self, layers: Iterable[int], now: float) -> str | None:
+        """Look at them in turn until some are found that are worth a search."""
+        questions = itertools.islice(filter(None, map(self._look, layers)), LAYERS_PER_JOB)
+        asked = tuple(questions)
+        if not asked:
             return None
-        actual = self._actual
-        questions = []
-        for layer in layers:
-            question = self.question(layer)
-            assert question is not None, "tokens were seen"
-            state = self._state(layer)
-            state.evaluated, state.proposal = self._statistics.tokens_seen(layer), None
-            state.dispersion.observe(question.statistics, state.evaluated)
-            questions.append(question)
         self._num_jobs += 1
         self._job = Job(
             number=self._num_jobs,
-            view_number=actual.view.number,
-            layout=Layout.of(actual.view),
+            view_number=self._actual.view.number,
+            layout=Layout.of(self._actual.view),
             max_loads=self._config.max_slots_per_update,
-            layers=tuple(questions),
+            layers=asked,
         )
         self._job_s, self._job_is_late = now, False
         self._effects.evaluate(self._job)
-        return f"asked for placements of {len(layers)} layers"
+        return f"asked for placements of {len(asked)} layers"
+
+    def _look(self, layer: int) -> LayerQuestion | None:
+        """What to ask about a layer; None where the answer would be that of the last time: nothing."""
+        question, state, seen = self.question(layer), self._state(layer), self._statistics.tokens_seen(layer)
+        assert question is not None, "tokens were seen"
+        state.looked = seen
+        state.dispersion.observe(question.statistics, seen)
+        if self._is_settled(question, state, seen):
+            return None
+        state.evaluated, state.proposal = seen, None
+        state.counts = replace(question.statistics, coactivation_EE=None)
+        return question
+
+    def _is_settled(self, question: LayerQuestion, state: _Layer, seen: float) -> bool:
+        """The last search found nothing, and so would the next one."""
+        if state.proposal is None or state.proposal.worthwhile:
+            return False
+        if state.made_for != (self._actual.view.number, question.version):
+            return False
+        assert state.counts is not None, "the proposal was made from them"
+        assert state.evaluated is not None, "the proposal was made then"
+        fresh, half_life = seen - state.evaluated, self._config.stats_half_life_tokens
+        if fresh >= REST_SHARE * half_life:
+            return False
+        if fresh < SETTLED_SHARE * half_life:
+            return True
+        return not has_drifted(state.counts, question.statistics, fresh, state.dispersion.value)
 
     def question(self, layer: int) -> LayerQuestion | None:
         """What the policy is asked about a layer; None while nothing was counted or no view places it."""
@@ -236,16 +282,19 @@ class Online:
 
     # Choice.
 
-    def _choose(self, now: float) -> str | None:
+    def _best(self, layers: Iterable[int], now: float) -> list[int]:
         """The layers whose change saves most for the bytes that it takes; all experts of a model are equally large, and
         a change of quotas takes next to nothing."""
         worth = [
             (-proposal.gain / max(proposal.num_loads, 0.5), layer)
-            for layer in self._actual.model.moe_layers
+            for layer in layers
             if (proposal := self._worthwhile(layer, now)) is not None
         ]
-        self._chosen.extend(layer for _, layer in sorted(worth)[: self.layer_updates_per_iter])
-        return f"chose layers {', '.join(map(str, self._chosen))}" if worth else None
+        return [layer for _, layer in sorted(worth)[: self.layer_updates_per_iter]]
+
+    def _choose(self, best: Sequence[int]) -> str:
+        self._chosen.extend(best)
+        return f"chose layers {', '.join(map(str, best))}"
 
     def _worthwhile(self, layer: int, now: float) -> Proposal | None:
         state, placement = self._state(layer), self._actual.layer_placement(layer)

@@ -6,6 +6,7 @@ Dimensions: R expert ranks, W slots of a rank in the view's numbering, C usable 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from expertmesh.balancer.solver import (
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
+PROPOSALS_A_SLOT = 200
+"""Length of a search that changes a few slots of a placement; a placement made afresh is searched for longer."""
 MIN_SAVING = 0.002
 """Weighted visits a token that a loaded slot has to save: below it a search moves slots for nothing."""
 
@@ -72,7 +75,8 @@ class SolverPolicy:
         counts = (load_E, statistics.coactivation_EE, topology)
         budget = None if max_loads is None else Budget(slots=max_loads, move_cost=MIN_SAVING)
         floor_E = floors_of(self._rule, current_RW, load_E, int(usable_RW.sum()))
-        planned = solve_layer(*counts, self._options, current=current_S, budget=budget, floor_E=floor_E)
+        options = self._options if max_loads is None else short_search(self._options, topology.num_slots)
+        planned = solve_layer(*counts, options, current=current_S, budget=budget, floor_E=floor_E)
         planned_RW = np.full_like(current_RW, -1)
         planned_RC = planned.slots.reshape(len(layout.room_R), topology.width)
         if max_loads is None and self._rule.asks_for_any:  # packing may have dropped some
@@ -103,6 +107,10 @@ def floors_of(rule: ReplicaRule, current_RW: Ints, load_E: NDArray[np.float64], 
     """Replicas that ``rule`` asks for when ``num_slots`` can be filled, int32 [E]."""
     held_E = hold(current_RW, len(current_RW), len(load_E)).sum(axis=0)
     return rule.floors(held_E, load_E, num_slots, len(current_RW)).astype(np.int32)
+
+
+def short_search(options: SolverOptions, num_slots: int) -> SolverOptions:
+    return replace(options, proposals=min(options.proposals, PROPOSALS_A_SLOT * num_slots))
 
 
 def node_numbers(nodes: Sequence[str]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from expertmesh.balancer.noise import UNKNOWN, Dispersion
+from expertmesh.balancer.noise import UNKNOWN, Dispersion, has_drifted
 from expertmesh.balancer.policy import Floats, LayerStatistics
 
 HALF_LIFE = 4000
@@ -67,3 +67,23 @@ def test_windows_without_tokens_say_nothing() -> None:
     for _ in range(5):
         dispersion.observe(snapshot, traffic.seen)
     assert dispersion.value == UNKNOWN
+
+
+@pytest.mark.parametrize("length", [1, 10, 40])
+@pytest.mark.parametrize("window", [800, 2000])
+def test_only_a_change_of_traffic_is_a_drift(length: int, window: int) -> None:
+    traffic, dispersion = Traffic(length), Dispersion()
+    before_E, after_E = np.ones(NUM_EXPERTS), np.where(np.arange(NUM_EXPERTS) < 16, 4.0, 1.0)
+    for _ in range(10):
+        last = traffic.window(before_E, window // length)
+        dispersion.observe(last, traffic.seen)
+    steady = 0
+    for _ in range(20):
+        now = traffic.window(before_E, window // length)
+        steady += has_drifted(last, now, window, dispersion.value)
+        last = now
+    assert steady <= 3, "chance passes for a change"
+    shifted = traffic.window(after_E, window // length)
+    if window >= 50 * length:  # of fewer requests nothing can be told
+        assert has_drifted(last, shifted, window, dispersion.value)
+    assert not has_drifted(shifted, shifted, 0.0, dispersion.value)

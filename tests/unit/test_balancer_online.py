@@ -114,6 +114,57 @@ def test_nothing_is_evaluated_while_something_migrates() -> None:
     assert len(w.policy.asked) == asked
 
 
+def test_what_comes_next_is_known_before_a_migration_ends() -> None:
+    w = world(layer_updates_per_iter=1)
+    w.statistics.count(0, SKEWED, 2000)
+    w.hold("e2", slow=True)
+    w.advance(1)
+    asked = len(w.policy.asked)
+    w.statistics.count(2, VERY_SKEWED, 2000)
+    w.advance(1)
+    assert [migration.layer for migration in w.control.migrations] == [0]
+    assert len(w.policy.asked) == asked + 1
+    w.hold("e2", slow=False)
+    w.advance(1)
+    assert w.versions() == {0: 2, 2: 2}
+    assert len(w.policy.asked) == asked + 1, "nothing was counted since"
+
+
+def test_a_layer_that_waits_for_its_turn_is_searched_again_then_and_not_before() -> None:
+    w = world(layer_updates_per_iter=1)
+    w.statistics.count(0, SKEWED, 2000)
+    w.statistics.count(2, VERY_SKEWED, 2000)
+    w.hold("e2", slow=True)
+    w.advance(1)
+    assert [migration.layer for migration in w.control.migrations] == [2]
+    w.statistics.count(0, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0, 4.0], 2000)  # the best of those that wait: asked again
+    w.advance(1)
+    assert len(w.policy.asked) == 3
+    w.advance(1)
+    assert len(w.policy.asked) == 3
+    w.hold("e2", slow=False)
+    w.advance(1)
+    hosts = [{slot // w.view.slots_per_rank for slot, held in enumerate(w.slots(0)) if held == e} for e in (6, 7)]
+    assert hosts[0] != hosts[1], "by the traffic as it is now"
+
+
+def test_steady_traffic_is_looked_at_and_not_searched_for() -> None:
+    w = world()
+    traffic(w, EVEN)
+    assert len(w.policy.asked) == 2
+    traffic(w, EVEN, windows=9, tokens=HALF_LIFE / 10)
+    assert len(w.policy.asked) == 2
+    traffic(w, EVEN, windows=2, tokens=HALF_LIFE / 10)
+    assert len(w.policy.asked) == 4, "after a half-life in any case"
+
+
+def test_a_layer_that_was_settled_follows_another_traffic() -> None:
+    w = world()
+    traffic(w, EVEN)
+    traffic(w, VERY_SKEWED, windows=3, tokens=HALF_LIFE / 10)
+    assert w.versions() == {0: 2, 2: 2}
+
+
 def test_a_layer_whose_migration_fails_waits_longer_each_time() -> None:
     w = world()
     w.hold("e1", broken=True)
