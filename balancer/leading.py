@@ -43,6 +43,8 @@ from expertmesh.v1 import admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+SOON_S = 0.01
+"""What ranks say as routine may wait so long for more of it: a round of the loop costs more than a message."""
 _SECRET_BYTES = 32
 _UNSAVED_EVENTS = 1000
 """More than a balancer reports from one save to the next: a mesh that changes is saved."""
@@ -94,14 +96,23 @@ class Driver:
         self._loads = loads
         self._metrics = metrics
         self._woken = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self._states: set[str] = set()
 
     def wake(self) -> None:
         self._woken.set()
 
+    def wake_soon(self) -> None:
+        """For what can wait a moment: what else comes in it is dealt with in the same round. From the event loop."""
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SOON_S, self._woken.set)
+
     async def run(self) -> None:
         while True:
             self._woken.clear()
+            if self._soon is not None:
+                self._soon.cancel()
+                self._soon = None
             self._tick_until_done()
             self._loads.update(time.monotonic())
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
@@ -111,6 +122,7 @@ class Driver:
 
     def _tick_until_done(self) -> None:
         action: str | None = ""
+        acted = False
         while action is not None and self._may_act():
             started_s = time.monotonic()
             action = self._reconciler.tick(started_s)
@@ -118,7 +130,9 @@ class Driver:
             self._metrics.reconcile_duration_seconds.observe(took_s)
             if action is not None:
                 log.info("%s (%.1f ms)", action, 1e3 * took_s)
-                self._show()
+                acted = True
+        if acted:
+            self._show()
 
     def _show(self) -> None:
         """Gauges change only with an action."""
@@ -214,7 +228,10 @@ class Leading:
     def answer_calls(self, board: Switchboard) -> None:
         """Put the services on it, for as long as the turn holds."""
         server = cast(grpc.aio.Server, board)  # as far as generated code looks at it
-        membership = MembershipServicer(self._actual, self._sessions, self._routing, self._driver.wake, time.monotonic)
+        driver = self._driver
+        membership = MembershipServicer(
+            self._actual, self._sessions, self._routing, driver.wake, driver.wake_soon, time.monotonic
+        )
         mesh_pb2_grpc.add_MembershipServiceServicer_to_server(membership, server)
         placement = PlacementAdmin(
             self._actual,

@@ -166,10 +166,14 @@ class Migrations:
     # What ranks report.
 
     def _hear(self, now: float) -> str | None:
+        """All that has come: the ranks speak at about the same time, and each round of the loop costs something."""
+        statuses, heard = self._actual.statuses, []
+        while statuses:
+            heard.append(self._hear_one(*statuses.popleft()))
+        return "; ".join(heard) or None
+
+    def _hear_one(self, server_id: str, status: mesh_pb2.MigrationStatus) -> str:
         actual = self._actual
-        if not actual.statuses:
-            return None
-        server_id, status = actual.statuses.popleft()
         plan = actual.ledger.plans.get(status.id)
         if plan is None:
             return self._hear_of_unknown(server_id, status)

@@ -56,10 +56,15 @@ class Sessions:
             self.close(session)
 
 
+ROUTINE = frozenset({"heartbeat", "stats", "trace", "migration"})
+"""Messages that nothing urgent follows from."""
+
+
 class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
     """
     Args:
-        wake: runs the reconcile loop soon.
+        wake: runs the reconcile loop.
+        wake_soon: runs it together with what else comes in a moment.
         clock: monotonic seconds.
     """
 
@@ -69,12 +74,14 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
         sessions: Sessions,
         routing: RoutingDesk,
         wake: Callable[[], None],
+        wake_soon: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._actual = actual
         self._routing = routing
         self._sessions = sessions
         self._wake = wake
+        self._wake_soon = wake_soon
         self._clock = clock
 
     async def Join(
@@ -123,7 +130,10 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
             async for request in requests:
                 self._actual.receive(session, request, self._clock())
                 self._routing.receive(session, request)
-                self._wake()
+                if request.WhichOneof("message") in ROUTINE:
+                    self._wake_soon()
+                else:
+                    self._wake()
         self._sessions.close(session)
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ PREVIOUS_FILE = "state.previous.json"
 DAMAGED_FILE = "state.damaged.json"
 LOCK_FILE = "lock"
 EVENTS_STORED = 200
+_EVENT_FIELDS = tuple(field.name for field in fields(Event))
 
 M = TypeVar("M", bound=Message)
 
@@ -173,11 +174,16 @@ def encode(state: DurableState) -> bytes:
             },
             "mode_switch": None if state.mode_switch is None else asdict(state.mode_switch),
             "scale": None if state.scale is None else asdict(state.scale),
-            "events": [asdict(event) for event in state.events[-EVENTS_STORED:]],
+            "events": [_event_fields(event) for event in state.events[-EVENTS_STORED:]],
         },
         separators=(",", ":"),
     ).encode()
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+
+
+def _event_fields(event: Event) -> dict[str, Any]:
+    """As ``asdict``, which copies deeply and takes ten times as long: a migration saves the state three times."""
+    return {name: getattr(event, name) for name in _EVENT_FIELDS}
 
 
 def decode(data: bytes) -> DurableState:
