@@ -6,7 +6,9 @@ Two attention and four expert servers with 48 slots serve 16 greedy streams with
 placement to German and French; then the traffic shifts to code and arithmetic, is measured under the placement that has
 become stale, and again after the balancer has followed. Then rounds of equal length alternate between mode online,
 where each shift of the domain moves experts, and mode static with the same shifts, so that a machine that changes its
-speed is the same for both. Every token of every request is compared with transformers'.
+speed is the same for both. Weights go from rank to rank at a rate at which a migration is under way nearly all of an
+online round; ``share_of_time_migrating`` says how much of it. Every token of every request is compared with
+transformers'.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import numpy as np
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from tokenizers import Tokenizer
 
 from expertmesh.cli.bench_load import Timed
@@ -56,6 +59,7 @@ SETTINGS = {
     "balancer.stats_half_life_tokens": 8000,
     "balancer.stats_interval_s": 0.5,
     "balancer.layer_updates_per_iter": 1,
+    "balancer.migration_bytes_per_s": 1_000_000,
     "telemetry.metrics_port": 0,
 }
 SHIFTS_PER_ROUND = 2
@@ -163,16 +167,22 @@ class Mesh:
         """Slots that were switched, by where their weights came from."""
         found: dict[str, float] = {"peer": 0, "local": 0, "checkpoint": 0}
         for server in self._local.servers.values():
-            if server.role != "expert":
-                continue
-            log = (self._local.state_dir / f"{server.id}.log").read_text(encoding="utf-8", errors="replace")
-            with urllib.request.urlopen(re.findall(r"metrics on (http://\S+)", log)[-1], timeout=10) as response:
-                text = response.read().decode()
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    if sample.name == "expertmesh_migrated_slots_total":
-                        found[sample.labels["source"]] += sample.value
+            if server.role == "expert":
+                for sample in self._metrics(server.id, "expertmesh_migrated_slots_total"):
+                    found[sample.labels["source"]] += sample.value
         return found
+
+    def migrating_s(self) -> float:
+        """How long migrations were under way so far, from the plan to the last rank's switch; one at a time."""
+        name = "expertmesh_balancer_migration_stage_seconds_sum"
+        return sum(sample.value for sample in self._metrics("balancer", name))
+
+    def _metrics(self, server_id: str, name: str) -> list[Sample]:
+        log = (self._local.state_dir / f"{server_id}.log").read_text(encoding="utf-8", errors="replace")
+        with urllib.request.urlopen(re.findall(r"metrics on (http://\S+)", log)[-1], timeout=10) as response:
+            text = response.read().decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return [sample for sample in samples if sample.name == name]
 
     def cpu_s(self) -> dict[str, float]:
         """CPU time so far of all services of a role."""
@@ -208,6 +218,7 @@ class Round:
     seconds: float
     cpu_s: Mapping[str, float]
     committed: int
+    migrating_s: float
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
 
     @property
@@ -229,6 +240,7 @@ class Round:
             "token_gap_ms_p99": float(np.percentile(self.gaps_ms, 99)),
             "output_tokens_per_s": tokens / self.seconds,
             **{f"cpu_ms_per_output_token_{role}": 1e3 * used_s / tokens for role, used_s in self.cpu_s.items()},
+            "cpu_ms_per_output_token": 1e3 * sum(self.cpu_s.values()) / tokens,
         }
 
 
@@ -236,6 +248,7 @@ async def play(mesh: Mesh, traffic: Traffic, mode: str, seconds: float) -> Round
     """One round: the domain shifts ``SHIFTS_PER_ROUND`` times, so it ends with the domain that it began with."""
     await mesh.switch(mode)
     before = (await mesh.status()).migrations_committed
+    migrating_s = await asyncio.to_thread(mesh.migrating_s)
     start_s, start_cpu_s = time.perf_counter(), mesh.cpu_s()
     for _ in range(SHIFTS_PER_ROUND):
         traffic.shift()
@@ -247,6 +260,7 @@ async def play(mesh: Mesh, traffic: Traffic, mode: str, seconds: float) -> Round
         seconds=end_s - start_s,
         cpu_s={role: used_s - start_cpu_s[role] for role, used_s in end_cpu_s.items()},
         committed=(await mesh.status()).migrations_committed - before,
+        migrating_s=await asyncio.to_thread(mesh.migrating_s) - migrating_s,
     )
 
 
@@ -322,9 +336,11 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     pairs = list(zip(by_mode["online"], by_mode["static"], strict=True))
     ratios = [{k: on / off for (k, on), off in zip(a.figures().items(), b.figures().values())} for a, b in pairs]  # noqa: B905
     migrated = sum(each.committed for each in by_mode["online"])
+    online_s = sum(each.seconds for each in by_mode["online"])
     return {
         "pairs_of_rounds": len(pairs),
-        "migrations_per_s": round(migrated / sum(each.seconds for each in by_mode["online"]), 2),
+        "migrations_per_s": round(migrated / online_s, 2),
+        "share_of_time_migrating": round(sum(each.migrating_s for each in by_mode["online"]) / online_s, 3),
         "median_of_rounds": medians,
         "online_over_static": {
             "of_medians": _rounded({k: medians["online"][k] / medians["static"][k] for k in medians["online"]}),
@@ -332,6 +348,7 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
         },
         "rounds": [
             {"mode": each.mode, "requests": len(each.requests), "migrations": each.committed}
+            | {"share_of_time_migrating": round(each.migrating_s / each.seconds, 3)}
             | {"load_average": round(each.load_average, 2)}
             | _rounded(each.figures())
             for each in rounds
