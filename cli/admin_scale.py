@@ -54,6 +54,10 @@ def scale(
     target: Annotated[int | None, typer.Argument(min=0, help="So many servers there should be.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until they serve.")] = True,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait.")] = 60.0,
+    launcher: Annotated[
+        str | None,
+        typer.Option("--watch", metavar="NAME", help="Watch as the launcher NAME: a line now and after every change."),
+    ] = None,
     balancer: BalancerOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -66,6 +70,9 @@ def scale(
         raise typer.BadParameter("give ROLE and TARGET, or none of them")
 
     async def ask(stub: admin_pb2_grpc.AdminServiceStub) -> None:
+        if launcher is not None:
+            await _watch(stub, launcher, as_json)
+            return
         status = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
         if role is not None and target is not None:
             await _set(stub, role, target, status, wait, timeout_s, as_json)
@@ -111,6 +118,15 @@ async def _set(
         raise typer.Exit(1)
 
 
+async def _watch(stub: admin_pb2_grpc.AdminServiceStub, launcher: str, as_json: bool) -> None:
+    """Until the balancer ends or Ctrl-C."""
+    async for response in stub.WatchScale(admin_pb2.WatchScaleRequest(launcher=launcher)):
+        if as_json:
+            admin_client.print_json({"version": response.scale.version, "roles": _roles(response.scale)})
+        else:
+            typer.echo(", ".join(f"{entry.target} {_name(entry)}" for entry in response.scale.roles))
+
+
 async def _wait_serving(
     stub: admin_pb2_grpc.AdminServiceStub, role: ScaledRole, target: int, timeout_s: float
 ) -> admin_pb2.GetStatusResponse:
@@ -137,10 +153,14 @@ def scale_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
         "version": status.scale.version,
         "policy": status.scale_policy,
         "launchers": list(status.launchers),
-        "roles": {
-            _name(entry): {"target": entry.target, "servers": entry.servers, "serving": entry.serving}
-            for entry in status.scale.roles
-        },
+        "roles": _roles(status.scale),
+    }
+
+
+def _roles(scale: admin_pb2.Scale) -> dict[str, dict[str, int]]:
+    return {
+        _name(entry): {"target": entry.target, "servers": entry.servers, "serving": entry.serving}
+        for entry in scale.roles
     }
 
 
