@@ -9,9 +9,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import HealthCheck, settings
 
+from support.certificates import certificates
+from support.etcd import etcd
 from support.mesh import meshes
 
-__all__ = ["meshes"]
+__all__ = ["certificates", "etcd", "meshes"]
 
 # Other work may share the two cores of a test machine: a slow example says nothing about the code.
 settings.register_profile("expertmesh", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -106,6 +106,7 @@ class Stage:
             etcd_folder = folder.with_name(f"{folder.name}-etcd")
             etcd_folder.mkdir(parents=True)
             self.etcd = EtcdProcess(etcd_folder)
+            self.etcd.start()
             config = {**config, "balancer__etcd__endpoints": [self.etcd.endpoint]}
         return start_mesh(folder, mesh_config(**config), restart=True)
 

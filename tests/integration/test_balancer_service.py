@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from expertmesh.balancer.state import STATE_FILE, decode
+from expertmesh.balancer.turns import OnlyTurn
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.errors import UserError
@@ -121,6 +124,32 @@ async def test_a_restarted_balancer_adopts_the_view(tmp_path: Path) -> None:
         after = await wait_serving(channel, 1, "view_adopted")
         assert after.mesh_id == before.mesh_id
         assert after.view_number == 1
+
+
+async def test_a_mesh_goes_on_while_the_disk_is_full_and_its_state_is_saved_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnlyTurn, "save_retry_s", 0.05)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with balancer(config(tmp_path)) as address, rpc.open_channel(address, TlsConfig()) as channel:
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", full)
+            for stream in (await join(channel, "a1", "e1", "e2")).values():
+                await stream.next_view()
+            assert (await wait_serving(channel, 1)).serving
+        async for event in admin.ListEvents(admin_pb2.ListEventsRequest(follow=True), timeout=TIMEOUT_S):
+            if event.kind == "state_saved":
+                break
+        events = [event async for event in admin.ListEvents(admin_pb2.ListEventsRequest(), timeout=TIMEOUT_S)]
+        failures = [event.message for event in events if event.kind == "state_not_saved"]
+        assert len(failures) == 1
+        assert "No space left on device); serving goes on" in failures[0]
+        saved = decode((tmp_path / STATE_FILE).read_bytes())
+        assert saved.view.number == 1
 
 
 async def test_a_second_balancer_on_the_same_folder_is_refused(tmp_path: Path) -> None:

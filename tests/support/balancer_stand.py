@@ -27,10 +27,10 @@ def config(state_dir: Path, **balancer: Any) -> MeshConfig:
 
 
 @contextlib.asynccontextmanager
-async def balancer(config: MeshConfig) -> AsyncIterator[str]:
+async def balancer(config: MeshConfig, server_id: str = "balancer") -> AsyncIterator[str]:
     stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(
-        serve(config, server_id="balancer", stop=stop, ready=address.set_result, telemetry=disabled_telemetry())
+        serve(config, server_id=server_id, stop=stop, ready=address.set_result, telemetry=disabled_telemetry())
     )
     try:
         await asyncio.wait({serving, address}, return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)

@@ -29,7 +29,7 @@ def why_not() -> str | None:
 
 
 class EtcdProcess:
-    """Started when it is made; takes requests when it is. ``stop`` it in the end."""
+    """One member; ``start`` it, and ``stop`` it in the end."""
 
     def __init__(self, folder: Path, *options: str, scheme: str = "http") -> None:
         self._folder = folder
@@ -37,7 +37,6 @@ class EtcdProcess:
         self._scheme = scheme
         self._ports = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
 
     @property
     def endpoint(self) -> str:
@@ -102,6 +101,7 @@ def etcd() -> Iterator[EtcdProcess]:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="expertmesh-etcd-") as folder:
         process = EtcdProcess(Path(folder))
+        process.start()
         try:
             yield process
         finally:

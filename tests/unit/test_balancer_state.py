@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import logging
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,24 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.Mo
             file.save(state(4))
     assert file.load() == state(3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", STATE_FILE]
+    file.close()
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_keeps_what_was_saved(tmp_path: Path) -> None:
+    """The kernel itself breaks the write off: a part of the new state is on the disk when it fails."""
+    file = StateFile(tmp_path)
+    file.save(state(3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(encode(state(4))) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.save(state(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.load() == state(3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", STATE_FILE]
+    file.save(state(5))
+    assert file.load() == state(5)
     file.close()
 
 
