@@ -101,6 +101,7 @@ class LocalMesh:
         self._changed = threading.Condition()
         self._failure: MeshFailedError | MeshInterruptedError | None = None
         self._ready: set[str] = set()
+        self._given_up: set[str] = set()  # of those that were added to a whole mesh
         self._balancers: dict[str, str] = {}  # id → address
         self._watch: ScaleWatch | None = None
         planned = list(planned_services(self._config))
@@ -228,8 +229,9 @@ class LocalMesh:
         assert role in SCALED_ROLES, f"a {role} cannot be added to a running mesh"
         server = self._one_more(role)
         server.start()
-        self._wait_for(lambda: server.id in self._ready, timeout_s, f"{server.id} to start")
-        server.established = True
+        self._wait_for(lambda: server.id in self._ready | self._given_up, timeout_s, f"{server.id} to start")
+        if server.id in self._given_up:
+            raise MeshFailedError(f"{server.id} cannot start; see {server.log_file}")
         return server.id
 
     def _one_more(self, role: str) -> ServiceProcess:
@@ -338,11 +340,11 @@ class LocalMesh:
         with self._changed:
             if event.kind == "ready":
                 self._ready.add(event.server_id)
+                self._servers[event.server_id].established |= self._is_extra(event.server_id)
                 self._remember_address(self._servers[event.server_id])
             if event.kind == "failed" and self._is_extra(event.server_id):
-                log.error(
-                    "%s was asked for by the scale and cannot start; the mesh goes on without it", event.server_id
-                )
+                log.error("%s cannot start; the mesh goes on without it", event.server_id)
+                self._given_up.add(event.server_id)
             elif event.kind == "failed" and self._failure is None:
                 self._failure = MeshFailedError(
                     f"{event.server_id}: {event.text}" if event.exit_code != USER_ERROR_STATUS else event.text,

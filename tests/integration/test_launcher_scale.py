@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError
 from expertmesh.cli.process import ProcessEvent
 from expertmesh.cli.state_dir import StateDir
 from expertmesh.v1 import admin_pb2, mesh_pb2
@@ -126,3 +126,14 @@ def test_an_extra_server_that_gives_up_leaves_the_mesh_running(launch: Callable[
     say(mesh, scale(2, 2))
     seen.wait_for("failed", "attention-1")
     mesh.raise_failure()
+    say(mesh, scale(3, 2))
+    seen.wait_for("ready", "attention-2")
+    assert mesh.servers["attention-2"].established, "from now on it is started again whenever it dies"
+
+
+def test_a_server_that_is_added_by_hand_and_gives_up_is_an_error(launch: Callable[..., LocalMesh], seen: Seen) -> None:
+    mesh = launch()
+    with pytest.raises(MeshFailedError, match="attention-1 cannot start"):
+        mesh.add("attention", timeout_s=TIMEOUT_S)
+    mesh.raise_failure()
+    assert mesh.add("attention", timeout_s=TIMEOUT_S) == "attention-2"
