@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
+from expertmesh.attention_server.request import Sequence
+from expertmesh.attention_server.sampler import Sampled
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.families import FAMILIES as SERVED
@@ -22,8 +25,8 @@ NUM_TOKENS = 32
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (1, 2, 13, 41, 90)
 ENGINES: dict[str, dict[str, Any]] = {
-    "whole prompts": {"enable_prefix_caching": False},
-    "chunks of 7, blocks of 4": {"max_num_batched_tokens": 7, "block_size": 4},
+    "whole prompts in a batch": {"enable_prefix_caching": False},
+    "chunks of 7, two at a time, blocks of 4": {"max_num_batched_tokens": 7, "max_num_seqs": 2, "block_size": 4},
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -104,30 +107,37 @@ def prompts(seed: int) -> list[list[int]]:
 
 
 class Recorder:
-    """Serves prompts one after the other and keeps the logits that tokens were sampled from."""
+    """Serves prompts and keeps the logits that their tokens were sampled from."""
 
-    def __init__(self, path: Path, **config: Any) -> None:
-        spec = load_spec(ModelConfig(path=path))
+    def __init__(self, path: Path, dtype: Literal["float32", "bfloat16"] = "float32", **config: Any) -> None:
+        spec = load_spec(ModelConfig(path=path, dtype=dtype))
         checkpoint = Checkpoint(path)
         self.engine = LocalEngine(spec, checkpoint, SlotExperts(spec, checkpoint), **config)
-        self._logits: list[torch.Tensor] = []
-        model = self.engine.half._model
-        compute = model.logits
+        self._logits: dict[int, list[torch.Tensor]] = {}
+        self._handle_of_row: dict[int, int] = {}
+        self._sampler = self.engine.half._sampler
+        self.engine.half._sampler = self  # type: ignore[assignment]  # a look inside, between model and sampler
 
-        def logits(x_TH: torch.Tensor) -> torch.Tensor:
-            out_TV = compute(x_TH)
-            self._logits.append(out_TV.clone())
-            return out_TV
+    def open(self, row: int, sequence: Sequence) -> None:
+        self._handle_of_row[row] = sequence.handle
+        self._sampler.open(row, sequence)
 
-        model.logits = logits  # type: ignore[method-assign]  # a test's look inside
+    def close(self, row: int) -> None:
+        self._sampler.close(row)
 
-    def run(self, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-        """The tokens and the logits of each."""
+    def sample(self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray) -> Sampled:
+        for row, logits_V in zip(rows_S.tolist(), logits_SV.clone(), strict=True):
+            self._logits.setdefault(self._handle_of_row[row], []).append(logits_V)
+        return self._sampler.sample(logits_SV, rows_S, position_S)
+
+    def run(self, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[tuple[list[int], torch.Tensor]]:
+        """For each prompt its tokens and the logits of each, [tokens, V]."""
         self._logits.clear()
         self.engine.outputs.clear()
-        self.engine.submit(1, prompt, max_tokens=NUM_TOKENS)
+        for handle, prompt in enumerate(prompts):
+            self.engine.submit(handle, prompt, max_tokens=num_tokens)
         self.engine.run()
-        return self.engine.tokens(1), torch.cat(self._logits)
+        return [(self.engine.tokens(handle), torch.stack(self._logits[handle])) for handle in range(len(prompts))]
 
 
 def check(reference: Any, prompt: list[int], tokens: list[int], logits_TV: torch.Tensor) -> None:
@@ -142,26 +152,25 @@ def check(reference: Any, prompt: list[int], tokens: list[int], logits_TV: torch
 def test_logits_and_greedy_tokens(tmp_path: Path, family: str, number: int) -> None:
     path = families.make_family_checkpoint(tmp_path / family, family, seed=number, **CASES[family][number])
     reference = families.load_reference(path)
-    seen = set()
+    said = set()
     for config in ENGINES.values():
         recorder = Recorder(path, **config)
-        for prompt in prompts(number):
-            tokens, logits_TV = recorder.run(prompt)
+        for prompt, (tokens, logits_TV) in zip(prompts(number), recorder.run(prompts(number)), strict=True):
             check(reference, prompt, tokens, logits_TV)
-            seen.add(tuple(tokens[-8:]))
-        if "block_size" in config:  # once more, from the prefix cache
-            check(reference, prompt, *recorder.run(prompt))
-            assert recorder.engine.half.engine.counts.prefix_hits > 0
-    assert len(seen) > 1, "the model says the same to every prompt"
+            said.add(tuple(tokens[-8:]))
+    assert len(said) > 1, "the model says the same to every prompt"
+    longest = prompts(number)[-1]
+    (again,) = recorder.run([longest])  # from the prefix cache
+    assert recorder.engine.half.engine.counts.prefix_hits > 0
+    check(reference, longest, *again)
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_a_batch_is_served_as_one_by_one(tmp_path: Path, family: str) -> None:
-    path = families.make_family_checkpoint(tmp_path / family, family, seed=7, **CASES[family][0])
-    recorder = Recorder(path)
-    alone = [recorder.run(prompt)[0] for prompt in prompts(3)]
-    engine = Recorder(path, max_num_batched_tokens=16).engine
-    for handle, prompt in enumerate(prompts(3)):
-        engine.submit(handle, prompt, max_tokens=NUM_TOKENS)
-    engine.run()
-    assert [engine.tokens(handle) for handle in range(len(alone))] == alone
+def test_bfloat16_is_close(tmp_path: Path, family: str) -> None:
+    """As close as transformers itself is in bfloat16: a few hundredths of the spread of its log-probabilities."""
+    path = families.make_family_checkpoint(tmp_path / family, family, seed=0, dtype=torch.bfloat16, **CASES[family][0])
+    prompt = prompts(0)[3]
+    with torch.inference_mode():
+        truth_V = families.load_reference(path)(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    ((_, logits_TV),) = Recorder(path, dtype="bfloat16", max_num_batched_tokens=16).run([prompt], num_tokens=1)
+    assert (logits_TV[0].log_softmax(-1) - truth_V).abs().mean() < 0.06 * truth_V.std()
