@@ -6,7 +6,8 @@ from __future__ import annotations
 def is_address(text: str) -> bool:
     """Whether it is one ``HOST:PORT``."""
     host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536 and "," not in host
+    has_host = bool(host) and not any(sign in host for sign in ",/ ")
+    return has_host and port.isascii() and port.isdigit() and 0 < int(port) < 65536
 
 
 def split_addresses(text: str) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from expertmesh.mesh.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -21,5 +23,6 @@ def test_configuration_page_matches_the_fields() -> None:
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == module.document(), "run `make gen`"
 
 
-def test_example_is_valid() -> None:
-    assert load_config(ROOT / "deploy/local/mesh.yaml").name == "local"
+@pytest.mark.parametrize(("file", "name"), [("mesh.yaml", "local"), ("high-availability.yaml", "available")])
+def test_example_is_valid(file: str, name: str) -> None:
+    assert load_config(ROOT / "deploy/local" / file).name == name
