@@ -77,7 +77,7 @@ def inspect_model(
 ) -> None:
     """Print a model's family, sizes, bytes per expert and KV bytes per token; no weight is read.
 
-    Of ORGANISATION/NAME only the JSON files are fetched.
+    Of ORGANISATION/NAME on the Hugging Face hub only config.json is fetched.
     """
     if dtype not in DTYPE_BYTES:
         raise UserError("--dtype", f"is {dtype!r}", f"choose one of {', '.join(DTYPE_BYTES)}")

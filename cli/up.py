@@ -20,6 +20,8 @@ from expertmesh.cli.progress import Progress, progress_for
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.state_dir import RunFile, StateDir
 from expertmesh.mesh.config import MeshConfig, load_config, parse_config
+from expertmesh.mesh.model.hub import is_repo
+from expertmesh.mesh.model.spec import checkpoint_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,9 @@ def up(
         list[str] | None, typer.Argument(metavar="[-- COMMAND ...]", help="Run beside the mesh, then stop the mesh.")
     ] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="mesh.yaml; unset = every default.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Hugging Face folder; unset = the demo model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder, or ORGANISATION/NAME on its hub; unset = the demo model.")
+    ] = None,
     attention: Annotated[int | None, typer.Option(help="Attention servers.")] = None,
     experts: Annotated[int | None, typer.Option(help="Expert servers.")] = None,
     both: Annotated[
@@ -49,7 +53,7 @@ def up(
     EXPERTMESH_BALANCER set, then stops the mesh and exits with the command's status.
     """
     overrides: dict[str, Any] = {
-        "model.path": model,
+        "model.repo" if model is not None and is_repo(model) else "model.path": model,
         "model.dtype": dtype,
         "attention.servers": 0 if both and attention is None else attention,
         "expert.servers": 0 if both and experts is None else experts,
@@ -57,14 +61,24 @@ def up(
         "both_servers": both,
         "router.port": port,
     }
-    config = with_overrides(load_config(config_file), overrides)
+    config = load_config(config_file)
+    if model is not None:
+        config = _with_model(config, path=None, repo=None, revision=None)
+    config = with_overrides(config, overrides)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if config.model.repo is not None:  # fetched once, before services wait for each other
+        name = config.model.name or config.model.repo
+        config = _with_model(config, path=checkpoint_folder(config.model), repo=None, revision=None, name=name)
     console = Console(stderr=True)
     progress = progress_for(console)
     state_dir = StateDir.claim_free(RUN_FILE.parent, config.name)
     run_file = RunFile(RUN_FILE, state_dir.path)
     mesh = LocalMesh(config, state_dir, run_file=run_file, on_event=progress.event)
     raise typer.Exit(_run(mesh, progress, command or []))
+
+
+def _with_model(config: MeshConfig, **changes: Any) -> MeshConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def with_overrides(config: MeshConfig, overrides: dict[str, Any]) -> MeshConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 
 from expertmesh.mesh.errors import UserError
@@ -11,16 +12,16 @@ from expertmesh.mesh.errors import UserError
 log = logging.getLogger(__name__)
 
 REPO_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-SETTINGS = ("*.json", "*.jinja")
-"""config.json, the index of the weights, the tokenizer, chat templates."""
-WEIGHTS = ("*.safetensors",)
+CONFIG = ("config.json",)
+WHOLE = ("*.json", "*.jinja", "*.safetensors")
+"""Configuration, tokenizer, chat templates, the weights and their index."""
 SUBFOLDERS = ("*/*",)
 """Other copies of the weights, and code; nothing that is read lies in one."""
 
 
 def is_repo(model: str) -> bool:
     """Whether a MODEL that a user typed is a hub id: ``ORGANISATION/NAME``, and no folder here is called so."""
-    return re.match(REPO_PATTERN, model) is not None and not Path(model).exists()
+    return re.fullmatch(REPO_PATTERN, model) is not None and not Path(model).exists()
 
 
 def fetch_repo(repo: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -30,7 +31,7 @@ def fetch_repo(repo: str, revision: str | None = None, *, weights: bool = True) 
 
     Args:
         revision: a branch, a tag or a commit; None = the main branch.
-        weights: fetch safetensors too.
+        weights: False = config.json alone.
 
     Raises:
         UserError: the repository or revision does not exist, needs permission, or cannot be fetched and is not
@@ -38,14 +39,16 @@ def fetch_repo(repo: str, revision: str | None = None, *, weights: bool = True) 
     """
     # Imported here: it costs every service half a second, and only this needs it.
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, utils
 
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
     name = repo if revision is None else f"{repo} at {revision}"
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=[*SETTINGS, *(WEIGHTS if weights else ())],
+            allow_patterns=list(WHOLE if weights else CONFIG),
             ignore_patterns=list(SUBFOLDERS),
         )
     except errors.GatedRepoError:

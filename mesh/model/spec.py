@@ -124,7 +124,7 @@ def checkpoint_folder(config: ModelConfig, *, weights: bool = True) -> Path:
     """The folder of ``config.path``, or that of ``config.repo`` after fetching it; neither = the demo model.
 
     Args:
-        weights: fetch the repository's weights too.
+        weights: False = of a repository config.json alone.
 
     Raises:
         UserError: there is no such folder, or the repository cannot be fetched.
