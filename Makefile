@@ -68,6 +68,7 @@ bench: $(VENV)/.installed-dev
 
 bench-balancer: $(VENV)/.installed-dev
 	PYTHONPATH=benchmarks $(PY) benchmarks/balancer.py
+	PYTHONPATH=benchmarks $(PY) benchmarks/replica_choice.py
 
 clean:
 	rm -rf $(VENV) .expertmesh build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

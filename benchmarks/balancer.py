@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from expertmesh.balancer.simulator.bounds import equal_split_bound, least_fanout
 from expertmesh.balancer.simulator.score import LayerScore, route_locality_first, score_turns, tally
+from expertmesh.balancer.simulator.sources import window_balancedness
 from expertmesh.balancer.solver import (
     Budget,
     SolverOptions,
@@ -157,7 +158,7 @@ def held_out_rows(tokens: routing_data.Tokens, splits: int) -> list[Row]:
                     slots, topk_TK[rest], GPTOSS, 32, topk_TK[train], sources=sources, step_tokens=STEP_TOKENS
                 )
                 ours[sources].append(tally(rank_TK, GPTOSS))
-                window_of[sources].append([window_balancedness(rank_TK, window) for window in WINDOWS])
+                window_of[sources].append([window_balancedness(rank_TK, GPTOSS.num_ranks, w) for w in WINDOWS])
             baseline = eplb_global(load_E[None], 40, 8)[0].astype(np.int32)
             theirs.append(score_turns(baseline, topk_TK[rest], GPTOSS))
     whats = {sources: f"the same, steps of {STEP_TOKENS} tokens on {sources} attention ranks" for sources in SOURCES}
@@ -188,14 +189,6 @@ def _windows_as_text(window_of: list[list[float]]) -> str:
     return ", ".join(
         f"{window} tokens {balanced:.3f}" for window, balanced in zip(WINDOWS, np.mean(window_of, axis=0), strict=True)
     )
-
-
-def window_balancedness(rank_TK: NDArray[np.integer[Any]], window: int) -> float:
-    """The mean over windows of so many tokens in a row."""
-    whole = len(rank_TK) // window * window
-    cell_TK = rank_TK[:whole] + GPTOSS.num_ranks * (np.arange(whole) // window)[:, None]
-    load_WR = np.bincount(cell_TK.ravel(), minlength=whole // window * GPTOSS.num_ranks).reshape(-1, GPTOSS.num_ranks)
-    return float((load_WR.mean(axis=1) / load_WR.max(axis=1)).mean())
 
 
 def split_by_sequence(

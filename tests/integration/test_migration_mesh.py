@@ -140,6 +140,31 @@ async def test_an_idle_mesh_switches_at_once(tmp_path: Path, expected: tuple[lis
             assert registration.view == mesh.balancer.view  # as it runs, so that a balancer without state can adopt it
 
 
+async def test_a_source_follows_its_quota(tmp_path: Path, expected: tuple[list[str], list[tuple[int, ...]]]) -> None:
+    """A layer of which two expert servers hold every expert; each attention server is given other shares."""
+    quotas = {"attention-0": [0.8, 0.2], "attention-1": [0.35, 0.65]}
+    settings = {"expert__servers": 2, "expert__slots_per_server": NUM_EXPERTS, "balancer__stats_interval_s": 0.1}
+    async with mesh_under(tmp_path, **settings) as mesh:
+        balancer = mesh.balancer
+        plan = balancer.make_plan(3, [*range(NUM_EXPERTS)] * 2)
+        for server_id, shares in quotas.items():
+            plan.placement.source_quotas.add(server_id=server_id, rank_share=shares)
+        balancer.announce(plan)
+        await balancer.until(plan, mesh_pb2.MIGRATION_PHASE_STAGED)
+        await balancer.commit(plan)
+        await Traffic(mesh.router, expected).one_round()
+        loads = await balancer.until_sent(3, plan.placement.version, 1000)
+        for server_id, load_G in loads.items():
+            first = sum(load_G[:NUM_EXPERTS]) / sum(load_G)
+            assert first == pytest.approx(quotas[server_id][0], abs=0.06), (server_id, sum(load_G))
+        wrong = balancer.make_plan(3, [*range(NUM_EXPERTS)] * 2)
+        wrong.placement.source_quotas.add(server_id="attention-0", rank_share=[1.0])
+        balancer.announce(wrong)
+        with pytest.raises(AssertionError, match="2 expert ranks need as many shares"):
+            await balancer.until(wrong, mesh_pb2.MIGRATION_PHASE_STAGED)
+        await Traffic(mesh.router, expected).one_round()
+
+
 @pytest.mark.parametrize("victim", ["source", "destination", "bystander"])
 async def test_a_rank_is_killed_in_the_middle_of_a_transfer(
     tmp_path: Path, expected: tuple[list[str], list[tuple[int, ...]]], victim: str

@@ -75,6 +75,7 @@ class ScriptedBalancer(mesh_pb2_grpc.MembershipServiceServicer):
         self.view = mesh_pb2.View()
         self.statuses: dict[int, dict[str, mesh_pb2.MigrationStatus]] = {}
         self.broken: list[mesh_pb2.ViewBroken] = []
+        self.stats: list[tuple[str, mesh_pb2.StatsReport]] = []
 
     @property
     def address(self) -> str:
@@ -128,6 +129,8 @@ class ScriptedBalancer(mesh_pb2_grpc.MembershipServiceServicer):
                 kind = request.WhichOneof("message")
                 if kind == "view_ready":
                     member.ready_view = request.view_ready.view_number
+                elif kind == "stats":
+                    self.stats.append((member.registration.server_id, request.stats))
                 elif kind == "view_broken":
                     self.broken.append(request.view_broken)
                 elif kind == "migration":
@@ -268,6 +271,29 @@ class ScriptedBalancer(mesh_pb2_grpc.MembershipServiceServicer):
         await self.until(plan, mesh_pb2.MIGRATION_PHASE_COMMITTED)
         running = next(p for p in self.view.placement if p.layer == plan.placement.layer)
         running.CopyFrom(plan.placement)
+
+    def slot_loads(self, layer: int, version: int) -> dict[str, list[int]]:
+        """Server id → rows that its attention half sent to each global slot under this placement."""
+        found: dict[str, list[int]] = {}
+        for server_id, report in self.stats:
+            for part in report.layers:
+                if (part.layer, part.version, report.view_number) == (layer, version, self.view.number):
+                    before = found.get(server_id, [0] * len(part.slot_load))
+                    found[server_id] = [a + b for a, b in zip(before, part.slot_load, strict=True)]
+        return found
+
+    async def until_sent(self, layer: int, version: int, num_rows: int) -> dict[str, list[int]]:
+        """``slot_loads`` when every attention half has reported so many rows."""
+        halves = sum(rank.role != mesh_pb2.ROLE_EXPERT for rank in self.view.ranks)
+
+        def loads() -> dict[str, list[int]]:
+            return self.slot_loads(layer, version)
+
+        def done() -> bool:
+            return len(loads()) == halves and min(map(sum, loads().values())) >= num_rows
+
+        await self._wait(done, f"{num_rows} rows of layer {layer}")
+        return loads()
 
     def abort(self, plan: mesh_pb2.MigrationPlan) -> None:
         self._tell(mesh_pb2.JoinResponse(abort=mesh_pb2.MigrationAbort(id=plan.id, reason="for the test")))

@@ -59,6 +59,8 @@ def test_reports_add_up_over_sources() -> None:
     assert asked.coactivation_EE is not None
     np.testing.assert_array_equal(asked.load_E, counts.load_E)
     np.testing.assert_array_equal(asked.coactivation_EE, counts.coactivation_EE)
+    assert asked.sources.keys() == {"a0", "a1"}
+    np.testing.assert_allclose(asked.sources["a0"], [10, 0, 0, 10], rtol=1e-6)
 
 
 def test_a_report_that_comes_again_does_not_count() -> None:
