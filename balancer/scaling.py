@@ -14,7 +14,6 @@ from expertmesh.balancer.actual import Actual, Phase
 from expertmesh.balancer.draining import Draining, why_needed
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import Member
-from expertmesh.balancer.replicas import ReplicaRule
 from expertmesh.balancer.scaling_policy import (
     Change,
     Governor,
@@ -53,8 +52,7 @@ class Autoscaler:
         policy: ScalePolicy,
     ) -> None:
         self._settings = config.scaling
-        self._num_slots = config.expert.num_slots
-        self._rule = ReplicaRule.of(config.expert)
+        self._expert = config.expert
         self._actual = actual
         self._targets = targets
         self._draining = draining
@@ -101,7 +99,7 @@ class Autoscaler:
             max_requests=sum(load.max_num_requests for load in attention),
             kv_cache_usage=sum(load.kv_cache_usage for load in attention) / max(len(attention), 1),
             tpot_s=sum(times) / len(times) if times else None,
-            slots_needed=max(num_experts * self._rule.min_replicas, self._num_slots or 0),
+            slots_needed=max(self._expert.min_slots(num_experts), self._expert.num_slots or 0),
             slots_there=sum(slots),
             slots_without_one=sum(slots) - max(slots, default=0),
         )

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertmesh.mesh.addresses import is_address, split_addresses
-from expertmesh.mesh.config_scaling import ScalingConfig
+from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.hub import REPO_PATTERN
@@ -284,6 +284,18 @@ class MeshConfig(Section):
             raise ValueError("attention.servers is 0 and both_servers is 0: the mesh needs at least one attention half")
         if self.expert.servers + self.both_servers == 0:
             raise ValueError("expert.servers is 0 and both_servers is 0: the mesh needs at least one expert half")
+        return self
+
+    @model_validator(mode="after")
+    def _scaling_starts_within_its_bounds(self) -> MeshConfig:
+        counts = {"attention": self.attention.servers, "expert": self.expert.servers, "both": self.both_servers}
+        for role, count in counts.items():
+            bounds: RoleScaling = getattr(self.scaling, role)
+            if self.scaling.policy != "off" and count and not bounds.min_servers <= count <= bounds.max_servers:
+                raise ValueError(
+                    f"scaling.{role} allows {bounds.min_servers} to {bounds.max_servers} servers, and {count} are "
+                    f"configured: the policy would start with a change, so set min_servers or max_servers to {count}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -209,6 +209,13 @@ def test_a_policy_of_ones_own_is_found_by_its_name_or_refused_by_the_key(monkeyp
             load_policy(hook)
 
 
+def test_a_mesh_that_is_configured_out_of_bounds_is_refused() -> None:
+    keys = {"attention": {"servers": 9}, "scaling": {"policy": "dry-run"}}
+    with pytest.raises(UserError, match=r"scaling\.attention allows 1 to 8 servers, and 9 are configured"):
+        parse_config(keys)
+    assert parse_config({**keys, "scaling": {"policy": False}}).scaling.policy == "off", "as YAML reads a bare off"
+
+
 # In the balancer.
 
 
