@@ -15,8 +15,8 @@ import torch
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.load_progress import LoadProgress
-from expertmesh.mesh.model.quantisation.dequantise import dequantise_fp8, dequantise_mxfp4
-from expertmesh.mesh.model.quantisation.storage import Fp8Blocks, Mxfp4, Plain, find_storage, stored_bytes
+from expertmesh.mesh.model.quantisation.dequantise import dequantise_fp8, dequantise_ints, dequantise_mxfp4
+from expertmesh.mesh.model.quantisation.storage import Fp8Blocks, Mxfp4, PackedInts, Plain, find_storage, stored_bytes
 from expertmesh.mesh.model.reader import TORCH_DTYPES, TensorReader
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.model.tensors import TensorEntry, read_tensor_index
@@ -176,6 +176,9 @@ class Checkpoint:
                 self._reader.copy(storage.entry, out, row=expert)
             case Fp8Blocks():
                 out.copy_(dequantise_fp8(self._read(storage.weight), self._read(storage.scale)))
+            case PackedInts():
+                packed, scale = self._read(storage.packed), self._read(storage.scale)
+                out.copy_(dequantise_ints(packed, scale, storage.num_bits, named.shape[1]))
             case Mxfp4():
                 raise AssertionError("only the transposed experts of a layer are stored as MXFP4")
 

@@ -21,6 +21,7 @@ from expertmesh.mesh.model.fields import Fields
 from expertmesh.mesh.model.spec import GenerationDefaults, load_spec
 from support.checkpoints import TINY, write_checkpoint
 
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -135,6 +136,20 @@ def test_num_local_experts_is_num_experts() -> None:
         ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 128}),
         ("quantization_config: quant_method", {"quantization_config": {"quant_method": "gptq"}}),
         ("quantization_config: weight_block_size", {"quantization_config": {"quant_method": "fp8"}}),
+        ("quantization_config: format", {"quantization_config": {**PACKED, "format": "int-quantized"}}),
+        (
+            "quantization_config: config_groups: g: weights: symmetric",
+            {
+                "quantization_config": {
+                    **PACKED,
+                    "config_groups": {"g": {"weights": {"num_bits": 4, "symmetric": False}}},
+                }
+            },
+        ),
+        (
+            "quantization_config: config_groups: g: input_activations",
+            {"quantization_config": {**PACKED, "config_groups": {"g": {"input_activations": {"num_bits": 8}}}}},
+        ),
         ("quantization_config: fmt", {"quantization_config": {**FP8, "fmt": "e5m2"}}),
         ("rope_parameters: rope_type", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}),
         ("rope_scaling: type", {"rope_scaling": {"type": "linear-ish", "factor": 2.0}}),
