@@ -24,7 +24,7 @@ from support.checkpoints import write_checkpoint
 NUM_SHARDS = 2
 SHARD = "model-00001-of-00002.safetensors"
 JSON_FILES = ("config.json", "generation_config.json", INDEX_FILE)
-CASES = 1000
+CASES = 700
 MAX_MESSAGE = 3000
 MAX_MEMORY = 64 * 2**20
 
