@@ -107,8 +107,15 @@ def _attention(config: Fields, num_layers: int) -> AttentionVariant:
             config, num_layers, {"full_attention": None, "chunked_attention": chunk}, default=types
         ),
         layers_without_rope=frozenset(layer for layer in range(num_layers) if not has_rope[layer]),
-        temperature=temperature if config.boolean("attn_temperature_tuning", True) else None,
+        temperature=temperature if _is_tuned(config) else None,
     )
+
+
+def _is_tuned(config: Fields) -> bool:
+    """``attn_temperature_tuning``: a boolean, or a number in the first published checkpoints."""
+    key = "attn_temperature_tuning"
+    is_number = isinstance(config.data.get(key), int | float) and not isinstance(config.data[key], bool)
+    return config.number(key) > 0 if is_number else config.boolean(key, True)
 
 
 def _moe_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
