@@ -72,6 +72,11 @@ class GpuSlots:
         """The expert that each local slot of a layer holds, -1 = empty."""
         return tuple(self._held[layer])
 
+    def rows(self, layer: int) -> list[int]:
+        """The arena's row of each local slot of a layer, as the table on the device has it."""
+        rows: list[int] = self._table_LS[self._layer_index[layer]].tolist()
+        return rows
+
     def load(self, placement: Mapping[int, Sequence[int]]) -> None:
         """Make slot s of layer l hold expert ``placement[l][s]``; -1 = empty. What is there already is kept.
 

@@ -14,8 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-_COUNTED_BY_ALL = 2048
+from expertmesh.kernels.triton_support import IS_INTERPRETED
+
+_COUNTED_BY_ALL = 2048 if not IS_INTERPRETED else 64
 """Up to so many rows every program counts for itself where its row goes: one launch, no memory to share."""
+_ROWS_ALONE = (
+    512 if not IS_INTERPRETED else 16
+)  # up to so many rows each has a program of its own, which counts for it alone
+_ROWS_TOGETHER = 4
 _ROWS_A_PROGRAM = 1024
 _WIDTH = 2048  # elements of a row at a time
 
@@ -60,7 +66,8 @@ def group_rows(x_TH: torch.Tensor, slot_TK: torch.Tensor, counts_S: torch.Tensor
     place_TK = torch.empty(slot_TK.shape, dtype=torch.int32, device=x_TH.device)
     sizes = {"WIDTH": min(_WIDTH, triton.next_power_of_2(hidden_size)), "num_warps": 4}
     if num_rows <= _COUNTED_BY_ALL:
-        _group_few_kernel[(max(num_rows, num_slots),)](
+        together = 1 if num_rows <= _ROWS_ALONE else _ROWS_TOGETHER
+        _group_few_kernel[(max(triton.cdiv(num_rows, together), num_slots),)](
             x_TH,
             slot_TK,
             rows_NH,
@@ -71,6 +78,7 @@ def group_rows(x_TH: torch.Tensor, slot_TK: torch.Tensor, counts_S: torch.Tensor
             hidden_size,
             TOP_K=top_k,
             ROWS=triton.next_power_of_2(max(num_rows, 16)),
+            TOGETHER=together,
             **sizes,
         )
         return RowGroups(rows_NH, counts_S, place_TK)
@@ -126,24 +134,26 @@ def _copy_row(source, to, hidden_size, WIDTH: tl.constexpr):
 @triton.jit
 def _group_few_kernel(
     x, slots, rows, counts, places, num_rows, num_slots, hidden_size,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program i moves row i and counts the rows of slot i."""
+    """Program i moves TOGETHER rows and counts the rows of slot i."""
     pid = tl.program_id(0)
     n_N = tl.arange(0, ROWS)
     slot_N = tl.load(slots + n_N, mask=n_N < num_rows, other=-1).to(tl.int32)
     if pid < num_slots:
         tl.store(counts + pid, tl.sum((slot_N == pid).to(tl.int32), 0))
-    if pid < num_rows:
-        slot = tl.load(slots + pid).to(tl.int32)
-        is_before_N = ((slot_N < slot) & (slot_N >= 0)) | ((slot_N == slot) & (n_N < pid))
-        place = tl.sum(is_before_N.to(tl.int32), 0)
-        if slot >= 0:
-            tl.store(places + pid, place)
-            source = x + (pid // TOP_K).to(tl.int64) * hidden_size
-            _copy_row(source, rows + place.to(tl.int64) * hidden_size, hidden_size, WIDTH)
-        else:
-            tl.store(places + pid, -1)
+    for i in tl.static_range(TOGETHER):
+        row = pid * TOGETHER + i
+        if row < num_rows:
+            slot = tl.load(slots + row).to(tl.int32)
+            is_before_N = ((slot_N < slot) & (slot_N >= 0)) | ((slot_N == slot) & (n_N < row))
+            place = tl.sum(is_before_N.to(tl.int32), 0)
+            if slot >= 0:
+                tl.store(places + row, place)
+                source = x + (row // TOP_K).to(tl.int64) * hidden_size
+                _copy_row(source, rows + place.to(tl.int64) * hidden_size, hidden_size, WIDTH)
+            else:
+                tl.store(places + row, -1)
 
 
 @triton.jit

@@ -51,8 +51,10 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
 }
-VLLM_MS = {1: 4.12, 8: 9.13, 32: 15.8, 64: 17.5, 128: 18.6, 256: 21.6}
-"""vLLM 0.26.0, the same model shape and load on an H200 (torch 2.11, FA3, Triton fused MoE): median ms per token."""
+VLLM_MS = {128: {1: 4.12, 8: 9.13, 32: 15.8, 64: 17.5, 128: 18.6, 256: 21.6}, 1024: {64: 19.3, 256: 27.2}}
+"""vLLM 0.26.0, the same model shape and load on an H200 (torch 2.11, FA3, Triton fused MoE): tokens in, requests,
+median ms per token."""
+MAX_BATCHED_TOKENS = 8192
 _REPLAYS = 20
 
 
@@ -85,8 +87,8 @@ def build(arguments: argparse.Namespace) -> Timed:
         spec,
         DummyCheckpoint(torch.device("cuda")),
         "cuda",
-        max_num_seqs=max(arguments.requests),
-        max_num_batched_tokens=8192,
+        max_num_seqs=max([256, *arguments.requests]),
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
         enable_prefix_caching=False,
     )
 
@@ -109,18 +111,18 @@ def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int
     assert all(len(times) == tokens_out for times in rank.arrivals.values())
     per_token = [(times[-1] - times[0]) / (tokens_out - 1) for times in rank.arrivals.values()]
     full = [now for now, number in rank.landings if number == requests]
-    return {
+    row = {
         "requests": requests,
         "tokens_in": tokens_in,
         "tokens_out": tokens_out,
         "ms_per_token": round(1e3 * statistics.median(per_token), 3),
-        "vllm_ms_per_token": VLLM_MS.get(requests) if tokens_in == tokens_out == 128 else None,
+        "vllm_ms_per_token": VLLM_MS.get(tokens_in, {}).get(requests),
         "step_ms": round(1e3 * statistics.median(np.diff(full)), 3),
-        "graph_ms": round(time_graph(rank, requests), 3),
         "output_tokens_per_s": round(requests * tokens_out / seconds),
         "ttft_ms": round(1e3 * statistics.median(times[0] - started for times in rank.arrivals.values()), 1),
         "active_experts": round(active, 1),
     }
+    return {**row, "graph_ms": round(time_graph(rank, requests, tokens_in), 3)}
 
 
 def active_experts(rank: Timed) -> float:
@@ -129,26 +131,33 @@ def active_experts(rank: Timed) -> float:
     return torch.stack(counts).float().mean().item()
 
 
-def time_graph(rank: Timed, requests: int) -> float:
-    """Milliseconds of the last decode step's graph, replayed over and over with the same inputs."""
+def time_graph(rank: Timed, requests: int, tokens_in: int) -> float:
+    """Milliseconds of a decode step's graph, replayed over and over while all requests decode.
+
+    What is generated means nothing afterwards: a replay takes for input what the one before it chose.
+    """
     assert rank.graphs is not None, "there is a GPU"
+    rank.reset()
+    submit(rank, requests, tokens_in, 8 + requests * tokens_in // MAX_BATCHED_TOKENS)
+    while not rank.landings or rank.landings[-1][1] < requests:
+        assert rank.step(), "all requests decode at some time"
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    size = round_up(requests)
-    rank.graphs.replay(size)
+    torch.cuda.synchronize()
     start.record()
     for _ in range(_REPLAYS):
-        rank.graphs.replay(size)
+        rank.graphs.replay(round_up(requests))
     end.record()
     end.synchronize()
+    rank.run()
     return start.elapsed_time(end) / _REPLAYS
 
 
-def profile(rank: Timed, requests: int, tokens_in: int) -> list[dict[str, Any]]:
-    """What the kernels of a decode step take, summed up by name."""
-    steps = 8
+def profile(rank: Timed, requests: int, tokens_in: int, *, prefill: bool) -> list[dict[str, Any]]:
+    """What the kernels of a decode step take, or of the first step, summed up by name."""
+    steps = 1 if prefill else 8
     rank.reset()
     submit(rank, requests, tokens_in, 40)
-    while len(rank.landings) < 16:
+    while not prefill and len(rank.landings) < 16:
         rank.step()
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -172,31 +181,35 @@ def profile(rank: Timed, requests: int, tokens_in: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--requests", type=int, nargs="+", default=list(VLLM_MS))
-    parser.add_argument("--tokens-in", type=int, default=128)
+    parser.add_argument("--tokens-in", type=int, nargs="+", default=list(VLLM_MS))
+    parser.add_argument("--requests", type=int, nargs="*", default=[], help="default: what the table has")
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile the kernels of")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile decode steps of")
+    parser.add_argument("--profile-prefill", type=int, nargs="*", default=[], help="requests to profile prefill of")
     arguments = parser.parse_args()
     command = f"python benchmarks/gpu/decode.py --out {arguments.out.name}"
     began = time.perf_counter()
     rank = build(arguments)
     print(f"built in {time.perf_counter() - began:.1f} s, {rank.load.num_kv_blocks} KV blocks", flush=True)
     rows: list[dict[str, Any]] = []
-    for requests in arguments.requests:
-        rank.reset()
-        submit(rank, requests, arguments.tokens_in, 4)
-        rank.run()  # compiles what prefill needs
-        active_experts(rank)
-        rows.append(measure_requests(rank, requests, arguments.tokens_in, arguments.tokens_out))
-        print(json.dumps(rows[-1]), flush=True)
-        measure.write(arguments.out, command, {}, rows)
-    for requests in arguments.profile:
-        kernels = profile(rank, requests, arguments.tokens_in)
-        for row in kernels[:18]:
-            print(f"{row['us_a_step']:10.1f} us {row['launches_a_step']:7.1f} x {row['kernel']}", flush=True)
-        print(requests, "all kernels", round(sum(row["us_a_step"] for row in kernels)), "us a step", flush=True)
-        arguments.out.with_suffix(f".profile{requests}.json").write_text(json.dumps(kernels, indent=1))
+    for tokens_in in arguments.tokens_in:
+        for requests in arguments.requests or VLLM_MS[tokens_in]:
+            rank.reset()
+            submit(rank, requests, tokens_in, 4)
+            rank.run()  # compiles what prefill needs
+            active_experts(rank)
+            rows.append(measure_requests(rank, requests, tokens_in, arguments.tokens_out))
+            print(json.dumps(rows[-1]), flush=True)
+            measure.write(arguments.out, command, {}, rows)
+    for prefill, numbers in ((False, arguments.profile), (True, arguments.profile_prefill)):
+        for requests in numbers:
+            kernels = profile(rank, requests, arguments.tokens_in[0], prefill=prefill)
+            name = f"{'prefill' if prefill else 'decode'}{requests}"
+            for row in kernels[:16]:
+                print(f"{row['us_a_step']:10.1f} us {row['launches_a_step']:7.1f} x {row['kernel']}", flush=True)
+            print(name, "all kernels", round(sum(row["us_a_step"] for row in kernels)), "us a step", flush=True)
+            arguments.out.with_suffix(f".{name}.json").write_text(json.dumps(kernels, indent=1))
 
 
 if __name__ == "__main__":

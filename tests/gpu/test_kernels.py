@@ -16,6 +16,7 @@ from expertmesh.kernels.paged_decode import (
     paged_decode_attention,
     paged_decode_attention_reference,
 )
+from support.engine_checks import check_embed, check_paged_prefill, check_row_groups, check_slot_table
 from support.kernel_checks import (
     Draw,
     assert_near,
@@ -26,6 +27,7 @@ from support.kernel_checks import (
     check_paged_decode,
     check_rope_append,
     check_route,
+    replica_prices,
     slot_tables,
 )
 
@@ -185,7 +187,7 @@ def test_no_kernel_waits_for_the_device() -> None:
     from expertmesh.kernels.sampler import gumbel_argmax
 
     x_TH, residual_TH, weight_H = draw.normal(8, 512, dtype=BF16), draw.normal(8, 512, dtype=BF16), draw.normal(512)
-    logits, turn = draw.normal(8, 16, dtype=BF16), torch.zeros(1, dtype=torch.int64, device="cuda")
+    logits, prices = draw.normal(8, 16, dtype=BF16), replica_prices(draw, tables)
     temperature, seeds = torch.ones(8, device="cuda"), draw.integers(9, 8)
     weight_H, gate_up, down = (
         weight_H.to(BF16),
@@ -195,7 +197,7 @@ def test_no_kernel_waits_for_the_device() -> None:
     counts = torch.full((16,), 0, device="cuda").index_fill_(0, torch.tensor([3], device="cuda"), 8)
     for _ in range(2):  # the first round compiles
         normed = add_rms_norm(x_TH, residual_TH, weight_H, 1e-6)
-        route(logits, Gate(top_k=4), tables, turn)
+        route(logits, Gate(top_k=4), tables, prices=prices)
         grouped_expert_mlp(normed, counts, gate_up, down)
         gumbel_argmax(logits, temperature, seeds, seeds)
         torch.cuda.set_sync_debug_mode("error")
@@ -206,3 +208,30 @@ def test_no_kernel_waits_for_the_device() -> None:
 @pytest.mark.parametrize(("num_tokens", "hidden", "end"), [(3, 256, 2), (1, 128, 1), (4096, 7168, 4000), (0, 128, 0)])
 def test_rows_survive_float8_within_its_noise(num_tokens: int, hidden: int, end: int, dtype: torch.dtype) -> None:
     check_fp8_rows("cuda", num_tokens, hidden, end, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [1, 3, 64, 65, 256, 257, 3000])
+def test_row_groups(num_tokens: int, dtype: torch.dtype) -> None:
+    check_row_groups("cuda", num_tokens, 8, 128, 2048, dtype, padding=num_tokens // 5)
+    check_row_groups("cuda", num_tokens, 3, 7, 333, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("starts", "counts"),
+    [([0], [1]), ([0, 500, 7], [128, 129, 1]), ([1000], [700]), ([0] * 20, list(range(1, 400, 20)))],
+)
+def test_paged_prefill(starts: list[int], counts: list[int], dtype: torch.dtype) -> None:
+    check_paged_prefill("cuda", starts, counts, dtype, heads=32, kv_heads=4, head_dim=128, block_size=16)
+    check_paged_prefill("cuda", starts, counts, dtype, heads=6, kv_heads=2, head_dim=64, block_size=8)
+
+
+@DTYPES
+def test_embed(dtype: torch.dtype) -> None:
+    check_embed("cuda", dtype)
+
+
+@DTYPES
+def test_slots_behind_a_table(dtype: torch.dtype) -> None:
+    check_slot_table("cuda", 2048, 768, dtype)

@@ -99,6 +99,15 @@ class SoloRank:
             )
         )
         with_graphs = there.type == "cuda" if uses_graphs is None else uses_graphs
+        self._lockstep = Lockstep(
+            self.view,
+            {},
+            self._waker,
+            lambda: 1,
+            self.migrations.listed,
+            timeout_s=5.0,
+            idle_tick_s=0.0,
+        )
         self.graphs = StepGraphs(there) if with_graphs else None
         self.loop = StepLoop(
             LoopContext(
@@ -106,15 +115,7 @@ class SoloRank:
                 attention=self.half,
                 experts=self.slots,
                 plane=self.plane,
-                lockstep=Lockstep(
-                    self.view,
-                    {},
-                    self._waker,
-                    lambda: 1,
-                    self.migrations.listed,
-                    timeout_s=5.0,
-                    idle_tick_s=0.0,
-                ),
+                lockstep=self._lockstep,
                 migrations=self.migrations,
                 routing=self.routing,
                 observer=None,
@@ -199,6 +200,10 @@ class SoloRank:
             if not self.step():
                 return steps
         raise AssertionError(f"sequences still run after {max_steps} steps")
+
+    def close(self) -> None:
+        self._lockstep.close()
+        self._waker.close()
 
     def tokens(self, handle: int) -> list[int]:
         return [output.token for output in self.outputs.get(handle, []) if output.token is not None]

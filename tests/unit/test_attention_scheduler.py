@@ -225,3 +225,48 @@ def test_a_tenant_that_was_idle_saves_nothing_up() -> None:
     order = [sequence.tenant for sequence in bench.finished if sequence in late or sequence in more]
     assert len(order) == 20
     assert all(abs(order[:count].count("late") - order[:count].count("busy")) <= 2 for count in range(20))
+
+
+def test_the_next_step_is_scheduled_while_one_is_under_way() -> None:
+    bench = Bench(caching=False)
+    short, long = bench.add([1, 2, 3], max_tokens=1), bench.add([4, 5], max_tokens=3)
+    first = bench.scheduler.launch(bench.scheduler.schedule()[0])
+    chunks, _ = bench.scheduler.schedule()
+    assert [(chunk.sequence, chunk.count) for chunk in chunks] == [(long, 1)], "the last token of the other is coming"
+    second = bench.scheduler.launch(chunks)
+    assert (long.num_tokens, long.num_pending, long.num_computed) == (4, 2, 3)
+    bench.scheduler.land(first)
+    for sequence, token in ((short, 8), (long, 9)):
+        sequence.fill(token)
+    bench.scheduler.remove(short)
+    assert long.tokens[2] == 9
+    assert (long.num_pending, long.num_known_output) == (1, 1)
+    bench.scheduler.land(second)
+    long.fill(6)
+    assert long.tokens[:4].tolist() == [4, 5, 9, 6]
+
+
+def test_steps_that_are_taken_back_leave_no_trace() -> None:
+    bench = Bench(max_num_batched_tokens=4)
+    sequences = [bench.add([1, 2, 3, 4, 5, 6]), bench.add([9])]
+    bench.step()
+    bench.step()
+    states = [(s.num_tokens, s.num_pending, s.num_computed) for s in sequences]
+    flights = [bench.scheduler.launch(bench.scheduler.schedule()[0]) for _ in range(2)]
+    assert [(s.num_tokens, s.num_pending, s.num_computed) for s in sequences] != states
+    for flight in reversed(flights):
+        bench.scheduler.take_back(flight)
+    assert [(s.num_tokens, s.num_pending, s.num_computed) for s in sequences] == states
+    while bench.step():
+        pass
+    assert bench.finished == [sequences[1], sequences[0]] or bench.finished == sequences
+
+
+def test_nothing_is_scheduled_ahead_that_would_cost_somebody_its_blocks() -> None:
+    bench = Bench(num_blocks=3, caching=False)
+    sequences = [bench.add([1, 2, 3, 4], max_tokens=8), bench.add([5, 6, 7], max_tokens=8)]
+    bench.scheduler.launch(bench.scheduler.schedule()[0])
+    assert [len(sequence.blocks) for sequence in sequences] == [1, 1]
+    assert bench.scheduler.has_room_to_go_on(), "one block is free, and one sequence needs another"
+    bench.scheduler.launch(bench.scheduler.schedule()[0])
+    assert not bench.scheduler.has_room_to_go_on(), "the other one needs another now"

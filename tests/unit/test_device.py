@@ -1,0 +1,61 @@
+"""What a rank computes on, and models without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertmesh.mesh.config import ModelConfig, parse_config
+from expertmesh.mesh.device import resolve_device
+from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.graphs import SIZES, round_up, sizes_up_to
+from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.model.weights import DummyCheckpoint, open_checkpoint
+from support.checkpoints import write_checkpoint
+
+ALONE = {"both_servers": 1, "attention": {"servers": 0}, "expert": {"servers": 0}}
+
+
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device: is cuda, and .*auto or cpu"):
+        resolve_device(parse_config({**ALONE, "device": "cuda"}))
+    for config in ({}, ALONE, {"device": "cpu"}, {**ALONE, "dataplane": {"backend": "nccl"}}):
+        assert resolve_device(parse_config(config)).type == "cpu"
+
+
+def test_auto_takes_a_gpu_where_the_ranks_can_talk_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert resolve_device(parse_config(ALONE)).type == "cuda"
+    assert resolve_device(parse_config({"dataplane": {"backend": "nccl"}})).type == "cuda"
+    assert resolve_device(parse_config({"device": "cuda"})).type == "cuda"
+    assert resolve_device(parse_config({})).type == "cpu", "several ranks, and no plane between GPUs is set"
+    assert resolve_device(parse_config({**ALONE, "device": "cpu"})).type == "cpu"
+
+
+def test_a_model_with_random_weights_needs_its_config_alone(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "tiny")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError):
+        load_spec(ModelConfig(path=path))
+    config = ModelConfig(path=path, load_format="dummy")
+    spec = load_spec(config)
+    checkpoint = open_checkpoint(config, spec, torch.device("cpu"), lambda num_bytes: None)
+    assert isinstance(checkpoint, DummyCheckpoint)
+    for layer in range(spec.num_layers):
+        parts = checkpoint.layer_tensors(spec, layer)
+        assert all(part.isfinite().all() for part in parts.values())
+        assert (parts["input_norm"] - 1).abs().max() <= 0.1
+
+
+def test_graph_sizes_serve_every_step_up_to_a_limit() -> None:
+    for limit in (1, 3, 64, 65, 500, 512):
+        sizes = sizes_up_to(limit)
+        assert list(sizes) == sorted(sizes)
+        assert {round_up(tokens) for tokens in range(1, limit + 1)} == set(sizes)
+    assert sizes_up_to(4096) == SIZES
+    assert round_up(4000) == 4000

@@ -1,0 +1,66 @@
+"""The GPU engine without a GPU: its kernels in Triton's interpreter, everything but the graphs; against the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import load_spec
+from support.attention import LocalEngine, PlainExperts, one_torch_thread
+from support.checkpoints import write_checkpoint
+from support.solo_rank import SoloRank
+
+pytestmark = pytest.mark.slow
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "mlp_only_layers": [0],
+    "hidden_size": 32,
+    "num_experts": 4,
+    "vocab_size": 96,
+}
+PROMPT = [5, 9, 20, 31, 44, 7]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    path: Path = tmp_path_factory.mktemp("model") / "tiny"
+    write_checkpoint(path, dtype=torch.float32, attention_bias=True, **SIZES)
+    spec = load_spec(ModelConfig(path=path))
+    with one_torch_thread():
+        yield {"spec": spec, "checkpoint": Checkpoint(path)}
+
+
+def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
+    """Chunks beside decodes, few blocks, a stop id that is noticed a step late, options beyond the step's sampler."""
+    config: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 6, "block_size": 4}
+    cpu = LocalEngine(parts["spec"], parts["checkpoint"], PlainExperts(parts["spec"], parts["checkpoint"]), **config)
+    cpu.submit(1, PROMPT, max_tokens=4)
+    cpu.run()
+    stop = cpu.tokens(1)[1]
+    rank = SoloRank(parts["spec"], parts["checkpoint"], "cpu", **config)
+    cpu.outputs.clear()
+    for engine in (cpu, rank):
+        engine.submit(1, PROMPT, max_tokens=4)
+        engine.submit(2, PROMPT, max_tokens=4, end_ids=frozenset({stop}))
+        engine.submit(3, [3], max_tokens=3, repetition_penalty=1.4, logprobs=1, logit_bias={8: 1.5})
+        engine.run()
+    for handle in (1, 2, 3):
+        assert rank.tokens(handle) == cpu.tokens(handle)
+        assert rank.outputs[handle][-1].finish == cpu.outputs[handle][-1].finish
+    for found, wanted in zip(rank.outputs[3], cpu.outputs[3], strict=True):
+        assert found.logprobs is not None
+        assert wanted.logprobs is not None
+        assert found.logprobs.top_ids == wanted.logprobs.top_ids
+        assert found.logprobs.chosen == pytest.approx(wanted.logprobs.chosen, abs=1e-3)
+    assert rank.load.kv_cache_usage == 0
+    computed = sum(len(PROMPT) + count - 1 for count in (4, 2)) + 3
+    surplus = int(rank.half.routing.slot_load_LG.sum()) // parts["spec"].top_k - computed
+    assert 0 <= surplus <= 4 * len(PROMPT), "what was computed again after a preemption, and the token behind the stop"
+    rank.close()
