@@ -84,11 +84,7 @@ def read_sizes(path: Path) -> ModelSizes:
     family, arch = read_architecture(plain)
     not_served = _why_not_served(hf_config)
     index = _read_index(path) if not_served is None else None
-    if index is not None:
-        check_tensors(family, arch, index)
-        expert, total = _held_expert_bytes(family, arch, index), float(sum(e.num_bytes for e in index.entries.values()))
-    else:
-        expert, total = _configured_bytes(hf_config, family, arch)
+    expert, total = _configured_bytes(hf_config, family, arch) if index is None else _held_bytes(family, arch, index)
     quantization = hf_config.section(QUANTIZATION)
     return ModelSizes(
         family=family.name,
@@ -127,35 +123,37 @@ def _dense(family: Family, arch: Architecture) -> Iterable[Mapping[str, NamedTen
         yield family.layer_tensors(arch, layer)
 
 
-def _held_expert_bytes(family: Family, arch: Architecture, index: TensorIndex) -> float:
-    """Of one expert of the first MoE layer."""
+def _held_bytes(family: Family, arch: Architecture, index: TensorIndex) -> tuple[float, float]:
+    """One expert of the first MoE layer and all tensors of the folder, which must have what the model needs."""
+    check_tensors(family, arch, index)
+    total = sum(entry.num_bytes for entry in index.entries.values())
     stored = stored_experts(family, arch, arch.moe_layers[0], index.entries.__contains__)
     if isinstance(stored, FusedExpertTensors):
-        return sum(stored_bytes(index, named) for named in stored.all) / arch.num_experts
-    return sum(stored_bytes(index, named) for named in stored[0].all)
+        return sum(stored_bytes(index, named) for named in stored.all) / arch.num_experts, total
+    return sum(stored_bytes(index, named) for named in stored[0].all), total
 
 
 def _configured_bytes(hf_config: Fields, family: Family, arch: Architecture) -> tuple[float | None, float | None]:
     """One expert and the whole model, as config.json says that they are stored; None for an unknown format."""
     plain = DTYPE_BITS.get(str(_text_value(hf_config, "dtype") or _text_value(hf_config, "torch_dtype")))
+    if plain is None and hf_config.has(QUANTIZATION):
+        plain = DTYPE_BITS["bfloat16"]
+    if plain is None:
+        return None, None
+    dense_bits, expert_bits = float(plain), float(plain)
     match hf_config.section(QUANTIZATION).data.get("quant_method"):
         case None:
-            dense_bits = expert_bits = plain
+            pass
         case "fp8":
             dense_bits = expert_bits = 8 + 32 / FP8_BLOCK**2  # a block has a scale in float32
         case "mxfp4":
-            dense_bits, expert_bits = None, 4 + 8 / MXFP4_GROUP
+            expert_bits = 4 + 8 / MXFP4_GROUP
         case _:
             return None, None
-    if plain is None:
-        if not hf_config.has(QUANTIZATION):
-            return None, None
-        plain = DTYPE_BITS["bfloat16"]
-    assert expert_bits is not None, "plain is known"
     expert = sum(math.prod(shape) * (expert_bits if len(shape) > 1 else plain) for shape in arch.expert_shapes) / 8
     dense = sum(
         # Linear layers are quantised, and not embeddings, norms and gates.
-        math.prod(named.shape) * ((dense_bits or plain) if name.endswith("_proj") else plain) / 8
+        math.prod(named.shape) * (dense_bits if name.endswith("_proj") else plain) / 8
         for part in _dense(family, arch)
         for name, named in part.items()
     )

@@ -17,6 +17,7 @@ import pytest
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.sizes import read_sizes
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.model.tensors import INDEX_FILE
 from support.checkpoints import write_checkpoint
@@ -24,7 +25,9 @@ from support.checkpoints import write_checkpoint
 NUM_SHARDS = 2
 SHARD = "model-00001-of-00002.safetensors"
 JSON_FILES = ("config.json", "generation_config.json", INDEX_FILE)
-CASES = 700
+CASES = 500
+CONFIG_CASES = 1000
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "data" / "configs").glob("*.json"))
 MAX_MESSAGE = 3000
 MAX_MEMORY = 64 * 2**20
 
@@ -280,3 +283,31 @@ def test_broken_folders_end_in_a_user_error(folder: Folder, opened: Opened) -> N
         assert all(path.startswith(f"{folder.path}/") for path in opened.paths), (seed, opened.paths)
         assert resident_bytes("VmHWM") - before < MAX_MEMORY, seed
     assert refused > CASES // 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_broken_configurations_of_every_family_end_in_a_user_error(tmp_path: Path) -> None:
+    assert CONFIGS
+    outcomes = {True: 0, False: 0}
+    forget_peak()
+    before = resident_bytes("VmRSS")
+    for seed in range(CONFIG_CASES):
+        rng = random.Random(seed)
+        config = json.loads(rng.choice(CONFIGS).read_text())
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            config = odd_json(rng, config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            sizes = read_sizes(tmp_path)
+        except UserError as error:
+            outcomes[False] += 1
+            message, key = str(error), error.key
+        else:
+            outcomes[True] += 1
+            assert sizes.total_parameters >= sizes.active_parameters > 0, seed
+            continue
+        assert "config.json" in key, (seed, message)
+        assert len(message) < MAX_MESSAGE, seed
+    assert resident_bytes("VmHWM") - before < MAX_MEMORY
+    assert min(outcomes.values()) > CONFIG_CASES // 10
