@@ -102,15 +102,17 @@ class GpuHalf(HalfBase):
         self._flights: deque[_Flight] = deque()
         self._step: HostStep | None = None
         self._routing: DeviceRouting | None = None
+        self._check: Callable[[torch.cuda.Event], None] | None = None
         self._context: GpuContext | None = None
         self._samples: SampleInputs | None = None
         self._delta_TH = self._residual_TH = self._normed_TH = torch.empty(0)
         self._shared_TH: torch.Tensor | None = None
 
-    def bind(self, routing: RoutingTables, topology: Topology) -> None:
+    def bind(self, routing: RoutingTables, topology: Topology, check: Callable[[torch.cuda.Event], None]) -> None:
         while self._flights:
             self.engine.take_back(self._flights.pop().launched)
         self._step = None
+        self._check = check
         self._routing = DeviceRouting(
             routing, topology, self._spec.moe_layers, num_experts=self._spec.num_experts, device=self._device
         )
@@ -235,9 +237,11 @@ class GpuHalf(HalfBase):
         return tokens_Z, done
 
     def _land(self) -> None:
-        flight = self._flights.popleft()
+        flight = self._flights[0]
         if flight.done is not None:
-            flight.done.synchronize()
+            assert self._check is not None, "steps happen in a view"
+            self._check(flight.done)
+        self._flights.popleft()
         logprobs = flight.logprobs.fetch() if flight.logprobs is not None else {}
         self.engine.land(flight.launched, Sampled(flight.tokens_Z.numpy(), logprobs))
 

@@ -230,7 +230,7 @@ class DataPlaneConfig(Section):
         None,
         ge=2,
         multiple_of=2,
-        description="multiprocessors of a GPU that a deepep exchange takes; unset = 24, and 64 beyond 1024 tokens",
+        description="multiprocessors of a GPU that a deepep exchange takes; unset = 24, and 64 beyond 256 tokens",
     )
     fp8_dispatch: bool = Field(
         False, description="deepep: tokens travel to the experts as float8_e4m3, scaled by blocks of 128"

@@ -90,8 +90,11 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
     them.
     """
 
-    def bind(self, routing: RoutingTables, topology: Topology) -> None:
-        """A view begins: route by its tables. Steps that had not been handed out are run again."""
+    def bind(self, routing: RoutingTables, topology: Topology, check: Callable[[torch.cuda.Event], None]) -> None:
+        """A view begins: route by its tables. Steps that had not been handed out are run again.
+
+        ``check`` waits for the device; what it raises ends the view, and the step is not handed out.
+        """
 
     @property
     def routing(self) -> DeviceRouting:

@@ -153,6 +153,7 @@ class StepThread:
         self._migrations: Migrations | None = None
         self._called_off: Migrations | None = None
         self._links: Links | None = None
+        self._plane: DataPlane[Any] | None = None
         self._routing: RoutingTables | None = None
         self.state = mesh_pb2.SERVER_STATE_STARTING
 
@@ -181,10 +182,12 @@ class StepThread:
 
     def abandon(self, before: int) -> None:
         """End the current view if it is older than ``before``, wherever it hangs; from any thread."""
-        view, links = self.view, self._links
+        view, links, plane = self.view, self._links, self._plane
         if view is not None and links is not None and view.number < before:
             log.warning("view %d did not end although view %d is out: leaving it", view.number, before)
             links.abandon()
+            if plane is not None:
+                plane.abandon()
 
     def run(self) -> None:
         """Until the inbox is closed.
@@ -212,11 +215,13 @@ class StepThread:
             if self._experts is not None:
                 self._experts.load(view.local_slots())
             links = self._links = self._meet(view)
-            plane = open_dataplane(self._config.dataplane, view, self._plane_shape(view), links.data, self._device)
+            plane = self._plane = open_dataplane(
+                self._config.dataplane, view, self._plane_shape(view), links.data, self._device
+            )
             lockstep = self._lockstep(view, links.lockstep)
             routing = self._routing = self._routing_of(view)
             if plane.is_on_device and self._attention is not None:
-                cast(DeviceAttentionHalf, self._attention).bind(routing, Topology.of(view))
+                cast(DeviceAttentionHalf, self._attention).bind(routing, Topology.of(view), plane.check)
             migrations = self._open_migrations(view, routing, links)
             loop = StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress)
             loop.capture()
@@ -233,7 +238,7 @@ class StepThread:
             if isinstance(error, DeviceLostError):  # the process has to be started again
                 raise error from caught
         finally:
-            self._migrations = None
+            self._migrations = self._plane = None
             if plane is not None:
                 plane.close()
             if lockstep is not None:

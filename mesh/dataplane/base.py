@@ -8,7 +8,7 @@ the current CUDA stream. What a device plane does can be captured into a CUDA gr
 - ``dispatch`` and ``combine`` enqueue on the current stream or on streams of the plane that wait for it, and ``wait``
   makes the current stream wait for them, so that a capture takes all of it in;
 - memory that is returned is the plane's or the capture's: it is valid until the same exchange of the next step;
-- a failure of a peer shows when the step's results are fetched, as a ``DataPlaneError`` of ``check``.
+- a failure of a peer shows when the host waits for the step's results, as a ``DataPlaneError`` of ``check``.
 
 Dimensions: T tokens that this rank sends, K experts a token, H hidden size, S local slots, N rows that arrived.
 """
@@ -98,12 +98,17 @@ class DataPlane(Protocol[HandleT]):
         ``y_NH``: the expert outputs in the order of ``rows_NH``, multiplied by ``factor_N`` where there is one.
         """
 
-    def check(self) -> None:
-        """The results of a step are on the host: were all its exchanges whole?
+    def check(self, event: torch.cuda.Event | None = None) -> None:
+        """Wait on the host until the device has come to ``event``, None = to the end of the current stream.
+
+        Results of the device must not be looked at before: when a peer is lost they are not whole.
 
         Raises:
-            DataPlaneError: a device plane lost a peer since the last call. Host planes raise at once and do nothing.
+            DataPlaneError: a device plane lost a peer. Host planes raised it at once, and nothing is left to wait for.
         """
+
+    def abandon(self) -> None:
+        """End every wait for the device at once, from any thread: the view is over."""
 
     def close(self) -> None:
         """Drop the group; peers that still wait for this rank get an error."""

@@ -136,8 +136,11 @@ class CollectivePlane:
     def is_on_device(self) -> bool:
         return False
 
-    def check(self) -> None:
+    def check(self, event: torch.cuda.Event | None = None) -> None:
         """Errors rose when they happened."""
+
+    def abandon(self) -> None:
+        """Who has the links ends every wait on them."""
 
     def close(self) -> None:
         self._sends.clear()

@@ -36,7 +36,7 @@ from expertmesh.kernels.fp8_rows import dequantize_rows, quantize_rows
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
 from expertmesh.mesh.dataplane.collective import PlaneShape
 from expertmesh.mesh.dataplane.deepep_checks import check_machine, check_shape
-from expertmesh.mesh.dataplane.device_faults import as_device_lost, wait_for_device
+from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.nccl_group import NcclGroup, connect_nccl, within
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
 
@@ -48,9 +48,9 @@ _TRAP_S = 2
 """From a kernel's trap to its error on the host: 1.6 s were measured."""
 _COMPILE_S = 300.0
 
-_FEW_TOKENS, _FEW_SMS, _MANY_SMS = 1024, 24, 64
-"""Up to so many tokens more multiprocessors gain nothing; beyond it 64 of them are a sixth faster than 24 and some 5 %
-slower than all (benchmarks/results/gpu_dataplane_sms.json)."""
+_FEW_TOKENS, _FEW_SMS, _MANY_SMS = 256, 24, 64
+"""Up to so many tokens more multiprocessors gain nothing; at 4096, 64 of them are 16 to 23 % faster than 24, and all of
+them 1 to 4 % faster still (benchmarks/results/gpu_dataplane_sms.json)."""
 
 _LOST: list[Any] = []
 """Buffers of a lost context: their destructors would end the process before it has said why."""
@@ -121,6 +121,7 @@ class DeepEpPlane:
         self._group = group
         self._shape = shape
         self._settings = settings
+        self._device_wait = DeviceWait(settings.host_timeout_s, DeviceLostError)
         self._is_host = shape.rank in shape.expert_ranks
         self._capacities = capacities(shape.max_num_tokens)
         ids = slot_ids(order, shape.expert_ranks, shape.slots_per_rank)
@@ -171,14 +172,16 @@ class DeepEpPlane:
             raise _as_error(error) from error
         return _PendingCombine(event, out_TH)
 
-    def check(self) -> None:
-        """Wait until the current stream is done; a peer that was silent for the time-out has ended the context.
+    def check(self, event: torch.cuda.Event | None = None) -> None:
+        """See ``DataPlane``. A peer that was silent for the time-out has ended the CUDA context.
 
         Raises:
-            DeviceLostError: it has, or the device did not finish.
+            DeviceLostError: it has, or will: a kernel that waits for a peer cannot be called off.
         """
-        limit_s = self._settings.host_timeout_s
-        wait_for_device(limit_s, lambda: DeviceLostError(f"the GPU did not finish a step within {limit_s:g} s"))
+        self._device_wait.wait(event)
+
+    def abandon(self) -> None:
+        self._device_wait.abandon()
 
     def prepare(self) -> None:
         """Compile the kernels for every capacity. All ranks call it; none goes on before all are done.

@@ -6,16 +6,17 @@ process helps. DeepEP's kernels trap when a peer is silent for longer than their
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
 import torch
 
-from expertmesh.mesh.errors import DeviceLostError
+from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 
 _MARKS = ("CUDA error", "CUDA runtime exception", "CUDA driver exception", "cudaError", "CUDA_ERROR")
-_SPIN_S = 0.0005  # a step that is about to end is polled without pause
-_PAUSE_S = 0.0001
+_PAUSE_S = 0.00005
+"""Between two looks at the device. A step's tokens are waited for while the next step runs: this holds nothing up."""
 
 
 def as_device_lost(error: BaseException) -> DeviceLostError | None:
@@ -30,27 +31,41 @@ def as_device_lost(error: BaseException) -> DeviceLostError | None:
     return DeviceLostError(f"the CUDA context of this process is gone, probably because a peer was silent: {reason}")
 
 
-def wait_for_device(timeout_s: float, on_timeout: Callable[[], Exception]) -> None:
-    """Wait until the current stream has done what is enqueued on it; other threads run meanwhile.
+class DeviceWait:
+    """Waits until the device has come to an event, as long as it may; other threads run meanwhile.
 
     Args:
-        on_timeout: what to raise after ``timeout_s``.
-
-    Raises:
-        DeviceLostError: something enqueued has failed.
+        on_failure: what to raise, with why, when nothing is waited for any more.
     """
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-    try:
-        event.record()
-        began = time.monotonic()
-        while not event.query():  # type: ignore[no-untyped-call]  # torch's
-            waited_s = time.monotonic() - began
-            if waited_s > timeout_s:
-                raise on_timeout()
-            if waited_s > _SPIN_S:
+
+    def __init__(self, timeout_s: float, on_failure: Callable[[str], DataPlaneError]) -> None:
+        self._timeout_s = timeout_s
+        self._on_failure = on_failure
+        self._is_abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """End a wait under way, and every later one, at once; from any thread."""
+        self._is_abandoned.set()
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Wait for an event, None = the end of what is enqueued on the current stream.
+
+        Raises:
+            DeviceLostError: something enqueued has failed.
+        """
+        try:
+            if event is None:
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+                event.record()
+            began = time.monotonic()
+            while not event.query():  # type: ignore[no-untyped-call]  # torch's
+                if self._is_abandoned.is_set():
+                    raise self._on_failure("a newer view is out")
+                if time.monotonic() - began > self._timeout_s:
+                    raise self._on_failure(f"a rank was silent for {self._timeout_s:g} s in the middle of a step")
                 time.sleep(_PAUSE_S)
-    except RuntimeError as error:
-        lost = as_device_lost(error)
-        if lost is None or lost is error:
-            raise
-        raise lost from error
+        except RuntimeError as error:
+            lost = as_device_lost(error)
+            if lost is None or lost is error:
+                raise
+            raise lost from error

@@ -49,8 +49,13 @@ class LocalPlane:
     def combine(self, y_NH: torch.Tensor, handle: LocalHandle) -> Pending[torch.Tensor]:
         return _Done(combine_rows(y_NH, handle.place_TK, handle.weight_TK))
 
-    def check(self) -> None:
+    def check(self, event: torch.cuda.Event | None = None) -> None:
         """Nobody can be lost."""
+        if event is not None:
+            event.synchronize()
+
+    def abandon(self) -> None:
+        """The device is waited for no longer than its work takes."""
 
     def close(self) -> None:
         """Nobody waits."""

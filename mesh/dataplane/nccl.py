@@ -21,7 +21,7 @@ import torch
 from expertmesh.kernels.row_groups import combine_rows, group_rows
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
 from expertmesh.mesh.dataplane.collective import PlaneShape
-from expertmesh.mesh.dataplane.device_faults import wait_for_device
+from expertmesh.mesh.dataplane.device_faults import DeviceWait
 from expertmesh.mesh.errors import DataPlaneError
 
 _WORD_BYTES = 4
@@ -60,7 +60,7 @@ class NcclPlane:
         self._group: Exchanger | None = group
         self._shape = shape
         self._device = device
-        self._timeout_s = timeout_s
+        self._device_wait = DeviceWait(timeout_s, self._give_up)
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._hosts = frozenset(shape.expert_ranks)
 
@@ -94,14 +94,17 @@ class NcclPlane:
             outputs[rank] = sums_ETH[index]
         return _PendingCombine(self._exchange(outputs, parts), sums_ETH, back_MH)
 
-    def check(self) -> None:
-        """Wait, at most for the time-out, until the current stream is done; a peer that was silent ends the group."""
-        wait_for_device(self._timeout_s, self._give_up)
+    def check(self, event: torch.cuda.Event | None = None) -> None:
+        """See ``DataPlane``. A peer that was silent for the time-out ends the group, and so what runs on the device."""
+        self._device_wait.wait(event)
 
-    def _give_up(self) -> Exception:
+    def abandon(self) -> None:
+        self._device_wait.abandon()
+
+    def _give_up(self, reason: str) -> DataPlaneError:
         if self._group is not None:
             self._group.abort()
-        return DataPlaneError(f"a rank was silent for {self._timeout_s:g} s in the middle of a step")
+        return DataPlaneError(reason)
 
     def close(self) -> None:
         group, self._group = self._group, None

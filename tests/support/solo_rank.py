@@ -78,8 +78,8 @@ class SoloRank:
         )
         topology = Topology.of(self.view)
         self.routing = RoutingTables(self.view.proto.placement, spec.num_experts, topology)
-        self.half.bind(self.routing, topology)
         self.plane = LocalPlane(num_slots, there)
+        self.half.bind(self.routing, topology, self.plane.check)
         self._waker = Waker()
         self.half.set_waker(self._waker.wake)
         self.outputs: dict[int, list[Output]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from expertmesh.mesh.dataplane import Exchange
 from expertmesh.mesh.dataplane import deepep_checks as checks
 from expertmesh.mesh.dataplane.collective import PlaneShape
 from expertmesh.mesh.dataplane.deepep import capacities, group_order, slot_ids
-from expertmesh.mesh.dataplane.device_faults import as_device_lost
+from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.factory import Backend, checked_backend, uses_links
 from expertmesh.mesh.dataplane.nccl import NcclPlane
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
@@ -159,6 +160,37 @@ def test_a_cuda_error_means_that_the_process_has_to_start_again() -> None:
     assert as_device_lost(torch.OutOfMemoryError("CUDA out of memory")) is None
     assert as_device_lost(DataPlaneError("a rank was silent")) is None
     assert as_device_lost(ValueError("CUDA error")) is None
+
+
+class Gradual:
+    """Stands for an event of a GPU: done after so many looks."""
+
+    def __init__(self, looks: int | None) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        if self.looks is not None:
+            self.looks -= 1
+        return self.looks == 0
+
+
+def wait_for(looks: int | None, wait: DeviceWait) -> None:
+    wait.wait(Gradual(looks))  # type: ignore[arg-type]  # a GPU's event is only looked at
+
+
+def test_the_device_is_waited_for_until_the_time_is_up() -> None:
+    wait_for(3, DeviceWait(5.0, DataPlaneError))
+    with pytest.raises(DataPlaneError, match=r"silent for 0.01 s"):
+        wait_for(None, DeviceWait(0.01, DataPlaneError))
+
+
+def test_a_wait_for_the_device_ends_when_the_view_is_over() -> None:
+    wait = DeviceWait(30.0, DeviceLostError)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_for, None, wait)
+        wait.abandon()
+        with pytest.raises(DeviceLostError, match="a newer view is out"):
+            waiting.result(5)
 
 
 # -- nccl, its exchanges carried by hand ------------------------------------------------------------------------------
