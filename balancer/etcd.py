@@ -6,6 +6,7 @@ token for ever that etcd forgets, so the channel and the calls are made here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -123,7 +124,11 @@ class EtcdClient:
             while isinstance(answer := await call.read(), made.WatchResponse):
                 if answer.events or answer.canceled:
                     return
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # the next question finds out what is wrong
+        except (
+            grpc.aio.AioRpcError,
+            grpc.aio.UsageError,
+            asyncio.InvalidStateError,
+        ):  # the next question finds out what is wrong
             return
         finally:
             call.cancel()

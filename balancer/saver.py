@@ -123,7 +123,8 @@ class SavedFirst:
     """``Outgoing`` of a leader that others may follow at any moment: what it says, its successor will know.
 
     A view goes to servers only when it is saved, or the next leader might give another one the same number. Nothing
-    goes out when the term no longer holds. Order is kept over all streams.
+    goes out when the term no longer holds. Order is kept over all streams. A Welcome follows from nothing: it is the
+    first on its stream, and a server that waited for it while nothing can be saved would call again and again.
     """
 
     def __init__(self, inner: Outgoing, saver: StateSaver, holds: Callable[[], bool]) -> None:
@@ -134,6 +135,10 @@ class SavedFirst:
         saver.on_saved = self._release
 
     def send(self, session: int, message: mesh_pb2.JoinResponse) -> None:
+        if message.WhichOneof("message") == "welcome":
+            if self._holds():
+                self._inner.send(session, message)
+            return
         self._put(lambda: self._inner.send(session, message))
 
     def close(self, session: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -28,6 +30,9 @@ _SERVICES = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
 )
 _STOP_GRACE_S = 0.5
+_REBIND_TIMEOUT_S = 10.0
+_REBIND_PAUSE_S = 0.1
+_UNREADABLE_PAUSE_S = 1.0
 
 
 async def serve(
@@ -102,45 +107,53 @@ class Office:
         """
         board = Switchboard(_SERVICES, self._turns.refusal)
         server = await self._listen(board)
-        turn: Turn | None = None
-        leading: Leading | None = None
         try:
             if self._turns.shared:
                 self._tell_ready(server.address)
             turn = await self._wait(server.address, opening, stopping)
-            leading = await self._begin(turn) if turn is not None else None
-            if turn is None or leading is None:
+            if turn is None:
                 return
-            leading.answer_calls(board)
-            server.set_serving(True)
-            self._leader_gauge.set(1)
-            self._tell_ready(server.address)
-            await self._lead(turn, leading, opening, stopping)
+            async with _kept(turn) as keeping:
+                leading = await self._begin(turn)
+                if leading is None:
+                    return
+                try:
+                    leading.answer_calls(board)
+                    server.set_serving(True)
+                    self._leader_gauge.set(1)
+                    self._tell_ready(server.address)
+                    await self._lead(turn, leading, opening, stopping, keeping)
+                finally:
+                    self._leader_gauge.set(0)
+                    leading.hang_up()
+                    await server.stop(_STOP_GRACE_S)
+                    await leading.close()
         finally:
-            self._leader_gauge.set(0)
-            if leading is not None:
-                leading.hang_up()
-            await server.stop(_STOP_GRACE_S)
-            if leading is not None:
-                await leading.close()
-            if turn is not None:
-                await turn.resign()
+            await server.stop(0.0)  # nothing is left of one that led
 
     async def _listen(self, board: Switchboard) -> rpc.RpcServer:
         def register(server: grpc.aio.Server) -> Sequence[str]:
             server.add_generic_rpc_handlers((board,))
             return _SERVICES
 
-        server = await rpc.start_server(
-            host=self._config.balancer.host,
-            port=self._port,
-            tls=self._config.tls,
-            register=register,
-            telemetry=self._telemetry,
-            key="balancer.port",
-        )
-        self._port = int(server.address.rpartition(":")[2])
-        return server
+        deadline_s = time.monotonic() + _REBIND_TIMEOUT_S
+        while True:
+            try:
+                server = await rpc.start_server(
+                    host=self._config.balancer.host,
+                    port=self._port,
+                    tls=self._config.tls,
+                    register=register,
+                    telemetry=self._telemetry,
+                    key="balancer.port",
+                )
+            except UserError:
+                if not self._told or time.monotonic() > deadline_s:
+                    raise
+                await asyncio.sleep(_REBIND_PAUSE_S)  # between two turns somebody's connection may have got our port
+            else:
+                self._port = int(server.address.rpartition(":")[2])
+                return server
 
     def _tell_ready(self, address: str) -> None:
         """Once in the life of the process."""
@@ -167,6 +180,7 @@ class Office:
             known = await turn.state.load()
         except OSError as error:
             log.warning("%s: the state cannot be read: %s", turn.name, error)
+            await asyncio.sleep(_UNREADABLE_PAUSE_S)
             return None
         state = known or fresh_state()
         leading = Leading(
@@ -183,13 +197,17 @@ class Office:
         return leading
 
     async def _lead(
-        self, turn: Turn, leading: Leading, opening: asyncio.Task[None], stopping: asyncio.Task[bool]
+        self,
+        turn: Turn,
+        leading: Leading,
+        opening: asyncio.Task[None],
+        stopping: asyncio.Task[bool],
+        keeping: asyncio.Task[str],
     ) -> None:
         """Until the turn is over, or ``stopping`` ends, or a part fails: then its error rises."""
-        keeping = asyncio.create_task(turn.keep(), name="turn-keeper")
-        tasks = [keeping, *leading.tasks()]
+        tasks = leading.tasks()
         try:
-            await _first_of(opening, stopping, *tasks)
+            await _first_of(opening, stopping, keeping, *tasks)
             for task in tasks:
                 if task.done():
                     task.result()
@@ -199,6 +217,18 @@ class Office:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _kept(turn: Turn) -> AsyncIterator[asyncio.Task[str]]:
+    """Keeps a turn from its first moment to the last; yields the task, which ends when the turn is over before."""
+    keeping = asyncio.create_task(turn.keep(), name="turn-keeper")
+    try:
+        yield keeping
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await turn.resign()
 
 
 async def _first_of(opening: asyncio.Task[None], *tasks: asyncio.Task[Any]) -> None:

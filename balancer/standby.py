@@ -39,7 +39,7 @@ class Switchboard(grpc.GenericRpcHandler):
         """What generated code calls beside the method above, for servers that look calls up by their name."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        if handler_call_details.method.split("/")[1] not in self._services:
+        if handler_call_details.method.rpartition("/")[0].removeprefix("/") not in self._services:
             return None
         if not self._holds():
             # Of any kind of call: a handler that only aborts reads nothing and writes nothing.

@@ -14,14 +14,15 @@ import grpc
 from chaos.faults import KILLS
 from chaos.stage import POLL_S, RECOVERY_TIMEOUT_S, Trial
 from chaos.traffic import Traffic
+from expertmesh.balancer.standby import LEADER_KEY
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 from support import mesh_state
 
-CONFIG = {"balancer__state": "etcd", "balancer__servers": 2}
-LEASE_S = 2.0
+CONFIG = {"balancer__state": "etcd", "balancer__servers": 2, "attention__servers": 1, "expert__servers": 2}
+OUTAGE_S = 10.0
 _ASK_TIMEOUT_S = 0.5
 
 
@@ -31,6 +32,7 @@ async def leader_killed(trial: Trial, traffic: Traffic) -> None:
     takeovers_s: list[float] = []
     for _ in range(KILLS if trial.long else 1):
         leader, before = await _leader(mesh), await mesh_state.status(mesh)
+        await _until_others_stand_by(mesh, leader)
         last_event = (await mesh_state.events(mesh))[-1].number
         trial.census.look()
         killed_unix_s = time.time()
@@ -57,11 +59,13 @@ async def leader_frozen(trial: Trial, traffic: Traffic) -> None:
     """SIGSTOP the leader until the other one leads, SIGCONT it: it leads no more, not for a moment."""
     mesh, outcome = trial.mesh, trial.outcome
     leader, before = await _leader(mesh), await mesh_state.status(mesh)
+    await _until_others_stand_by(mesh, leader)
     async with _answers(mesh) as answers:
         await mesh_state.until(answers.any, RECOVERY_TIMEOUT_S, lambda: f"{leader} does not answer", POLL_S)
         mesh.kill(leader, signal.SIGSTOP)
         try:
-            await asyncio.sleep(10.0 if trial.long else 2.5 * LEASE_S)
+            await asyncio.sleep(OUTAGE_S if trial.long else 0.0)
+            await mesh_state.until(answers.several, RECOVERY_TIMEOUT_S, lambda: "no other one leads", POLL_S)
         finally:
             mesh.kill(leader, signal.SIGCONT)
         woken_s = time.monotonic()
@@ -91,9 +95,14 @@ async def etcd_restarted(trial: Trial, traffic: Traffic) -> None:
     last_event = (await mesh_state.events(mesh))[-1].number
     await asyncio.to_thread(etcd.stop)
     try:
-        await asyncio.sleep(10.0 if trial.long else 2 * LEASE_S)
+
+        async def nobody_leads() -> bool:
+            return await mesh_state.leader(mesh, timeout_s=_ASK_TIMEOUT_S) is None
+
+        await mesh_state.until(nobody_leads, RECOVERY_TIMEOUT_S, lambda: "somebody leads without etcd", POLL_S)
+        await asyncio.sleep(OUTAGE_S if trial.long else 0.0)
         await traffic.until_flowing()
-        if await mesh_state.leader(mesh, timeout_s=_ASK_TIMEOUT_S) is not None:
+        if not await nobody_leads():
             outcome.problems.append("somebody leads without etcd")
     finally:
         await asyncio.to_thread(etcd.start)
@@ -110,6 +119,31 @@ async def _leader(mesh: LocalMesh) -> str:
     """The id of the balancer that leads."""
     address = await mesh_state.leader(mesh, timeout_s=RECOVERY_TIMEOUT_S)
     return next(server.id for server in mesh.servers.values() if server.address == address)
+
+
+async def _until_others_stand_by(mesh: LocalMesh, leader: str) -> None:
+    """Until every other balancer knows who leads, and so is ready to follow: one that was killed has to start first."""
+    address = mesh.servers[leader].address
+    for server in mesh.servers.values():
+        if server.role == "balancer" and server.id != leader:
+            assert server.address is not None, "it has been ready before"
+
+            async def names_the_leader(asked: str = server.address) -> bool:
+                return await _leader_named_by(asked) == address
+
+            await mesh_state.until(names_the_leader, RECOVERY_TIMEOUT_S, lambda: "nobody stands by", POLL_S)
+
+
+async def _leader_named_by(address: str) -> str | None:
+    """What a balancer that stands by says; None of one that leads, or does not answer."""
+    async with rpc.open_channel(address, TlsConfig()) as channel:
+        try:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+            await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=_ASK_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            named = {key: str(value) for key, value in error.trailing_metadata() or ()}
+            return named.get(LEADER_KEY)
+    return None
 
 
 async def _next_event(mesh: LocalMesh, kind: str, after: int) -> admin_pb2.ListEventsResponse:
@@ -137,6 +171,9 @@ class _Answers:
 
     async def any(self) -> bool:
         return bool(self.ids)
+
+    async def several(self) -> bool:
+        return len(self.ids) > 1
 
 
 @contextlib.asynccontextmanager

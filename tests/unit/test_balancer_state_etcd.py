@@ -124,20 +124,21 @@ async def test_what_follows_from_a_state_is_said_when_it_is_saved_in_order_and_n
     saver.ask(state(1))
     outgoing.send(2, message)
     outgoing.close(2)
+    outgoing.send(5, mesh_pb2.JoinResponse(welcome=mesh_pb2.Welcome()))
     kv.down = True
     assert not await saver.flush()
-    assert sent.sessions == [1]
+    assert sent.sessions == [1, 5], "who comes is welcome"
     kv.down = False
     assert await saver.flush()
     outgoing.send(3, message)
-    assert sent.sessions == [1, 2, -2, 3]
+    assert sent.sessions == [1, 5, 2, -2, 3]
     saver.ask(state(2))
     outgoing.send(4, message)
     await kv.time.advance(3)
     assert not await saver.flush(), "its lease is over, and with it the key that the write compares"
     saver.num_saved = saver.num_asked
     saver.on_saved()
-    assert sent.sessions == [1, 2, -2, 3]
+    assert sent.sessions == [1, 5, 2, -2, 3]
 
 
 async def test_a_state_that_is_asked_for_while_another_is_written_is_not_taken_for_saved() -> None:
