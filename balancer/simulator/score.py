@@ -82,7 +82,7 @@ def route_locality_first(
     tokens_TK = np.concatenate([warm_up_TK, topk_TK]).astype(np.int64)
     for step, start in enumerate(range(0, len(tokens_TK), step_tokens)):
         part, routing = slice(start, start + step_tokens), routings[step % sources]
-        rank_TK[part] = _ranks(routing, tokens_TK[part], topology)
+        rank_TK[part] = ranks_chosen(routing, tokens_TK[part], topology)
         routing.commit()
     return rank_TK[len(warm_up_TK) :]
 
@@ -92,7 +92,8 @@ def _routing(slots: Ints, topology: Topology, num_experts: int, source: int) -> 
     return placement.LayerRouting(slots.tolist(), num_experts, where)
 
 
-def _ranks(routing: placement.LayerRouting, expert_TK: NDArray[np.int64], topology: Topology) -> Ids:
+def ranks_chosen(routing: placement.LayerRouting, expert_TK: NDArray[np.int64], topology: Topology) -> Ids:
+    """Rank of each choice of a step, -1 where there is none."""
     slot_TK = routing.choose_replicas(expert_TK) if routing.is_replicated else routing.only_E.numpy()[expert_TK]
     return np.where(expert_TK >= 0, slot_TK // topology.width, -1)
 

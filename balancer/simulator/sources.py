@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.balancer.simulator.score import tally
+from expertmesh.balancer.simulator.score import ranks_chosen, tally
 from expertmesh.balancer.solver.quotas import nearness, quota_shares
 from expertmesh.balancer.solver.topology import Topology
 from expertmesh.mesh import placement
@@ -60,7 +60,7 @@ def route_sources(
     step_tokens: int,
 ) -> list[Ids]:
     """Rank of each choice of each source, by the code that attention ranks run; ``share_SR`` None = equal shares."""
-    found = []
+    found: list[Ids] = []
     for number, (topk_TK, source) in enumerate(zip(topk_STK, sources, strict=True)):
         where = placement.Topology(
             slots_per_rank=topology.width,
@@ -74,7 +74,7 @@ def route_sources(
         rank_TK = np.empty(topk_TK.shape, np.int64)
         for start in range(0, len(topk_TK), step_tokens):
             part = slice(start, start + step_tokens)
-            rank_TK[part] = routing.choose_replicas(topk_TK[part].astype(np.int64)) // topology.width
+            rank_TK[part] = ranks_chosen(routing, topk_TK[part].astype(np.int64), topology)
             routing.commit()
         found.append(rank_TK)
     return found

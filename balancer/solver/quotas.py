@@ -22,8 +22,8 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
 
 NEAR = 2.0
-"""On gpt-oss-20b's tokens 1 made a fifth more rows leave their node (two thirds with more replicas); 5 made tokens visit
-4 % more ranks, less level."""
+"""On gpt-oss-20b's tokens 1 made a fifth more rows leave their node, two thirds more with many replicas; 5 made
+tokens visit 4 % more ranks, less level."""
 OWN_RANK = 1.0
 """Of a source's own rank beside that of its node. It matters little: few replicas are on any one rank."""
 STIFFNESS = 2000.0
@@ -41,11 +41,12 @@ def quota_shares(table_RC: Ints, load_SE: Floats, near_SR: Floats) -> Floats:
         near_SR: how much a source is drawn to a rank, see ``nearness``.
     """
     near_GR, group_S = np.unique(near_SR, axis=0, return_inverse=True)
+    group_S = group_S.ravel()
     load_GE = np.zeros((len(near_GR), load_SE.shape[1]))
     np.add.at(load_GE, group_S, load_SE)
     goal_R = np.full(len(table_RC), load_SE.sum() / len(table_RC))
     split_GER = _split(table_RC, load_GE, near_GR, goal_R)
-    rows_SR = np.stack([load_E @ split_GER[group] for load_E, group in zip(load_SE, group_S.ravel(), strict=True)])
+    rows_SR = np.stack([load_E @ split_GER[group] for load_E, group in zip(load_SE, group_S, strict=True)])
     share_SR: Floats = rows_SR / load_SE.sum(axis=1, keepdims=True)
     return share_SR
 

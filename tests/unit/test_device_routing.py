@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expertmesh.kernels.gate import Gate, route
+from expertmesh.kernels.gate import Gate, route_reference
 from expertmesh.mesh.device_routing import MOST_REPLICAS, DeviceRouting
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.v1 import mesh_pb2
@@ -71,14 +71,13 @@ def test_an_expert_on_many_ranks_is_chosen_on_the_first_ones_of_each_source() ->
     assert len(found[0]) == MOST_REPLICAS
 
 
-@pytest.mark.slow
 def test_a_source_follows_its_quota() -> None:
     tables = RoutingTables([placement([0, 1, 0, 1, 0, 1], quota_R=[0.5, 0.2, 0.3])], 2, TOPOLOGY)
     routing = device_routing(tables, num_experts=2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         logits_TE = torch.randn(16, 2, generator=generator)
-        route(logits_TE, Gate(top_k=1), routing.tables(3), prices=routing.prices(3), totals=routing.totals(3))
+        route_reference(logits_TE, Gate(top_k=1), routing.tables(3), prices=routing.prices(3), totals=routing.totals(3))
         tables.commit()
     rows_R = routing.slot_load_LG[0].view(3, 2).sum(1)
     assert (rows_R / rows_R.sum()).tolist() == pytest.approx([0.5, 0.2, 0.3], abs=0.03)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.kernels.host_replicas import MEAN_PRICE_LIMIT, NODE_COST, RANK_COST, ROW_PRICE
+from expertmesh.kernels.replica_costs import MEAN_PRICE_LIMIT, NODE_COST, RANK_COST, ROW_PRICE
 from expertmesh.mesh.placement import Ints, LayerRouting, RoutingTables, Topology
 from expertmesh.v1 import mesh_pb2
 
