@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.model.architecture import Architecture
+from expertmesh.mesh.model.architecture import Architecture, Latent
 from expertmesh.mesh.model.families import find_family
 from expertmesh.mesh.model.fields import read_fields
 
@@ -46,27 +46,59 @@ class ModelShape:
         return self.expert_params * self.weight_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _AttentionShape:
+    """One layer's attention, as the fields of ``ModelShape``."""
+
+    params: int
+    decode_flops: int
+    prefill_flops: int
+
+
 def shape_of(name: str, arch: Architecture) -> ModelShape:
-    """Of a model with grouped-query attention, weights and activations in bfloat16."""
-    hidden, queries = arch.hidden_size, arch.num_heads * arch.head_dim
-    attention = hidden * (2 * queries + 2 * arch.num_kv_heads * arch.head_dim)
-    num_moe_layers = len(arch.moe_layers)
+    """Of any model that the mesh serves, weights and activations in bfloat16."""
+    hidden, num_moe_layers = arch.hidden_size, len(arch.moe_layers)
+    latent = arch.attention.latent
+    attention = _grouped_query_attention(arch) if latent is None else _latent_attention(arch, latent)
     dense_mlps = (arch.num_layers - num_moe_layers) * 3 * hidden * arch.intermediate_size
+    shared = 0 if arch.shared is None else 3 * hidden * arch.shared.width
     return ModelShape(
         name=name,
         num_layers=arch.num_layers,
         num_moe_layers=num_moe_layers,
         num_experts=arch.num_experts,
         top_k=arch.top_k,
-        dense_params=arch.num_layers * attention + dense_mlps + num_moe_layers * hidden * arch.num_experts,
+        dense_params=arch.num_layers * attention.params
+        + dense_mlps
+        + num_moe_layers * (shared + hidden * arch.num_experts),
         head_params=arch.vocab_size * hidden,
         expert_params=3 * hidden * arch.moe_intermediate_size,
         weight_bytes=2.0,
-        kv_bytes=2 * arch.num_kv_heads * arch.head_dim * 2,
-        decode_flops=4 * queries,
-        prefill_flops=4 * queries,
+        kv_bytes=2 * arch.kv_values_per_token,
+        decode_flops=attention.decode_flops,
+        prefill_flops=attention.prefill_flops,
         row_bytes=2 * hidden,
     )
+
+
+def _grouped_query_attention(arch: Architecture) -> _AttentionShape:
+    queries = arch.num_heads * arch.head_dim
+    params = arch.hidden_size * (2 * queries + 2 * arch.num_kv_heads * arch.head_dim)
+    return _AttentionShape(params, 4 * queries, 4 * queries)
+
+
+def _latent_attention(arch: Architecture, latent: Latent) -> _AttentionShape:
+    """Decoding with absorbed projections, prompts with keys and values of each head."""
+    hidden, heads, row = arch.hidden_size, arch.num_heads, latent.kv_rank + latent.rope_dim
+    queries = heads * arch.head_dim
+    query_params = hidden * queries if latent.q_rank is None else (hidden + queries) * latent.q_rank
+    params = (
+        query_params
+        + hidden * row
+        + latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+        + heads * latent.value_dim * hidden
+    )
+    return _AttentionShape(params, 2 * heads * (row + latent.kv_rank), 2 * heads * (arch.head_dim + latent.value_dim))
 
 
 def _deepseek_r1() -> ModelShape:
