@@ -123,8 +123,9 @@ def _run(mesh: LocalMesh, progress: Progress, command: Sequence[str]) -> int:
 def _start(mesh: LocalMesh, progress: Progress) -> None:
     started_s = time.monotonic()
     config = mesh.config
+    balancers = "1 balancer" if config.balancer.servers == 1 else f"{config.balancer.servers} balancers"
     progress.say(
-        f"starting 1 balancer, 1 router, {config.attention.servers} attention, {config.expert.servers} expert and "
+        f"starting {balancers}, 1 router, {config.attention.servers} attention, {config.expert.servers} expert and "
         f"{config.both_servers} colocated servers on {config.model.path or 'the demo model'}; logs in {mesh.state_dir}"
     )
     with progress.starting():
