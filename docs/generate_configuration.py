@@ -21,8 +21,8 @@ anything starts: an unknown key or a wrong value ends the command with status 2 
 default under which `expertmesh up` works, so an empty file is a valid one. `deploy/local/mesh.yaml` is an example.
 
 Options of `expertmesh up` (`--model`, `--attention`, `--experts`, `--both`, `--num-slots`, `--dtype`, `--port`) and of
-`expertmesh serve` (`--balancer`, `--node`, `--port`) override the file. Secrets are never in it: keys that end in `_file` name
-the files that hold them.
+`expertmesh serve` (`--balancer`, `--node`, `--port`) override the file. Secrets are never in it: keys that end in
+`_file` name the files that hold them.
 
 This page is generated from `mesh/config.py` by `make gen`.
 """

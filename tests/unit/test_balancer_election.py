@@ -167,7 +167,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(ACTIONS)
 def test_there_are_never_two_leaders_and_one_comes_when_all_is_well(actions: list[tuple[str, int, float]]) -> None:
     asyncio.run(_play(actions))
