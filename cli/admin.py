@@ -130,12 +130,19 @@ def status_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
 
 
 def placement_as_dict(placement: admin_pb2.GetPlacementResponse) -> dict[str, Any]:
-    """The contract of ``placement --json``."""
+    """The contract of ``placement --json``. ``quotas``: attention server → share of its rows for each expert server, in
+    the order of their slots; who is not named sends all of them equally much."""
     ranks = list(placement.slot_servers)
     return {
         "view": placement.view_number,
         "layers": [
-            {"layer": layer.layer, "version": layer.version, "slots": list(layer.slots), "ranks": ranks}
+            {
+                "layer": layer.layer,
+                "version": layer.version,
+                "slots": list(layer.slots),
+                "ranks": ranks,
+                "quotas": {quota.server_id: list(quota.rank_share) for quota in layer.source_quotas},
+            }
             for layer in placement.layers
         ],
     }

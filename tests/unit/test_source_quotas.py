@@ -9,7 +9,8 @@ import pytest
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, Prediction, Proposal
 from expertmesh.balancer.source_quotas import LEAST_ROWS, quota_messages, quotas_of, with_quotas
-from expertmesh.v1 import mesh_pb2
+from expertmesh.cli.admin import placement_as_dict
+from expertmesh.v1 import admin_pb2, mesh_pb2
 
 LAYOUT = Layout(
     width=3,
@@ -74,6 +75,8 @@ def test_a_round_trip_over_the_wire() -> None:
     placement = mesh_pb2.LayerPlacement(slots=[0], source_quotas=quota_messages(quotas))
     assert quotas_of(mesh_pb2.LayerPlacement.FromString(placement.SerializeToString())) == quotas
     assert quotas_of(mesh_pb2.LayerPlacement()) == {}
+    shown = placement_as_dict(admin_pb2.GetPlacementResponse(layers=[placement], slot_servers=["e1"]))
+    assert shown["layers"][0]["quotas"] == {"a1": [0.25, 0.75], "a2": [1.0, 0.0]}
 
 
 def test_a_layout_knows_its_sources() -> None:
