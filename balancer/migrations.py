@@ -306,11 +306,19 @@ class Migrations:
         if self._actual.phase is not Phase.SERVING:
             return None
         told = 0
-        for member in self._actual.view_members():
-            if member.session is not None and self._actual.is_ready(member):
+        for member in self._actual.members.live():
+            if member.session is None or not self._has_news(member.server_id, member.session):
+                continue  # the usual case, in every round of the loop
+            if self._actual.is_in_view(member) and self._actual.is_ready(member):
                 told += sum(self._tell_plan(member, member.session, migration) for migration in self)
                 told += sum(self._tell_abort(member, member.session, abort) for abort in self._aborts)
         return f"sent {told} messages about migrations" if told else None
+
+    def _has_news(self, server_id: str, session: int) -> bool:
+        return any(
+            migration.stage is not Stage.PLANNED and migration.told.get(server_id) != (session, migration.stage)
+            for migration in self
+        ) or any(abort.told.get(server_id) != session for abort in self._aborts)
 
     def _tell_plan(self, member: Member, session: int, migration: Migration) -> bool:
         known = migration.told.get(member.server_id)

@@ -6,8 +6,8 @@ worker thread, so that it is known by then what comes next. After a migration of
 time.
 
 A search costs more than everything else here, so one is made only where it may bring something new: of a layer that
-fresh tokens were counted for and that either has changed since the last search, or found nothing then and has another
-traffic now. One that found something keeps it until it is that layer's turn, and is searched again then.
+has another placement than at the last search, or other traffic. One that found something keeps it until it is that
+layer's turn, and is searched again then if traffic has changed.
 
 Pure but for ``Effects``; time comes in as an argument.
 """
@@ -38,9 +38,10 @@ log = logging.getLogger(__name__)
 ENOUGH_SHARE = 0.25
 """Of the half-life: tokens that a layer's statistics need before anything is done about it."""
 FRESH_SHARE = 0.1
-"""Of the half-life: tokens between two looks at a layer."""
-SETTLED_SHARE = 0.25
-"""The same where a layer's last evaluation found nothing."""
+"""Of the half-life: tokens between two looks at a layer, which need not come to a search."""
+SEARCH_SHARE = 0.25
+"""The same between two searches, but for the one before a layer migrates; twice as many after each that found
+nothing, up to ``REST_SHARE``."""
 REST_SHARE = 1.0
 """Of the half-life: tokens after which a layer is evaluated again though its loads are as they were: which experts are
 chosen together may have changed, and more tokens show smaller gains."""
@@ -56,6 +57,7 @@ class _Layer:
     evaluated: float | None = None  # tokens seen at the last evaluation
     looked: float = 0.0  # and at the last look, which need not have come to that
     counts: LayerStatistics | None = None  # of the last evaluation, loads only
+    fruitless: int = 0  # searches in a row
     proposal: Proposal | None = None
     made_for: tuple[int, int] = (0, 0)  # view number, placement version
     failures: int = 0  # in a row
@@ -163,6 +165,7 @@ class Online:
                 self._events.add("solver_failed", f"layer {asked.layer}", refusal, logging.ERROR)
             elif not self._job_is_late:
                 state.proposal, state.made_for = proposal, (job.view_number, asked.version)
+                state.fruitless = 0 if proposal.worthwhile else state.fruitless + 1
 
     # What became of earlier decisions.
 
@@ -194,7 +197,10 @@ class Online:
     # Evaluation.
 
     def _state(self, layer: int) -> _Layer:
-        return self._layers.setdefault(layer, _Layer())
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._layers[layer] = _Layer()
+        return state
 
     def _is_due(self, layer: int, now: float) -> bool:
         state, seen = self._state(layer), self._statistics.tokens_seen(layer)
@@ -228,31 +234,30 @@ class Online:
         return f"asked for placements of {len(asked)} layers"
 
     def _look(self, layer: int) -> LayerQuestion | None:
-        """What to ask about a layer; None where the answer would be that of the last time: nothing."""
+        """What to ask about a layer; None where the answer would be that of the last time."""
         question, state, seen = self.question(layer), self._state(layer), self._statistics.tokens_seen(layer)
         assert question is not None, "tokens were seen"
         state.looked = seen
         state.dispersion.observe(question.statistics, seen)
-        if self._is_settled(question, state, seen):
+        if not self._may_differ(question, state, seen):
             return None
         state.evaluated, state.proposal = seen, None
         state.counts = replace(question.statistics, coactivation_EE=None)
         return question
 
-    def _is_settled(self, question: LayerQuestion, state: _Layer, seen: float) -> bool:
-        """The last search found nothing, and so would the next one."""
-        if state.proposal is None or state.proposal.worthwhile:
-            return False
-        if state.made_for != (self._actual.view.number, question.version):
-            return False
-        assert state.counts is not None, "the proposal was made from them"
-        assert state.evaluated is not None, "the proposal was made then"
+    def _may_differ(self, question: LayerQuestion, state: _Layer, seen: float) -> bool:
+        """Whether a search may find something else than the last one."""
+        if state.evaluated is None or state.counts is None:
+            return True
         fresh, half_life = seen - state.evaluated, self._config.stats_half_life_tokens
         if fresh >= REST_SHARE * half_life:
-            return False
-        if fresh < SETTLED_SHARE * half_life:
             return True
-        return not has_drifted(state.counts, question.statistics, fresh, state.dispersion.value)
+        waits = state.proposal is not None and state.proposal.worthwhile
+        if not waits and fresh < SEARCH_SHARE * half_life * 2.0**state.fruitless:
+            return False
+        if state.proposal is None or state.made_for != (self._actual.view.number, question.version):
+            return True
+        return has_drifted(state.counts, question.statistics, fresh, state.dispersion.value)
 
     def question(self, layer: int) -> LayerQuestion | None:
         """What the policy is asked about a layer; None while nothing was counted or no view places it."""
