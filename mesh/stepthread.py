@@ -215,9 +215,7 @@ class StepThread:
             if self._experts is not None:
                 self._experts.load(view.local_slots())
             links = self._links = self._meet(view)
-            plane = self._plane = open_dataplane(
-                self._config.dataplane, view, self._plane_shape(view), links.data, self._device
-            )
+            plane = self._plane = self._open_plane(view, links)
             lockstep = self._lockstep(view, links.lockstep)
             routing = self._routing = self._routing_of(view)
             if plane.is_on_device and self._attention is not None:
@@ -269,7 +267,21 @@ class StepThread:
             self._waker,
             timeout_s=self._config.balancer.view_timeout_s,
             with_data=uses_links(self._config.dataplane, self._device),
-            superseded=lambda: self._inbox.closed or self._inbox.known_view > view.number,
+            superseded=lambda: self._is_superseded(view),
+        )
+
+    def _is_superseded(self, view: ViewInfo) -> bool:
+        return self._inbox.closed or self._inbox.known_view > view.number
+
+    def _open_plane(self, view: ViewInfo, links: Links) -> DataPlane[Any]:
+        return open_dataplane(
+            self._config.dataplane,
+            view,
+            self._plane_shape(view),
+            links.data,
+            self._device,
+            join_s=self._config.balancer.view_timeout_s,
+            superseded=lambda: self._is_superseded(view),
         )
 
     def _lockstep(self, view: ViewInfo, links: dict[int, Link]) -> Lockstep:

@@ -24,7 +24,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def slot_ids(order: Sequence[int], expert_ranks: Sequence[int], slots_per_rank: 
 
 
 class DeepEpPlane:
-    """Implements ``DataPlane``. All methods belong to the step thread."""
+    """Implements ``DataPlane``. All methods but ``abandon`` belong to the step thread."""
 
     def __init__(
         self, buffer: Any, group: NcclGroup, shape: PlaneShape, order: Sequence[int], settings: DeepEpSettings
@@ -141,7 +141,8 @@ class DeepEpPlane:
         shape = self._shape
         # A negative index counts from the end, where -1 stands.
         id_TK = slot_TK if self._id_G is None else self._id_G[slot_TK]
-        capacity = self._capacity(max(exchange.capacity, len(x_TH)))
+        capacity = self._capacity(exchange.capacity)
+        assert len(x_TH) <= capacity, "no rank sends more than the exchange has room for"
         x: Any = quantize_rows(x_TH) if self._settings.fp8_dispatch else x_TH
         try:
             rows, _, weight_N, inner, event = self._buffer.dispatch(
@@ -183,11 +184,11 @@ class DeepEpPlane:
     def abandon(self) -> None:
         self._device_wait.abandon()
 
-    def prepare(self) -> None:
+    def prepare(self, superseded: Callable[[], bool]) -> None:
         """Compile the kernels for every capacity. All ranks call it; none goes on before all are done.
 
         Raises:
-            DataPlaneError: a rank did not come to it in time.
+            DataPlaneError: a rank did not come to it in time, or the view is superseded.
         """
         began = time.monotonic()
         shape = self._shape
@@ -200,8 +201,9 @@ class DeepEpPlane:
                 exchange = Exchange(layer=0, version=0, tokens=[1] * shape.size, capacity=capacity)
                 dispatched = self.dispatch(x_TH, slot_TK, weight_TK, exchange).wait()
                 self.combine(dispatched.rows_NH, dispatched.handle).wait()
-        if not self._group.agree("prepared", _COMPILE_S):
-            raise DataPlaneError(f"not all ranks have compiled DeepEP's kernels within {_COMPILE_S:g} s")
+        if not self._group.agree("prepared", _COMPILE_S, superseded):
+            why = "a newer view is known" if superseded() else f"{_COMPILE_S:g} s are over"
+            raise DataPlaneError(f"not all ranks have compiled DeepEP's kernels; {why}")
         log.info("DeepEP's kernels for capacities %s in %.1f s", self._capacities, time.monotonic() - began)
 
     def close(self) -> None:
@@ -226,10 +228,8 @@ class DeepEpPlane:
         self._group.abort()
 
     def _capacity(self, num_tokens: int) -> int:
-        for capacity in self._capacities:
-            if num_tokens <= capacity:
-                return capacity
-        raise AssertionError(f"{num_tokens} tokens in an exchange of at most {self._shape.max_num_tokens}")
+        """The least one with kernels. What a step's size is rounded up to may be more than is ever sent."""
+        return next((capacity for capacity in self._capacities if num_tokens <= capacity), self._capacities[-1])
 
 
 def _as_error(error: RuntimeError) -> DataPlaneError:
@@ -288,12 +288,19 @@ def usable(shape: PlaneShape, device: torch.device, nodes: Sequence[str]) -> Pat
 
 
 def open_deepep(
-    store: Store, shape: PlaneShape, device: torch.device, nodes: Sequence[str], settings: DeepEpSettings, join_s: float
+    store: Store,
+    shape: PlaneShape,
+    device: torch.device,
+    nodes: Sequence[str],
+    settings: DeepEpSettings,
+    join_s: float,
+    superseded: Callable[[], bool],
 ) -> DeepEpPlane:
     """The plane of a view; all of its ranks call it.
 
     Args:
         store: its keys are this plane's alone. nodes: by rank. join_s: how long ranks may take to come.
+        superseded: says that a newer view is known, so that waiting for this one makes no sense.
 
     Raises:
         UserError: DeepEP cannot be used. DataPlaneError: not all ranks came.
@@ -304,7 +311,7 @@ def open_deepep(
     is_one_node = len(set(nodes)) == 1
     buffer = within(join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node))
     plane = DeepEpPlane(buffer, group, shape, order, settings)
-    plane.prepare()
+    plane.prepare(superseded)
     return plane
 
 

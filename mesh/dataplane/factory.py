@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -67,7 +67,9 @@ def open_dataplane(
     shape: PlaneShape,
     links: Mapping[int, socket.socket],
     device: torch.device = CPU,
+    *,
     join_s: float = 30.0,
+    superseded: Callable[[], bool] = lambda: False,
 ) -> DataPlane[Any]:
     """The data plane of a view, once its ranks have met.
 
@@ -75,6 +77,7 @@ def open_dataplane(
         links: to the ranks that this one exchanges tokens with; used when ``uses_links``.
         device: where this rank computes.
         join_s: how long the ranks of a device plane may take to come.
+        superseded: says that a newer view is known, so that waiting for this one makes no sense.
 
     Raises:
         DataPlaneError: the rendezvous store or a rank could not be reached in time.
@@ -82,11 +85,12 @@ def open_dataplane(
     """
     backend = checked_backend(config.backend, device)
     if backend not in ("tcp", "gloo"):
-        if backend == "auto" and view.size == 1:
+        if view.size == 1:
             from expertmesh.mesh.dataplane.local import LocalPlane  # its kernels need Triton
 
             return LocalPlane(shape.slots_per_rank, device)
-        return _open_on_device(config, view, shape, device, join_s)
+        nodes = [rank.node for rank in view.proto.ranks]
+        return open_on_device(config, _store(config, view), shape, device, nodes, join_s, superseded)
     group: PointToPoint
     if backend == "tcp":
         group = SocketGroup(links, timeout_s=config.timeout_s)
@@ -97,14 +101,6 @@ def open_dataplane(
     return CollectivePlane(group, shape, timeout_s=config.timeout_s)
 
 
-def _open_on_device(
-    config: DataPlaneConfig, view: ViewInfo, shape: PlaneShape, device: torch.device, join_s: float
-) -> DataPlane[Any]:
-    store = _store(config, view)
-    nodes = [rank.node for rank in view.proto.ranks]
-    return open_on_device(config, store, shape, device, nodes, join_s)
-
-
 def open_on_device(
     config: DataPlaneConfig,
     store: Store,
@@ -112,8 +108,9 @@ def open_on_device(
     device: torch.device,
     nodes: list[str],
     join_s: float,
+    superseded: Callable[[], bool] = lambda: False,
 ) -> DataPlane[Any]:
-    """``deepep`` or ``nccl`` between the ranks that share a store.
+    """``deepep`` or ``nccl`` between the ranks that share a store; see ``open_dataplane``.
 
     Args:
         store: its keys are this plane's alone. nodes: by rank.
@@ -124,7 +121,7 @@ def open_on_device(
 
     if config.backend == "deepep" or (config.backend == "auto" and _all_can_do_deepep(store, shape, device, nodes)):
         settings = DeepEpSettings(config.num_sms, config.fp8_dispatch, config.timeout_s)
-        return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s)
+        return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s, superseded)
     group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s)
     return NcclPlane(group, shape, device, timeout_s=config.timeout_s)
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 _LEAVE_S = 0.5
 """How long a rank that leaves waits for the others. They leave within a step of each other, or not at all."""
 
+_PAUSE_S = 0.005
+
 _ENVIRONMENT = {
     # The planes watch the time themselves. The group's own watchdog would end the whole process.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -48,9 +50,9 @@ class NcclGroup:
         """Send ``inputs[r]`` to rank r and receive ``outputs[r]`` from it; empty = nothing."""
         return self.backend.alltoall(outputs, inputs, AllToAllOptions())
 
-    def agree(self, name: str, timeout_s: float) -> bool:
-        """Whether all ranks come to the same point within the time."""
-        return agree(self.store, name, self.rank, self.size, timeout_s)
+    def agree(self, name: str, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Whether all ranks come to the same point within the time, and before ``is_over`` says that none will."""
+        return agree(self.store, name, self.rank, self.size, timeout_s, is_over)
 
     def leave(self) -> bool:
         """Whether all ranks are leaving: then nothing of theirs uses this rank's memory any more."""
@@ -62,11 +64,17 @@ class NcclGroup:
             self.backend.abort()
 
 
-def agree(store: Store, name: str, rank: int, size: int, timeout_s: float) -> bool:
+def agree(
+    store: Store, name: str, rank: int, size: int, timeout_s: float, is_over: Callable[[], bool] = lambda: False
+) -> bool:
     """Whether all ranks of a store come to the same point within the time; False too when the store has gone."""
+    keys, deadline_s = [f"{name}/{other}" for other in range(size)], time.monotonic() + timeout_s
     try:
-        store.set(f"{name}/{rank}", "")
-        store.wait([f"{name}/{other}" for other in range(size)], timedelta(seconds=timeout_s))
+        store.set(keys[rank], "")
+        while not store.check(keys):
+            if time.monotonic() > deadline_s or is_over():
+                return False
+            time.sleep(_PAUSE_S)
     except RuntimeError:  # torch.distributed's errors derive from it
         return False
     return True

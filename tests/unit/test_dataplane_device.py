@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in torch's __all__
 
 from expertmesh.mesh.config import DataPlaneConfig, parse_config
 from expertmesh.mesh.dataplane import Exchange
 from expertmesh.mesh.dataplane import deepep_checks as checks
 from expertmesh.mesh.dataplane.collective import PlaneShape
-from expertmesh.mesh.dataplane.deepep import capacities, group_order, slot_ids
+from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, capacities, group_order, slot_ids
 from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.factory import Backend, checked_backend, uses_links
 from expertmesh.mesh.dataplane.nccl import NcclPlane
+from expertmesh.mesh.dataplane.nccl_group import NcclGroup, agree
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -147,6 +151,37 @@ def test_slots_become_ids_of_the_group(
 ) -> None:
     assert group_order(expert_ranks, list(nodes)) == order
     assert slot_ids(order, expert_ranks, slots_per_rank=2) == ids
+
+
+def test_an_exchange_takes_the_least_capacity_with_kernels() -> None:
+    settings = DeepEpSettings(num_sms=None, fp8_dispatch=False, timeout_s=5.0)
+    plane = DeepEpPlane(None, cast(NcclGroup, None), replace(SHAPE, rank=1, max_num_tokens=100), (1, 0), settings)
+    assert [plane._capacity(size) for size in (0, 1, 32, 33, 100, 112)] == [32, 32, 32, 100, 100, 100]
+    assert [settings.sms_for(capacity) for capacity in (32, 256, 257)] == [24, 24, 64]
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "kernel_s", "host_s"), [(5.0, 3, 5.0), (4.9, 2, 4.9), (1.0, 1, 3.0), (0.1, 1, 3.0)]
+)
+def test_kernels_trap_before_the_host_gives_up(timeout_s: float, kernel_s: int, host_s: float) -> None:
+    settings = DeepEpSettings(num_sms=None, fp8_dispatch=False, timeout_s=timeout_s)
+    assert (settings.kernel_timeout_s, settings.host_timeout_s) == (kernel_s, host_s)
+
+
+# -- agreeing ---------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_agree_when_all_have_come() -> None:
+    store = HashStore()
+    assert not agree(store, "ready", 0, 2, timeout_s=0.02)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda rank: agree(store, "ready", rank, 2, timeout_s=5.0), range(2)))
+
+
+def test_ranks_stop_waiting_for_each_other_when_the_view_is_superseded() -> None:
+    began = time.monotonic()
+    assert not agree(HashStore(), "ready", 0, 2, timeout_s=30.0, is_over=lambda: True)
+    assert time.monotonic() - began < 5.0
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
