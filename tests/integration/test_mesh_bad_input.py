@@ -257,7 +257,7 @@ def change_a_shape(folder: Path) -> None:
 
 def change_the_architecture(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MixtralForCausalLM"]}))
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
 
 
 def expertmesh(folder: Path, *arguments: str, yaml: str = "{}") -> subprocess.CompletedProcess[str]:
@@ -283,7 +283,7 @@ def assert_user_error(result: subprocess.CompletedProcess[str], *words: str) -> 
     [
         (lack_a_shard, ("model-00002-of-00002.safetensors", "missing")),
         (change_a_shape, ("experts.3.", "has shape", "config.json asks for")),
-        (change_the_architecture, ("MixtralForCausalLM", "Qwen3MoeForCausalLM")),
+        (change_the_architecture, ("LlamaForCausalLM", "Qwen3MoeForCausalLM")),
     ],
 )
 def test_damaged_checkpoint(tmp_path: Path, damage: Callable[[Path], None], words: tuple[str, ...]) -> None:

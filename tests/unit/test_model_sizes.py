@@ -260,6 +260,26 @@ def test_formats_that_are_not_served_have_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gpt-oss-120b", "layer_types", [{}] * 36),
+        ("mixtral-8x7b", "rms_norm_eps", 10**400),
+        ("qwen3-30b-a3b", "num_experts", 2**31 - 1),
+        ("deepseek-v3", "quantization_config", {"quant_method": ["fp8"]}),
+    ],
+)
+def test_values_that_no_code_foresees(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    try:
+        not_served = read_sizes(tmp_path).not_served
+    except UserError as error:
+        not_served = str(error)
+    assert not_served is not None
+    assert "config.json" in not_served
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (("--dtype", "int3"), "--dtype: is 'int3'"),

@@ -92,7 +92,7 @@ def spans_by_type(
     if not isinstance(types, list) or len(types) < num_layers:
         raise config.error("layer_types", "does not have an entry for each layer", "make it num_hidden_layers long")
     for kind in types[:num_layers]:
-        if kind not in sizes:
+        if not isinstance(kind, str) or kind not in sizes:
             raise config.error("layer_types", f"has {kind!r}", f"it may have {', '.join(sizes)}")
     spans = tuple(sizes[kind] for kind in types[:num_layers])
     return spans if any(spans) else ()
@@ -157,6 +157,16 @@ def mlp_tensors(prefix: str, width: int, hidden: int) -> ExpertTensors:
         gate=NamedTensor(f"{prefix}.gate_proj.weight", (width, hidden)),
         up=NamedTensor(f"{prefix}.up_proj.weight", (width, hidden)),
         down=NamedTensor(f"{prefix}.down_proj.weight", (hidden, width)),
+    )
+
+
+def numbered_mlp_tensors(arch: Architecture, prefix: str) -> ExpertTensors:
+    """An expert as Mixtral names it: gate, down and up are 1, 2 and 3."""
+    width, hidden = arch.moe_intermediate_size, arch.hidden_size
+    return ExpertTensors(
+        gate=NamedTensor(f"{prefix}.w1.weight", (width, hidden)),
+        up=NamedTensor(f"{prefix}.w3.weight", (width, hidden)),
+        down=NamedTensor(f"{prefix}.w2.weight", (hidden, width)),
     )
 
 
