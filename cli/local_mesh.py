@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import yaml
 
 from expertmesh.cli.health_probe import HealthProbe
+from expertmesh.cli.local_plan import environment, has_past, planned_services, with_balancer_state
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
 from expertmesh.cli.scale_watch import ScaleWatch
 from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
-from expertmesh.mesh.config import MeshConfig, parse_config
+from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
@@ -94,7 +92,7 @@ class LocalMesh:
         self._claim = state_dir
         self.state_dir = state_dir.path
         self.config_file = self.state_dir / "mesh.yaml"
-        self._config = _with_balancer_state(config, self.state_dir)
+        self._config = with_balancer_state(config, self.state_dir)
         self._run_file = run_file
         self._restart = restart
         self._on_event = on_event
@@ -108,7 +106,7 @@ class LocalMesh:
         self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
         self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
         self._planned = frozenset(self._servers)
-        self._is_planned = not _has_past(config)  # else the balancer remembers how many servers there should be
+        self._is_planned = not has_past(config)  # else the balancer remembers how many servers there should be
         self._targets = {role: self._num_named[role] for role in SCALED_ROLES}  # of the scale, as far as it is seen to
 
     @property
@@ -323,7 +321,7 @@ class LocalMesh:
             role=role,
             server_id=server_id,
             command=lambda: self._command(role, server_id),
-            environment=_environment(self._config, role),
+            environment=environment(self._config, role),
             log_file=log_file,
             on_event=self._on_process_event,
             restart=self._restart,
@@ -387,40 +385,6 @@ class LocalMesh:
             )
 
 
-def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
-    """(role, id) of every process of a local mesh, the balancers first."""
-    yield "balancer", "balancer"
-    for index in range(1, config.balancer.servers):
-        yield "balancer", f"balancer-{index}"
-    yield "router", "router-0"
-    counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
-    for role, count in counts.items():
-        for index in range(count):
-            yield role, f"{role}-{index}"
-
-
 def _known_address(server: ServiceProcess) -> str:
     assert server.address is not None, f"{server.id} has no address yet"
     return server.address
-
-
-def _has_past(config: MeshConfig) -> bool:
-    """Whether its balancer may have the state of an earlier start."""
-    return config.balancer.state_dir is not None or config.balancer.state == "etcd"
-
-
-def _with_balancer_state(config: MeshConfig, state_dir: Path) -> MeshConfig:
-    if config.balancer.state_dir is not None:
-        return config
-    # Every start of a local mesh is a new mesh: what an earlier one knew about its processes is void.
-    state = state_dir / "balancer"
-    shutil.rmtree(state, ignore_errors=True)
-    return parse_config(
-        {**config.model_dump(), "balancer": {**config.balancer.model_dump(), "state_dir": state}}, "the configuration"
-    )
-
-
-def _environment(config: MeshConfig, role: str) -> dict[str, str]:
-    threads = config.expert.num_threads if role == "expert" else config.attention.num_threads
-    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return {**os.environ, **limits, "PYTHONSAFEPATH": "1"}

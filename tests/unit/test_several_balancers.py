@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from expertmesh.cli.addresses import balancer_address
-from expertmesh.cli.local_mesh import LocalMesh, planned_services
+from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.cli.local_plan import planned_services
 from expertmesh.cli.state_dir import StateDir
 from expertmesh.mesh.addresses import split_addresses
 from expertmesh.mesh.config import TlsConfig, parse_config
