@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -92,8 +92,9 @@ class GpuHalf(HalfBase):
             step_sample_interval_s=step_sample_interval_s,
             clock=clock,
         )
+        self._max_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
         self._memory = StepMemory(
-            max_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
+            max_tokens=self._max_tokens,
             max_seqs=config.max_num_seqs,
             table_width=self._blocks_RB.shape[1],
             device=device,
@@ -157,6 +158,19 @@ class GpuHalf(HalfBase):
     def stage_nothing(self, size: int) -> None:
         nothing = np.empty(0, np.float32), np.empty(0, np.int64)
         self._context, self._samples = self._memory.upload(None, *nothing, size)
+
+    def eager_sizes(self) -> Sequence[int]:
+        return [size for size in (2**n for n in range(5, 20)) if size <= self._max_tokens]
+
+    def stage_chunk_of_nothing(self, size: int) -> None:
+        self.stage_nothing(size)
+        assert self._context is not None, "it was staged just now"
+        assert self._samples is not None, "it was staged just now"
+        piece_14 = torch.zeros(1, 4, dtype=torch.int32, device=self._device)  # of no queries
+        self._context = replace(self._context, num_decodes=min(2, size), pieces_C4=piece_14)
+        first_Z = torch.zeros(1, dtype=torch.int32, device=self._device)
+        parts = {field.name: getattr(self._samples, field.name)[:1] for field in fields(self._samples)[1:]}
+        self._samples = SampleInputs(sampled_Z=first_Z, **parts)
 
     def begin(self) -> None:
         assert self._context is not None, "a step's inputs are staged before it begins"

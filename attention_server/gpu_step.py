@@ -15,7 +15,8 @@ from expertmesh.attention_server.gpu_model import GpuContext
 from expertmesh.attention_server.scheduler import Chunk
 from expertmesh.kernels.paged_prefill import QUERIES, prefill_pieces
 
-_HEAD = 2  # words: the number of tokens, and one that keeps what follows at 8 bytes
+_ALIGNMENT = 4
+"""Words: Triton compiles a kernel once more for addresses that are no multiples of 16 bytes."""
 _IN_FLIGHT = 3
 """Messages that may be under way: of the step that runs, of the next one, and one that is being written."""
 
@@ -114,7 +115,8 @@ class StepMemory:
     def __init__(self, *, max_tokens: int, max_seqs: int, table_width: int, device: torch.device) -> None:
         self._spare_row = max_seqs
         most_pieces = max_tokens // QUERIES + max_seqs
-        size = _HEAD + 11 * max_tokens + max_seqs + 4 * most_pieces + max_seqs * table_width
+        most_arrays = 12
+        size = 11 * max_tokens + max_seqs + 4 * most_pieces + max_seqs * table_width + most_arrays * _ALIGNMENT
         self._words = torch.zeros(size, dtype=torch.int32, device=device)
         self._table_SW = torch.zeros(max_seqs, table_width, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
@@ -139,7 +141,7 @@ class StepMemory:
         def put(values: np.ndarray, length: int, padding: int = 0) -> torch.Tensor:
             return writer.put(values, length, padding)
 
-        count = put(np.array([num_tokens, 0]), _HEAD)[:1]
+        count = put(np.array([num_tokens]), 1)
         seed = put(seed_Z.view(np.int32), 2 * num_samples).view(torch.int64)
         temperature = put(temperature_Z.view(np.int32), num_samples).view(torch.float32)
         row_Z = put(step.row_Z if step else none, num_samples, self._spare_row)
@@ -185,7 +187,8 @@ class _Writer:
         self.end = 0
 
     def put(self, values: np.ndarray, length: int, padding: int = 0) -> torch.Tensor:
-        start, self.end = self.end, self.end + length
+        start = -(-self.end // _ALIGNMENT) * _ALIGNMENT
+        self.end = start + length
         self._host[start : start + len(values)] = values
         self._host[start + len(values) : self.end] = padding
         return self._words[start : self.end]

@@ -291,7 +291,7 @@ def _compute_tile(
     tl.store(to, result, mask=(row_M < count)[:, None] & (column_N < num_columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _grouped_matmul_kernel(
     x,
     weight,

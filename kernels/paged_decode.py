@@ -104,7 +104,7 @@ class DecodePlan:
             num_seqs,
             self.num_shares,
             num_parts,
-            SEQS=triton.next_power_of_2(num_seqs),
+            SEQS=triton.next_power_of_2(self.max_seqs),  # one kernel for all batches
             PARTS=_PLANNED_AT_ONCE,
             BLOCK_L=self.tuning.block_tokens,
             ENTRY=_ENTRY_INTS,
@@ -202,7 +202,7 @@ def paged_decode_attention(
     return out_SHD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_parts"])
 def _plan_kernel(
     lengths, entries, first_parts, num_seqs, num_shares, num_parts,
     SEQS: tl.constexpr, PARTS: tl.constexpr, BLOCK_L: tl.constexpr, ENTRY: tl.constexpr,
@@ -234,7 +234,7 @@ def _plan_kernel(
     tl.store(to_X + 3, parts_X, mask=is_part_X)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _add_parts_kernel(
     first_parts, out, sums, stats, num_parts,
     QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,

@@ -131,7 +131,7 @@ def _copy_row(source, to, hidden_size, WIDTH: tl.constexpr):
         tl.store(to + h_H, tl.load(source + h_H, mask=h_H < hidden_size), mask=h_H < hidden_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _group_few_kernel(
     x, slots, rows, counts, places, num_rows, num_slots, hidden_size,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
@@ -156,14 +156,14 @@ def _group_few_kernel(
                 tl.store(places + row, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(slots, counts, num_rows, BLOCK: tl.constexpr):
     n_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot_N = tl.load(slots + n_N, mask=n_N < num_rows, other=-1)
     tl.atomic_add(counts + slot_N, tl.full((BLOCK,), 1, tl.int32), mask=slot_N >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _place_kernel(
     slots, counts, taken, places, num_rows, num_slots, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -106,6 +106,12 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
     def stage(self, size: int | None) -> None:
         """Bring the prepared batch to the device, padded to ``size`` tokens; None = eagerly, as it is."""
 
+    def eager_sizes(self) -> Sequence[int]:
+        """Tokens of steps without a graph that between them need every kernel that such steps may need."""
+
+    def stage_chunk_of_nothing(self, size: int) -> None:
+        """As ``stage_nothing``, for a step with chunks of prompts."""
+
     def stage_nothing(self, size: int) -> None:
         """Bring a batch of ``size`` tokens that are all padding to the device, to capture a graph with."""
 

@@ -90,7 +90,8 @@ class RoutingObserver:
         self._counted_tokens += num_tokens
         if self._on_the_way is not None and self._on_the_way[2].is_there:
             self._take_in()
-        if self._on_the_way is None and time.monotonic() - self._fetched_s >= DEVICE_FETCH_INTERVAL_S:
+        is_due = self._counted_tokens and time.monotonic() - self._fetched_s >= DEVICE_FETCH_INTERVAL_S
+        if self._on_the_way is None and is_due:
             self._send_for(versions, routing)
 
     def flush_device(self, versions: Mapping[int, int], routing: DeviceRouting) -> None:

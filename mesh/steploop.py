@@ -87,11 +87,15 @@ class StepLoop:
                 self.step(go)
 
     def capture(self) -> None:
-        """Before ``run``: capture the graphs that decode steps of this rank will want, if any."""
+        """Before ``run``: capture the graphs that decode steps of this rank will want, if any, and let other steps'
+        kernels be compiled, so that no request waits for it."""
         graphs, attention = self._c.graphs, self._c.attention
         if graphs is not None and attention is not None:
             half = cast(DeviceAttentionHalf, attention)
             with torch.inference_mode():
+                for size in half.eager_sizes():
+                    half.stage_chunk_of_nothing(size)
+                    self._pass(half, [size] * self._c.view.size)
                 graphs.capture_all(reversed(half.graph_sizes()), partial(self._pass_of_nothing, half))
 
     def _pass_of_nothing(self, half: DeviceAttentionHalf, size: int) -> Callable[[], None]:
@@ -139,6 +143,8 @@ class StepLoop:
                 attention.finish()
                 self._commit(attention, tokens[self._c.view.rank])
             clock.finish(sum(tokens))
+        elif self._is_on_device and self._c.attention is not None:
+            self._commit(self._c.attention, 0)  # an idle tick: what the device has counted is fetched
         self._progress.step = go.step
 
     def _commit(self, attention: AttentionHalf, num_tokens: int) -> None:

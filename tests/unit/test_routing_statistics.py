@@ -255,3 +255,50 @@ async def test_a_recording_is_sent_until_it_is_done() -> None:
     assert (chunk.record_id, chunk.num_tokens, chunk.top_k, chunk.done) == (5, 7, TOP_K, True)
     topk_LTK = np.frombuffer(chunk.topk, "<i2").reshape(len(LAYERS), 7, TOP_K)
     np.testing.assert_array_equal(topk_LTK, expert_LTK[:, :7])
+
+
+class DeviceCounts:
+    """Counts of a device that have come when ``is_there`` says so."""
+
+    def __init__(self, load: int) -> None:
+        self.is_there = False
+        self._load = load
+
+    def fetch(self) -> tuple[Any, Any, Any]:
+        shape = len(LAYERS), NUM_EXPERTS, NUM_EXPERTS
+        return np.full(shape, self._load), np.full((len(LAYERS), NUM_SLOTS), self._load), np.full((len(LAYERS), 2), 1)
+
+
+class Device:
+    """Hands out the counts of 1, 2, 3 ... in turn."""
+
+    def __init__(self) -> None:
+        self.sent: list[DeviceCounts] = []
+
+    def take_totals(self) -> DeviceCounts:
+        self.sent.append(DeviceCounts(len(self.sent) + 1))
+        return self.sent[-1]
+
+
+def test_what_a_device_counted_comes_when_it_is_there_and_before_placements_change() -> None:
+    made = counted()
+    observer = RoutingObserver(made, TraceRecorder(len(LAYERS), TOP_K), LAYERS)
+    device: Any = Device()
+    versions = dict.fromkeys(LAYERS, 1)
+    observer.commit_on_device(versions, 5, device)
+    observer.commit_on_device(versions, 7, device)
+    assert len(device.sent) == 1
+    assert made.take() is None, "it is on its way"
+    device.sent[0].is_there = True
+    observer.commit_on_device(versions, 0, device)
+    first = taken(made)
+    assert [layer.tokens for layer in first] == [5] * len(LAYERS)
+    assert list(first[0].load) == [1] * NUM_EXPERTS
+    assert (first[0].rank_visits, first[0].node_visits, first[0].visit_tokens) == (1, 1, 5)
+    observer.flush_device(versions, device)
+    second = taken(made)
+    assert [(layer.tokens, layer.version, layer.load[0]) for layer in second] == [(7, 1, 2)] * len(LAYERS)
+    versions[LAYERS[0]] = 2
+    observer.commit_on_device(versions, 3, device)
+    observer.flush_device(versions, device)
+    assert [(layer.tokens, layer.version) for layer in taken(made)] == [(3, 2), (3, 1), (3, 1)]
