@@ -83,8 +83,8 @@ async def counted(stub: admin_pb2_grpc.AdminServiceStub, tokens: float) -> None:
 @pytest.fixture(autouse=True)
 def swap_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solver would have to be compiled."""
-    monkeypatch.setattr("expertmesh.balancer.server.solver_policy", lambda *_, **__: SwapPolicy())
-    monkeypatch.setattr("expertmesh.balancer.server.KernelCompiler", lambda: KernelCompiler(("true",)))
+    monkeypatch.setattr("expertmesh.balancer.leading.solver_policy", lambda *_, **__: SwapPolicy())
+    monkeypatch.setattr("expertmesh.balancer.leading.KernelCompiler", lambda: KernelCompiler(("true",)))
 
 
 async def test_mode_online_moves_what_the_statistics_ask_for(tmp_path: Path) -> None:
