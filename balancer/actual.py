@@ -169,6 +169,8 @@ class Actual:
         if returned and known is not None and known.ready_view == self.view.number != member.ready_view:
             self._report(member, "it came back without its view", (), now)
         self._welcome(session)
+        if self.scale is not None and known is not None and not returned and self.was_asked_to_leave(known):
+            self.scale = self.scale.with_leaving(member.incarnation)  # it was lost, fenced or killed before it could
         if self.was_asked_to_leave(member) and not member.draining:  # perhaps it never heard
             self._effects.send(session, mesh_pb2.JoinResponse(drain=mesh_pb2.Drain(reason="it was asked before")))
         came_back = returned or in_view

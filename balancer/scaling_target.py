@@ -28,7 +28,6 @@ ROLES = {
 }
 MAX_SERVERS = 4096
 """Of a role: a target beyond it is a mistake."""
-LEAVING_KEPT = 256
 
 
 class ScaleTargets:
@@ -45,13 +44,18 @@ class ScaleTargets:
             version = 1 if known is None else known.version + 1
             leaving = () if known is None else known.leaving
             known = ScaleState(version=version, targets=dict(configured), configured=configured, leaving=leaving)
-        self._state = actual.scale = known
+        actual.scale = known
         self._actual = actual
         self._effects = effects
         self._events = events
         self._changed = asyncio.Event()
         self.launchers: Counter[str] = Counter()
         """Who watches the targets, and starts servers."""
+
+    @property
+    def _state(self) -> ScaleState:
+        assert self._actual.scale is not None, "set when this was made"
+        return self._actual.scale
 
     @property
     def version(self) -> int:
@@ -103,8 +107,7 @@ class ScaleTargets:
         if self._actual.was_asked_to_leave(member):
             return
         role, there = member.role_name, len(self.servers(member.role_name))
-        leaving = (*self._state.leaving, member.incarnation)[-LEAVING_KEPT:]
-        self._replace(replace(self._state, leaving=leaving))
+        self._replace(self._state.with_leaving(member.incarnation))
         if role in ROLES and there <= self.targets[role]:
             self.set(role, max(self.targets[role] - 1, 0), by)
 
@@ -125,7 +128,7 @@ class ScaleTargets:
             await self._changed.wait()
 
     def _replace(self, state: ScaleState) -> None:
-        self._state = self._actual.scale = state
+        self._actual.scale = state
         self._effects.save(self._actual.durable())
         self._changed.set()
         self._changed = asyncio.Event()

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ PREVIOUS_FILE = "state.previous.json"
 DAMAGED_FILE = "state.damaged.json"
 LOCK_FILE = "lock"
 EVENTS_STORED = 200
+LEAVING_KEPT = 256
 _EVENT_FIELDS = tuple(field.name for field in fields(Event))
 
 M = TypeVar("M", bound=Message)
@@ -59,6 +60,10 @@ class ScaleState:
     targets: dict[str, int]
     configured: dict[str, int]
     leaving: tuple[str, ...] = ()
+
+    def with_leaving(self, incarnation: str) -> ScaleState:
+        """The same, and one more was asked to drain."""
+        return replace(self, leaving=(*self.leaving, incarnation)[-LEAVING_KEPT:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -126,6 +126,22 @@ def test_a_restarted_balancer_remembers_and_asks_again() -> None:
     assert world.targets.targets["expert"] == 4, "it was asked before"
 
 
+def test_a_server_that_was_lost_before_it_could_leave_is_asked_when_it_comes_back() -> None:
+    world = World(config(experts=3))
+    world.form("a1", "e1", "e2", "e3")
+    drain(world, "e3")
+    world.hold("e3", hung=True)
+    world.advance(5)
+    assert world.state("e3") == "LOST"
+    world.join("e3", incarnation="2")
+    assert len(world.heard("e3", "drain")) == 1
+    assert of(world.targets.describe())["expert"] == (2, 2, 2), "and lowers the target no further"
+    world.leave("e3")
+    world.disconnect("e3")
+    world.join("e3", incarnation="3")
+    assert world.heard("e3", "drain") == [], "it had left: this is another one"
+
+
 def test_a_changed_configuration_holds_again() -> None:
     world = World(config(experts=3))
     world.form("a1", "e1", "e2", "e3")
