@@ -75,6 +75,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "topk_group": 1,
         },
     ],
+    "glm4_moe_lite": [{"mlp_layer_types": ["sparse", "dense", "sparse"]}, {"rope_interleave": False}],
+    "minimax_m2": [
+        {"tie_word_embeddings": True},
+        {"rotary_dim": 12, "rope_parameters": LLAMA3, "num_key_value_heads": 1},
+    ],
     "llama4_text": [
         {"interleave_moe_layer_step": 2, "rope_parameters": LLAMA3},
         {"use_qk_norm": False, "attn_temperature_tuning": False, "tie_word_embeddings": True, "attention_bias": True},

@@ -65,6 +65,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "sliding_window": 8},
     "deepseek_v2": {**GLM_MOE, **LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "deepseek_v3": {**GLM_MOE, **LATENT},
+    "glm4_moe_lite": {**GLM_MOE, **LATENT},
+    "minimax_m2": {"num_local_experts": 8, "head_dim": 12, "rotary_dim": 6},
     "llama4_text": {
         "num_local_experts": 6,
         "num_experts_per_tok": 1,

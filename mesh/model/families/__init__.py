@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from expertmesh.mesh.model.families.base import Family
-from expertmesh.mesh.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from expertmesh.mesh.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE
 from expertmesh.mesh.model.families.dots1 import Dots1
 from expertmesh.mesh.model.families.glm4_moe import Glm4Moe
 from expertmesh.mesh.model.families.gpt_oss import GptOss
 from expertmesh.mesh.model.families.granitemoe import GraniteMoe
 from expertmesh.mesh.model.families.llama4 import LLAMA4, LLAMA4_TEXT
+from expertmesh.mesh.model.families.minimax_m2 import MiniMaxM2
 from expertmesh.mesh.model.families.mixtral import Mixtral
 from expertmesh.mesh.model.families.olmoe import Olmoe
 from expertmesh.mesh.model.families.qwen2_moe import Qwen2Moe
@@ -26,6 +27,8 @@ FAMILIES: tuple[Family, ...] = (
     GptOss(),
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GLM4_MOE_LITE,
+    MiniMaxM2(),
     LLAMA4_TEXT,
     LLAMA4,
 )

@@ -1,6 +1,7 @@
-"""DeepSeek-V2 and DeepSeek-V3/R1 (and Kimi-K2, which is one), as transformers' modeling_deepseek_v2.py and _v3.py.
+"""DeepSeek-V2, DeepSeek-V3/R1 (and Kimi-K2, which is one) and GLM-4.7-Flash, as transformers defines them in
+modeling_deepseek_v2.py, modeling_deepseek_v3.py and modeling_glm4_moe_lite.py.
 
-Both have multi-head latent attention, dense first layers and shared experts; they differ in the gate. The layer of
+All have multi-head latent attention, dense first layers and shared experts; V2 has another gate. The layer of
 multi-token prediction that follows the last one in published checkpoints is not read.
 """
 
@@ -30,7 +31,7 @@ Gate = Callable[[Fields, Mapping[str, Any]], GateVariant]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deepseek:
-    """One of the two; the last three are what transformers takes where config.json says nothing."""
+    """One of them; the last four are what transformers takes where config.json says nothing."""
 
     name: str
     architectures: tuple[str, ...]
@@ -38,10 +39,11 @@ class Deepseek:
     norm_topk_prob: bool
     first_dense: int
     num_shared: int
+    rms_norm_eps: float = 1e-6
 
     def read(self, config: Fields) -> Architecture:
         standard.refuse(config, "moe_layer_freq", 1, "not supported")
-        sizes = standard.decoder_sizes(config)
+        sizes = standard.decoder_sizes(config, rms_norm_eps=self.rms_norm_eps)
         experts = standard.expert_counts(config, "n_routed_experts", "num_experts", "num_local_experts")
         latent = _latent(config)
         theta, rope = read_rope(config, latent.rope_dim, interleaved=config.boolean("rope_interleave", True))
@@ -60,9 +62,7 @@ class Deepseek:
             intermediate_size=config.integer("intermediate_size"),
             moe_intermediate_size=config.integer("moe_intermediate_size"),
             norm_topk_prob=config.boolean("norm_topk_prob", self.norm_topk_prob),
-            moe_layers=standard.moe_layers_after(
-                config, "first_k_dense_replace", sizes["num_layers"], self.first_dense
-            ),
+            moe_layers=_moe_layers(config, sizes["num_layers"], self.first_dense),
         )
 
     def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
@@ -122,6 +122,27 @@ DEEPSEEK_V3 = Deepseek(
     first_dense=3,
     num_shared=1,
 )
+
+
+GLM4_MOE_LITE = Deepseek(
+    name="glm4_moe_lite",
+    architectures=("Glm4MoeLiteForCausalLM",),
+    gate=_v3_gate,
+    norm_topk_prob=True,
+    first_dense=1,
+    num_shared=1,
+    rms_norm_eps=1e-5,
+)
+
+
+def _moe_layers(config: Fields, num_layers: int, first_dense: int) -> tuple[int, ...]:
+    """``mlp_layer_types`` of each layer, or all but the first ``first_k_dense_replace``."""
+    kinds = config.data.get("mlp_layer_types")
+    if kinds is None:
+        return standard.moe_layers_after(config, "first_k_dense_replace", num_layers, first_dense)
+    if not isinstance(kinds, list) or len(kinds) < num_layers or not {"sparse"} <= set(map(str, kinds[:num_layers])):
+        raise config.error("mlp_layer_types", f"is {kinds!r:.80}", "it must name each layer, one as sparse at least")
+    return tuple(layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "sparse")
 
 
 def _latent(config: Fields) -> Latent:

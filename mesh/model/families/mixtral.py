@@ -44,13 +44,7 @@ class Mixtral:
         }
 
     def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-        width, hidden = arch.moe_intermediate_size, arch.hidden_size
-        return ExpertTensors(
-            gate=NamedTensor(f"{prefix}.w1.weight", (width, hidden)),
-            up=NamedTensor(f"{prefix}.w3.weight", (width, hidden)),
-            down=NamedTensor(f"{prefix}.w2.weight", (hidden, width)),
-        )
+        return standard.numbered_mlp_tensors(arch, f"model.layers.{layer}.block_sparse_moe.experts.{expert}")
 
     def fused_expert_tensors(self, arch: Architecture, layer: int) -> None:
         return None

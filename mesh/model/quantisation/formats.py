@@ -41,7 +41,7 @@ def _check_fp8(section: Fields) -> None:
     if block != (FP8_BLOCK, FP8_BLOCK):
         raise section.error("weight_block_size", f"is {list(block)}", f"it must be [{FP8_BLOCK}, {FP8_BLOCK}]")
     form = section.string("fmt", "e4m3")
-    if form != "e4m3":
+    if form not in ("e4m3", "float8_e4m3fn"):
         raise section.error("fmt", f"is {form!r}, which is not supported", "use a checkpoint in e4m3")
 
 
