@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expertmesh.mesh.model.demo import demo_model_path
+from support.hub import COMMIT, FakeHub, serve_hub
+
 pytestmark = pytest.mark.slow
 
 UP = [sys.executable, "-P", "-m", "expertmesh.cli.main", "up"]
@@ -145,3 +148,16 @@ def test_command_that_does_not_exist(start_up: StartUp) -> None:
     status, _, stderr = finish(start_up(*SMALL, "--", "no-such-command"))
     assert status == 127
     assert "error: no-such-command: cannot be run" in stderr
+
+
+def test_model_of_the_hub(start_up: StartUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mesh.yaml").write_text("model: {path: /somewhere/else}")
+    status = [sys.executable, "-P", "-m", "expertmesh.cli.main", "balancer", "status", "--json"]
+    with serve_hub(FakeHub("org/demo", demo_model_path())) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        code, stdout, stderr = finish(start_up("--config", "mesh.yaml", "--model", "org/demo", *SMALL, "--", *status))
+    assert code == 0, stderr
+    assert f"snapshots/{COMMIT}" in stderr
+    assert json.loads(stdout.partition("\n")[2])["model"] == "org/demo"
+    assert sorted(hub.asked) == sorted(set(hub.asked)), "services read what `up` has fetched"
