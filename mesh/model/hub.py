@@ -39,10 +39,11 @@ def fetch_repo(repo: str, revision: str | None = None, *, weights: bool = True) 
     """
     # Imported here: it costs every service half a second, and only this needs it.
     import huggingface_hub
-    from huggingface_hub import errors, utils
+    from huggingface_hub import errors
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
-        utils.disable_progress_bars()
+        disable_progress_bars()
     name = repo if revision is None else f"{repo} at {revision}"
     try:
         folder = huggingface_hub.snapshot_download(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +15,8 @@ from expertmesh.mesh.model.fields import Fields, read_fields
 from expertmesh.mesh.model.quantisation.formats import FP8_BLOCK, MXFP4_GROUP
 from expertmesh.mesh.model.quantisation.storage import stored_bytes
 from expertmesh.mesh.model.spec import check_tensors, read_architecture
-from expertmesh.mesh.model.tensors import INDEX_FILE, SINGLE_FILE, TensorIndex, read_tensor_index
+from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
 from expertmesh.mesh.model.unused import UnusedTensors, find_unused
-
-log = logging.getLogger(__name__)
 
 QUANTIZATION = "quantization_config"
 DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -32,7 +29,7 @@ class ModelSizes:
     Args:
         dense_parameters: what an attention server holds: everything but routed experts.
         expert_parameters: of one routed expert.
-        has_weights: they are in the folder; else what is stored comes from config.json.
+        has_weights: they are in the folder; else, or where they are not served, what is stored is by config.json.
         stored_expert_bytes: of one expert in the files, its scales included; None for formats that are not known.
         stored_bytes: of the whole model in the files; None for formats that are not known.
         quantization: ``quant_method`` of config.json; None = not quantised.
@@ -83,7 +80,8 @@ def read_sizes(path: Path) -> ModelSizes:
     plain = replace(hf_config, data={key: value for key, value in hf_config.data.items() if key != QUANTIZATION})
     family, arch = read_architecture(plain)
     not_served = _why_not_served(hf_config)
-    index = _read_index(path) if not_served is None else None
+    has_weights = _has_weights(path)
+    index = read_tensor_index(path) if has_weights and not_served is None else None
     expert, total = _configured_bytes(hf_config, family, arch) if index is None else _held_bytes(family, arch, index)
     quantization = hf_config.section(QUANTIZATION)
     return ModelSizes(
@@ -91,7 +89,7 @@ def read_sizes(path: Path) -> ModelSizes:
         arch=arch,
         dense_parameters=sum(math.prod(named.shape) for part in _dense(family, arch) for named in part.values()),
         expert_parameters=sum(math.prod(shape) for shape in arch.expert_shapes),
-        has_weights=index is not None,
+        has_weights=has_weights,
         stored_expert_bytes=expert,
         stored_bytes=total,
         quantization=quantization.string("quant_method", "unknown") if quantization.data else None,
@@ -108,13 +106,9 @@ def _why_not_served(hf_config: Fields) -> str | None:
     return None
 
 
-def _read_index(path: Path) -> TensorIndex | None:
-    """None without weights. An index alone, as a hub id is inspected with, is no weights."""
-    if (path / SINGLE_FILE).exists() or any(path.glob("*.safetensors")):
-        return read_tensor_index(path)
-    if (path / INDEX_FILE).exists():
-        log.info("%s: an index is there and no shard is", path)
-    return None
+def _has_weights(path: Path) -> bool:
+    """An index alone, as a download that was broken off leaves it, is no weights."""
+    return any(path.glob("*.safetensors"))
 
 
 def _dense(family: Family, arch: Architecture) -> Iterable[Mapping[str, NamedTensor]]:

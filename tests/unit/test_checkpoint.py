@@ -337,7 +337,8 @@ def test_progress_counts_what_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
         checkpoint.model_tensors(spec)
         for layer in range(3):
             checkpoint.layer_tensors(spec, layer)
-    assert caplog.records[-1].getMessage().startswith("loading dense weights: 100 %")
+    # Readers log after they have counted, so that the last one to count may not be the last to log.
+    assert any(record.getMessage().startswith("loading dense weights: 100 %") for record in caplog.records)
     caplog.clear()
     checkpoint.model_tensors(spec)
     assert not caplog.records

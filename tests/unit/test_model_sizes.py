@@ -257,6 +257,9 @@ def test_formats_that_are_not_served_have_sizes(tmp_path: Path) -> None:
     assert told["parameters"]["total"] == 30_532_122_624
     assert (told["stored_bytes"], told["quantization"]) == (None, "awq")
     assert "quant_method: is 'awq', which is not supported" in told["not_served"]
+    assert not told["has_weights"]
+    (tmp_path / SINGLE_FILE).write_bytes(b"what is not served is not looked into")
+    assert inspect(str(tmp_path))["has_weights"]
 
 
 @pytest.mark.parametrize(
