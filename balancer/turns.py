@@ -134,7 +134,7 @@ class SharedTurns:
                 self._kv,
                 key=f"{self._prefix}/leader",
                 server_id=self._server_id,
-                address=_seen_from_afar(address),
+                address=seen_from_afar(address),
                 lease_s=self._lease_s,
             )
         return SharedTurn(self._kv, self._prefix, await self._election.win())
@@ -165,7 +165,7 @@ class SharedTurn:
                 await self._term.resign()
 
 
-def _seen_from_afar(address: str) -> str:
+def seen_from_afar(address: str) -> str:
     """A balancer that listens everywhere is found under its machine's name."""
     host, _, port = address.rpartition(":")
     return join_host_port(socket.gethostname(), int(port)) if host in _WILDCARDS else address

@@ -54,6 +54,7 @@ print("torch" in sys.modules)
         ("{}", ["up", "--dtype", "int3"], "model.dtype"),
         ("telemetry: {metrics_port: 9100}", ["up"], "telemetry.metrics_port"),
         ("{}", ["serve", "attention"], "balancer.address"),
+        ("{}", ["serve", "attention", "--balancer", "a:1,b:2", "--port", "5"], "--port"),
         ("{}", ["serve", "attention", "--balancer", "nowhere"], "--balancer: 'nowhere' is not an address"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.balancer.turns import seen_from_afar
 from expertmesh.cli.addresses import balancer_address
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.local_plan import planned_services
@@ -145,3 +147,9 @@ async def test_one_that_says_nothing_is_passed_over() -> None:
             leader.hang_up.set()
         assert await find_leader(addresses, TlsConfig(), TIMEOUT_S) == servers[1].address
         assert await find_leader((addresses[0], "127.0.0.1:1"), TlsConfig(), 0.3) is None
+
+
+def test_a_balancer_that_listens_everywhere_names_its_machine() -> None:
+    assert seen_from_afar("0.0.0.0:7") == f"{socket.gethostname()}:7"
+    assert seen_from_afar("[::]:7") == f"{socket.gethostname()}:7"
+    assert seen_from_afar("10.0.0.1:7") == "10.0.0.1:7"
