@@ -49,7 +49,7 @@ def check(slots: GpuSlots, spec: ModelSpec, path: Path) -> None:
 def test_loads_keep_what_is_there(path: Path) -> None:
     slots, spec = make_slots(path)
     for experts in ([0, 1, 2, 3, -1], [3, 5, -1, 1, 7], [-1] * 5, [7, 6, 5, 4, 3]):
-        slots.load({layer: experts for layer in spec.moe_layers})
+        slots.load(dict.fromkeys(spec.moe_layers, experts))
         assert slots.slots(spec.moe_layers[0]) == tuple(experts)
         check(slots, spec, path)
 
