@@ -167,7 +167,7 @@ class GpuHalf(HalfBase):
         assert self._context is not None, "it was staged just now"
         assert self._samples is not None, "it was staged just now"
         piece_14 = torch.zeros(1, 4, dtype=torch.int32, device=self._device)  # of no queries
-        self._context = replace(self._context, num_decodes=min(2, size), pieces_C4=piece_14)
+        self._context = replace(self._context, num_decodes=1, pieces_C4=piece_14)
         first_Z = torch.zeros(1, dtype=torch.int32, device=self._device)
         parts = {field.name: getattr(self._samples, field.name)[:1] for field in fields(self._samples)[1:]}
         self._samples = SampleInputs(sampled_Z=first_Z, **parts)
