@@ -138,7 +138,7 @@ def _fill(name: str, tensor: torch.Tensor) -> None:
     elif "embed" in name:
         tensor.normal_(0, 1)
     else:
-        # A fused tensor of experts that is not transposed has its inputs last, as every matrix has.
+        # Fused tensors of experts have their inputs last or, transposed, before.
         inputs = tensor.shape[-1] if tensor.dim() == 2 else min(tensor.shape[-2:])
         tensor.normal_(0, 1.5 * inputs**-0.5)
 

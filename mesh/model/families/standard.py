@@ -16,7 +16,7 @@ MAX_LAYERS = 10_000
 Parts = dict[str, NamedTensor]
 
 
-def decoder_sizes(config: Fields, *, rms_norm_eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
+def decoder_sizes(config: Fields, *, rms_norm_eps: float = 1e-6) -> dict[str, Any]:
     """The fields of ``Architecture`` that have the same keys in every family, heads and experts left out."""
     check_quantisation(config)
     refuse_other_activations(config)
@@ -26,13 +26,13 @@ def decoder_sizes(config: Fields, *, rms_norm_eps: float = 1e-6, tied: bool = Fa
         "num_layers": config.integer("num_hidden_layers", maximum=MAX_LAYERS),
         "rms_norm_eps": config.number("rms_norm_eps", rms_norm_eps),
         "attention_bias": config.boolean("attention_bias", False),
-        "tie_word_embeddings": config.boolean("tie_word_embeddings", tied),
+        "tie_word_embeddings": config.boolean("tie_word_embeddings", False),
         "max_model_len": config.integer("max_position_embeddings"),
         "eos_token_ids": config.integers("eos_token_id"),
     }
 
 
-def head_sizes(config: Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
+def head_sizes(config: Fields) -> dict[str, Any]:
     """``num_heads``, ``num_kv_heads`` and ``head_dim`` of grouped-query attention."""
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
@@ -40,7 +40,7 @@ def head_sizes(config: Fields, *, default_head_dim: int | None = None) -> dict[s
         raise config.error(
             "num_key_value_heads", f"is {num_kv_heads}", f"it must divide num_attention_heads = {num_heads}"
         )
-    head_dim = config.integer("head_dim", default_head_dim or max(1, config.integer("hidden_size") // num_heads))
+    head_dim = config.integer("head_dim", max(1, config.integer("hidden_size") // num_heads))
     if head_dim % 2 != 0:
         raise config.error("head_dim", f"is {head_dim}", "rotary embedding needs an even head_dim")
     return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}

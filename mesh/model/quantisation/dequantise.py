@@ -35,6 +35,6 @@ def dequantise_ints(packed: torch.Tensor, scale: torch.Tensor, num_bits: int, co
     """
     shifts = torch.arange(0, WORD_BITS, num_bits, dtype=torch.int32)
     codes = (packed.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
-    values = (codes.flatten(1)[:, :columns] - 2 ** (num_bits - 1)).float()
+    values: torch.Tensor = (codes.flatten(1)[:, :columns] - 2 ** (num_bits - 1)).float()
     values *= scale.float().repeat_interleave(columns // scale.shape[1], 1)
     return values
