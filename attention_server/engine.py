@@ -207,7 +207,7 @@ class Engine:
         now = self._clock()
         with self._lock:
             self._scheduler.land(launched)
-            completing = [chunk.sequence for chunk in launched if chunk.completes]
+            completing = [sequence for sequence, _, _, completes in launched if completes]
             for index, (sequence, token) in enumerate(zip(completing, sampled.tokens.tolist(), strict=True)):
                 if sequence.state is not SequenceState.ENDED:
                     self._answer(sequence, token, sampled.logprobs.get(index), now)
@@ -267,7 +267,7 @@ class Engine:
         finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
         if token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens:
             finish, matched_id = generate_pb2.FINISH_REASON_STOP, token
-        elif sequence.is_full and not sequence.num_pending:
+        elif sequence.num_tokens == len(sequence.tokens) and not sequence.num_pending:
             finish = generate_pb2.FINISH_REASON_LENGTH
         self._outputs.append(
             Output(sequence.link, sequence.handle, token, logprobs, finish, matched_id, sequence.cached_tokens)

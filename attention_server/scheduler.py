@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 
@@ -46,8 +47,7 @@ class Chunk:
         return self.count > 1 or self.sequence.num_computed < self.sequence.num_prompt
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchedChunk:
+class LaunchedChunk(NamedTuple):
     """A chunk whose step is under way: the sequence's tokens from ``start`` to ``end`` - 1.
 
     ``completes``: the token that it gives, which nobody knows yet, is counted in ``num_tokens`` and ``num_pending``.
@@ -153,7 +153,7 @@ class Scheduler:
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
-            if sequence.is_full:  # its last token is on its way
+            if sequence.num_pending and sequence.is_full:  # its last token is on its way
                 index += 1
                 continue
             count = min(sequence.num_tokens - sequence.num_computed, budget)
@@ -183,10 +183,10 @@ class Scheduler:
         """The chunks' step is under way: ``schedule`` goes on from what will be there after it."""
         launched = []
         for chunk in chunks:
-            sequence, completes = chunk.sequence, chunk.completes
-            start = sequence.num_computed
-            sequence.num_computed = start + chunk.count
-            launched.append(LaunchedChunk(sequence, start, sequence.num_computed, completes))
+            sequence, start = chunk.sequence, chunk.sequence.num_computed
+            end = sequence.num_computed = start + chunk.count
+            completes = end == sequence.num_tokens
+            launched.append(LaunchedChunk(sequence, start, end, completes))
             if completes:
                 sequence.num_tokens += 1
                 sequence.num_pending += 1
@@ -194,11 +194,10 @@ class Scheduler:
 
     def land(self, launched: list[LaunchedChunk]) -> None:
         """The chunks are computed; their full blocks may serve as prefixes from now on."""
-        for chunk in launched:
-            sequence = chunk.sequence
-            is_running = sequence.state is SequenceState.RUNNING
-            if is_running and chunk.end // self._limits.block_size > sequence.num_published:
-                self._publish(sequence, chunk.end)
+        block_size = self._limits.block_size
+        for sequence, _, end, _ in launched:
+            if end // block_size > sequence.num_published and sequence.state is SequenceState.RUNNING:
+                self._publish(sequence, end)
 
     def take_back(self, launched: list[LaunchedChunk]) -> None:
         """The chunks' step never happened; steps are taken back from the last one on."""
