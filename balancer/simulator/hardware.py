@@ -10,6 +10,8 @@ from typing import Any
 from expertmesh.mesh.errors import UserError
 
 GPU = "measured on one H200 by benchmarks/hardware.py (benchmarks/results/hardware.json)"
+DECODE = "measured on one H200 by benchmarks/gpu/decode.py (benchmarks/results/gpu_decode.json)"
+FITTED = "fitted, layer_us and step_us together, to decode steps of one H200 (benchmarks/results/gpu_decode.json)"
 DEEPEP = "measured: DeepEP V2 round trips of two H200s over NVLink, bf16, in a CUDA graph (docs/simulator.md)"
 
 
@@ -37,14 +39,14 @@ class Hardware:
     memory_gb: float = _constant(141.0, "data sheet of the H200")
     memory_share: float = _constant(0.9, "assumed, the default of common engines")
     memory_read_tb_per_s: float = _constant(4.37, GPU)
-    expert_read_tb_per_s: float = _constant(2.5, GPU + ", bf16 grouped_mm of torch 2.11")
+    expert_read_tb_per_s: float = _constant(4.2, DECODE + ", the expert MLPs of steps with 64 requests")
     matmul_tflop_per_s: float = _constant(700.0, GPU + ", bf16; the sizes tried gave 670 to 780")
     exchange_gb_per_s: float = _constant(281.0, DEEPEP + ", slope from 512 to 4096 tokens")
     exchange_us: float = _constant(25.0, DEEPEP + ", 24 to 28 at 8 tokens")
     rdma_gb_per_s: float = _constant(50.0, "assumed: 400 Gb/s a GPU at line rate")
     rdma_us: float = _constant(50.0, "assumed")
-    layer_us: float = _constant(10.0, "assumed")
-    step_us: float = _constant(500.0, "assumed")
+    layer_us: float = _constant(30.0, FITTED)
+    step_us: float = _constant(500.0, FITTED)
 
     @staticmethod
     def sources() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from expertmesh.balancer.simulator.model_shape import PRESETS, ModelShape
 from expertmesh.balancer.simulator.planner import MAX_SEQUENCES, Demand, Plan, plan
 from expertmesh.cli.main import build_app
 from expertmesh.mesh.errors import UserError
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 # One layer, 4 experts that every token chooses all of: nothing is left to chance.
 SHAPE = ModelShape(
@@ -122,6 +125,23 @@ def test_every_plan_keeps_what_was_asked_for(name: str, gpus: int, tpot_ms: floa
         assert 0 <= one.hidden_exchange <= 1
         assert one.attention_ranks + (0 if one.colocated else one.expert_ranks) == gpus
         assert one.step_ms >= max(one.attention_ms, one.experts_ms), "a GPU does one thing at a time"
+
+
+def test_decode_steps_of_one_gpu_are_what_was_measured() -> None:
+    """docs/simulator.md has the table."""
+    rows = json.loads((RESULTS / "gpu_decode.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 6
+    for row in rows:
+        (predicted,) = plan(
+            Demand(
+                shape=PRESETS["qwen3-30b-a3b"],
+                num_gpus=1,
+                sequences=row["requests"],
+                context_tokens=row["tokens_in"] + row["tokens_out"] // 2,
+            )
+        )
+        assert predicted.step_ms == pytest.approx(row["step_ms"], rel=0.1), row
+        assert predicted.active_experts == pytest.approx(row["active_experts"], rel=0.03)
 
 
 def test_the_command() -> None:
