@@ -101,12 +101,14 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
             while (message := await outbox.get()) is not None:
                 yield message
         finally:
+            # Before anything that waits: a client that goes away cancels this call at any moment, here too.
             if reader is not None:
                 reader.cancel()
-                await asyncio.gather(reader, return_exceptions=True)
             self._sessions.forget(session)
             self._actual.stream_closed(session, self._clock())
             self._wake()
+            if reader is not None:
+                await asyncio.gather(reader, return_exceptions=True)
 
     async def _first(
         self, requests: AsyncIterator[mesh_pb2.JoinRequest], context: JoinContext

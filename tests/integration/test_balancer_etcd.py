@@ -74,9 +74,10 @@ async def test_the_one_that_stands_by_refuses_with_the_leaders_address_and_takes
     first = balancer(settings, "one")
     one = await first.__aenter__()
     try:
+        async with rpc.open_channel(one, TlsConfig()) as channel:
+            await until_it_leads(channel)  # before there is another one that could
         async with balancer(settings, "two") as two, rpc.open_channel(two, TlsConfig()) as standby:
             async with rpc.open_channel(one, TlsConfig()) as channel:
-                await until_it_leads(channel)
                 streams = await join(channel, "a1", "e1", "e2")
                 views = {server_id: await stream.next_view() for server_id, stream in streams.items()}
                 before = await wait_serving(channel, 1)
