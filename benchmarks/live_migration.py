@@ -66,7 +66,6 @@ SHIFTS_PER_ROUND = 2
 FIT_S = 15.0
 """How long a domain runs before its placement is looked at: some half-lives of the statistics."""
 MOST_PAIRS = 12
-SETTLE_S = 3.0
 START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 120.0
 POLL_S = 0.1

@@ -16,17 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from expertmesh.expert_server.filling import EMPTY, check_placement
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
 from expertmesh.mesh.halves import ExpertWeights, SlotChange, StagingFullError
-from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.checkpoint import READERS, Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Counter
 
 log = logging.getLogger(__name__)
 
-EMPTY = -1
-READERS = 4
-"""Threads that read experts from the checkpoint: enough to keep a disk busy."""
 _NAN_ROW = 0
 """The arena's first row: where empty slots are, so that a row sent there by mistake can pass for no expert's answer."""
 
@@ -84,7 +82,7 @@ class GpuSlots:
             ValueError: the placement is not one for this model and this many slots; nothing has changed.
             UserError: the checkpoint cannot be read; the slots concerned are empty.
         """
-        self._check(placement)
+        check_placement(self._spec, self._num_slots, placement)
         started = time.monotonic()
         missing = [item for layer, wanted in placement.items() for item in self._rearrange(layer, wanted)]
         num_bytes = sum(self._checkpoint.expert_bytes(self._spec, layer, expert) for layer, _, expert in missing)
@@ -166,16 +164,6 @@ class GpuSlots:
 
     def _write_table(self, layer: int) -> None:
         self._table_LS[self._layer_index[layer]].copy_(torch.tensor(self._row[layer], dtype=torch.int32))
-
-    def _check(self, placement: Mapping[int, Sequence[int]]) -> None:
-        if sorted(placement) != list(self._spec.moe_layers):
-            expected = list(self._spec.moe_layers)
-            raise ValueError(f"placement is for layers {sorted(placement)}, the model has {expected}")
-        for layer, experts in placement.items():
-            if len(experts) != self._num_slots:
-                raise ValueError(f"placement of layer {layer} fills {len(experts)} slots, there are {self._num_slots}")
-            if not all(EMPTY <= expert < self._spec.num_experts for expert in experts):
-                raise ValueError(f"placement of layer {layer} names an expert outside 0..{self._spec.num_experts - 1}")
 
     def _rearrange(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int, int]]:
         """Keep the rows of experts that stay, free the others; returns (layer, slot, expert) to read."""

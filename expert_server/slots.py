@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from expertmesh.expert_server.filling import EMPTY, check_placement
 from expertmesh.expert_server.staging import Staging
 from expertmesh.kernels.grouped_mlp import ExpertKind, grouped_expert_mlp, variant_expert_mlp
 from expertmesh.mesh.halves import ExpertWeights, SlotChange
@@ -21,8 +22,6 @@ from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Counter
 
 log = logging.getLogger(__name__)
-
-EMPTY = -1
 
 
 class Slots:
@@ -68,7 +67,7 @@ class Slots:
             ValueError: the placement is not one for this model and this many slots; nothing has changed.
             UserError: the checkpoint cannot be read; the slots concerned are empty.
         """
-        self._check(placement)
+        check_placement(self._spec, self._num_slots, placement)
         started = time.monotonic()
         missing = [
             (layer, slot, expert)
@@ -139,16 +138,6 @@ class Slots:
                 for part, staged in zip(parts, change.weights, strict=True):
                     part.copy_(staged)
             held[change.slot] = change.expert
-
-    def _check(self, placement: Mapping[int, Sequence[int]]) -> None:
-        if sorted(placement) != list(self._spec.moe_layers):
-            expected = list(self._spec.moe_layers)
-            raise ValueError(f"placement is for layers {sorted(placement)}, the model has {expected}")
-        for layer, experts in placement.items():
-            if len(experts) != self._num_slots:
-                raise ValueError(f"placement of layer {layer} fills {len(experts)} slots, there are {self._num_slots}")
-            if not all(EMPTY <= expert < self._spec.num_experts for expert in experts):
-                raise ValueError(f"placement of layer {layer} names an expert outside 0..{self._spec.num_experts - 1}")
 
     def _rearrange(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
         """Fill slots whose expert is in another slot, empty the others that change; returns (slot, expert) to read."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertmesh.expert_server.slots import EMPTY, Slots
+from expertmesh.expert_server.filling import EMPTY
+from expertmesh.expert_server.slots import Slots
 from expertmesh.kernels.grouped_mlp import ExpertKind, variant_expert_mlp
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.halves import SlotChange

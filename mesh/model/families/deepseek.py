@@ -13,7 +13,7 @@ from typing import Any
 
 from expertmesh.mesh.model.architecture import Architecture, AttentionVariant, GateVariant, Latent
 from expertmesh.mesh.model.families import standard
-from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.families.base import NamedTensor
 from expertmesh.mesh.model.families.bias_corrected import (
     bias_corrected_gate,
     expert_groups,
@@ -30,7 +30,7 @@ Gate = Callable[[Fields, Mapping[str, Any]], GateVariant]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Deepseek:
+class Deepseek(standard.UsualNames):
     """One of them; the last four are what transformers takes where config.json says nothing."""
 
     name: str
@@ -65,22 +65,12 @@ class Deepseek:
             moe_layers=_moe_layers(config, sizes["num_layers"], self.first_dense),
         )
 
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
-
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         return {
             **standard.norm_tensors(arch, layer),
             **_attention_tensors(arch, layer),
             **sparse_mlp_tensors(arch, layer),
         }
-
-    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        return standard.mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
-
-    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
-        return standard.fused_tensors(arch, f"model.layers.{layer}.mlp.experts")
 
 
 def _v2_gate(config: Fields, experts: Mapping[str, Any]) -> GateVariant:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from expertmesh.mesh.model.architecture import Architecture, AttentionVariant, Span
 from expertmesh.mesh.model.families import standard
-from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.families.base import NamedTensor
 from expertmesh.mesh.model.families.bias_corrected import bias_corrected_gate, shared_experts, sparse_mlp_tensors
 from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class Dots1:
+class Dots1(standard.UsualNames):
     name = "dots1"
     architectures = ("Dots1ForCausalLM",)
 
@@ -35,22 +35,12 @@ class Dots1:
             moe_layers=standard.moe_layers_after(config, "first_k_dense_replace", sizes["num_layers"], 0),
         )
 
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
-
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         return {
             **standard.norm_tensors(arch, layer),
             **standard.attention_tensors(arch, layer, biases="qkvo" if arch.attention_bias else ""),
             **sparse_mlp_tensors(arch, layer),
         }
-
-    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        return standard.mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
-
-    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
-        return standard.fused_tensors(arch, f"model.layers.{layer}.mlp.experts")
 
 
 def _spans(config: Fields, num_layers: int) -> tuple[Span | None, ...]:

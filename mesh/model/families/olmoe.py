@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from expertmesh.mesh.model.architecture import Architecture, AttentionVariant
 from expertmesh.mesh.model.families import standard
-from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.families.base import NamedTensor
 from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class Olmoe:
+class Olmoe(standard.UsualNames):
     name = "olmoe"
     architectures = ("OlmoeForCausalLM",)
 
@@ -38,19 +38,9 @@ class Olmoe:
             moe_layers=tuple(range(sizes["num_layers"])),
         )
 
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
-
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         return {
             **standard.norm_tensors(arch, layer),
             **standard.attention_tensors(arch, layer, biases="qkvo" if arch.attention_bias else ""),
             **standard.router_tensors(arch, f"model.layers.{layer}.mlp.gate.weight"),
         }
-
-    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        return standard.mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
-
-    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
-        return standard.fused_tensors(arch, f"model.layers.{layer}.mlp.experts")

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from expertmesh.mesh.model.architecture import Architecture, AttentionVariant, Shared, Span
 from expertmesh.mesh.model.families import standard
-from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.families.base import NamedTensor
 from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28
 
 
-class Qwen2Moe:
+class Qwen2Moe(standard.UsualNames):
     name = "qwen2_moe"
     architectures = ("Qwen2MoeForCausalLM",)
 
@@ -34,9 +34,6 @@ class Qwen2Moe:
             moe_layers=standard.moe_layers_by_step(config, sizes["num_layers"]),
         )
 
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
-
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         mlp = f"model.layers.{layer}.mlp"
         tensors = {
@@ -51,13 +48,6 @@ class Qwen2Moe:
             **standard.dense_tensors(arch, f"{mlp}.shared_expert", "shared_"),
             "shared_router": NamedTensor(f"{mlp}.shared_expert_gate.weight", (1, arch.hidden_size)),
         }
-
-    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        return standard.mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
-
-    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
-        return standard.fused_tensors(arch, f"model.layers.{layer}.mlp.experts")
 
 
 def _spans(config: Fields, num_layers: int) -> tuple[Span | None, ...]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.families import standard
-from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
+from expertmesh.mesh.model.families.base import NamedTensor
 from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class Qwen3Moe:
+class Qwen3Moe(standard.UsualNames):
     name = "qwen3_moe"
     architectures = ("Qwen3MoeForCausalLM",)
 
@@ -35,9 +35,6 @@ class Qwen3Moe:
             moe_layers=standard.moe_layers_by_step(config, sizes["num_layers"]),
         )
 
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
-
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         mlp = f"model.layers.{layer}.mlp"
         return {
@@ -49,10 +46,3 @@ class Qwen3Moe:
                 else standard.dense_tensors(arch, mlp)
             ),
         }
-
-    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        return standard.mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
-
-    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
-        return standard.fused_tensors(arch, f"model.layers.{layer}.mlp.experts")

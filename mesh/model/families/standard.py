@@ -189,3 +189,17 @@ def fused_tensors(arch: Architecture, prefix: str) -> FusedExpertTensors:
 
 def router_tensors(arch: Architecture, name: str) -> Parts:
     return {"router": NamedTensor(name, (arch.num_experts, arch.hidden_size))}
+
+
+class UsualNames:
+    """The tensors of a family that names them as most do; it has only its layers' to add."""
+
+    def model_tensors(self, arch: Architecture) -> Parts:
+        return model_tensors(arch)
+
+    def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+        return mlp_tensors(prefix, arch.moe_intermediate_size, arch.hidden_size)
+
+    def fused_expert_tensors(self, arch: Architecture, layer: int) -> FusedExpertTensors:
+        return fused_tensors(arch, f"model.layers.{layer}.mlp.experts")
