@@ -17,7 +17,7 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test lint format gen gen-check unit chaos bench bench-balancer clean
+.PHONY: help tools demo test lint format gen gen-check unit chaos bench bench-balancer clean
 
 help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
@@ -32,7 +32,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/expertmesh up -- sh demo/demo.sh
 
-test: lint gen-check $(VENV)/.etcd
+test: lint gen-check $(VENV)/.etcd tools
 	$(PY) -m expertmesh.balancer.solver.warm_up  # compiles the solver's kernels once: half a minute that no test waits for
 	$(PY) -m pytest
 
@@ -95,3 +95,12 @@ $(VENV)/.etcd: $(VENV)/.created
 	&& { apt-get -qq download etcd-server || { apt-get -qq update && apt-get -qq download etcd-server; }; } 2>/dev/null \
 	&& dpkg-deb -x etcd-server_*.deb etcd && rm etcd-server_*.deb && ln -sf ../etcd/usr/bin/etcd bin/etcd) \
 	&& touch $@ || echo "no etcd here: the tests that need one will be skipped"
+
+# Tools that tests start as processes and whose dependencies must not meet ours, each in an environment of its own:
+# tests/tools/NAME.txt lists its packages. Where one cannot be installed its tests are skipped and say so.
+TOOLS := $(patsubst tests/tools/%.txt,$(VENV)/tools/%/.installed,$(filter-out %/system-packages.txt,$(wildcard tests/tools/*.txt)))
+tools: $(TOOLS)
+
+$(VENV)/tools/%/.installed: tests/tools/%.txt $(VENV)/.created
+	@$(PY) -m venv $(VENV)/tools/$* && $(VENV)/tools/$*/bin/python -m pip --disable-pip-version-check install --quiet -r $< \
+	&& touch $@ || echo "not installed: $*: its tests will be skipped"
