@@ -254,7 +254,8 @@ def _check_constraint(params: generate_pb2.SamplingParams) -> None:
     kind = params.WhichOneof("constraint")
     if kind is not None:
         raise Refusal(
-            grpc.StatusCode.UNIMPLEMENTED, f"sampling_params.{kind}: constraints are not enforced here yet; leave it out"
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"sampling_params.{kind}: constraints are not enforced here yet; leave it out",
         )
 
 
