@@ -302,9 +302,12 @@ class Online:
         return f"chose layers {', '.join(map(str, best))}"
 
     def _worthwhile(self, layer: int, now: float) -> Proposal | None:
-        state, placement = self._state(layer), self._actual.layer_placement(layer)
+        state = self._state(layer)
         proposal = state.proposal
-        if proposal is None or placement is None or not proposal.worthwhile or now < state.wait_until_s:
+        if proposal is None or not proposal.worthwhile or now < state.wait_until_s:
+            return None
+        placement = self._actual.layer_placement(layer)
+        if placement is None:
             return None
         return proposal if state.made_for == (self._actual.view.number, placement.version) else None
 

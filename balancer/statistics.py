@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertmesh.balancer.policy import Floats, LayerStatistics
 from expertmesh.v1 import mesh_pb2
@@ -161,7 +163,7 @@ class Statistics:
 
     def _square(self, pairs_P: Floats) -> Floats:
         square_EE = np.zeros((self._num_experts, self._num_experts))
-        square_EE[np.triu_indices(self._num_experts, 1)] = pairs_P
+        square_EE[_pair_indices(self._num_experts)] = pairs_P
         return square_EE + square_EE.T
 
     def _new_layer(self, layer: int, counts: _Report) -> _Layer:
@@ -205,6 +207,12 @@ class Statistics:
         """What is kept of the older tokens, and the mean weight of the new ones: they came one after another."""
         age = math.log(2) * tokens / self._half_life
         return math.exp(-age), -math.expm1(-age) / age if age else 1.0
+
+
+@cache
+def _pair_indices(num_experts: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Of the pairs i < j by rows, in the order of reports."""
+    return np.triu_indices(num_experts, 1)
 
 
 def _no_visits(like: Visits) -> Visits:
