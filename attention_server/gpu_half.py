@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from expertmesh.attention_server.scheduler import LaunchedChunk
 from expertmesh.kernels.sampler import gumbel_argmax
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.device_routing import DeviceRouting
-from expertmesh.mesh.graphs import sizes_up_to
+from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
@@ -76,8 +76,8 @@ class GpuHalf(HalfBase):
         """
         check_supported(spec)
         self._device = device
-        self._model = GpuModel(spec, checkpoint, device, num_rows=config.max_num_seqs, max_decodes=config.max_num_seqs)
-        num_samples = config.max_num_seqs
+        num_samples = round_up(config.max_num_seqs)  # as many as a padded step has
+        self._model = GpuModel(spec, checkpoint, device, num_rows=config.max_num_seqs, max_decodes=num_samples)
         self._logits_ZV = torch.empty(num_samples, spec.vocab_size, dtype=spec.dtype, device=device)
         self._token_Z = torch.zeros(num_samples, dtype=torch.int64, device=device)
         num_blocks = num_kv_blocks(config, spec, *_cache_bytes(config, device))
@@ -92,14 +92,13 @@ class GpuHalf(HalfBase):
             step_sample_interval_s=step_sample_interval_s,
             clock=clock,
         )
-        self._max_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
         self._memory = StepMemory(
-            max_tokens=self._max_tokens,
-            max_seqs=config.max_num_seqs,
+            max_tokens=max(config.max_num_batched_tokens, num_samples),
+            max_seqs=num_samples,
+            spare_row=config.max_num_seqs,
             table_width=self._blocks_RB.shape[1],
             device=device,
         )
-        self._sizes = sizes_up_to(min(config.max_num_seqs, config.max_num_batched_tokens))
         self._flights: deque[_Flight] = deque()
         self._step: HostStep | None = None
         self._routing: DeviceRouting | None = None
@@ -122,9 +121,6 @@ class GpuHalf(HalfBase):
     def routing(self) -> DeviceRouting:
         assert self._routing is not None, "steps happen in a view"
         return self._routing
-
-    def graph_sizes(self) -> Sequence[int]:
-        return self._sizes
 
     # -- a step, in the order of its calls ------------------------------------------------------------------------
 
@@ -158,9 +154,6 @@ class GpuHalf(HalfBase):
     def stage_nothing(self, size: int) -> None:
         nothing = np.empty(0, np.float32), np.empty(0, np.int64)
         self._context, self._samples = self._memory.upload(None, *nothing, size)
-
-    def eager_sizes(self) -> Sequence[int]:
-        return [size for size in (2**n for n in range(5, 20)) if size <= self._max_tokens]
 
     def stage_chunk_of_nothing(self, size: int) -> None:
         self.stage_nothing(size)

@@ -112,8 +112,11 @@ class SampleInputs:
 class StepMemory:
     """Where inputs lie on the device, and the pinned memory that they come from."""
 
-    def __init__(self, *, max_tokens: int, max_seqs: int, table_width: int, device: torch.device) -> None:
-        self._spare_row = max_seqs
+    def __init__(
+        self, *, max_tokens: int, max_seqs: int, spare_row: int, table_width: int, device: torch.device
+    ) -> None:
+        """``max_tokens``, ``max_seqs``: padding included, whose samples go to row ``spare_row``."""
+        self._spare_row = spare_row
         most_pieces = max_tokens // QUERIES + max_seqs
         most_arrays = 12
         size = 11 * max_tokens + max_seqs + 4 * most_pieces + max_seqs * table_width + most_arrays * _ALIGNMENT

@@ -102,6 +102,7 @@ class LocalMesh:
         self._given_up: set[str] = set()  # of those that were added to a whole mesh
         self._balancers: dict[str, str] = {}  # id → address
         self._watch: ScaleWatch | None = None
+        self._gpus: dict[str, int] = {}  # of each rank that was started, should it compute on one
         planned = list(planned_services(self._config))
         self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
         self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
@@ -331,7 +332,18 @@ class LocalMesh:
         serve = ["serve", role, "--id", server_id, "--config", str(self.config_file), "--stop-with-stdin"]
         if server_id in self._balancers:
             serve += ["--port", self._balancers[server_id].rpartition(":")[2]]
+        if role in SCALED_ROLES:
+            serve += ["--gpu", str(self._gpu_of(server_id))]
         return [sys.executable, "-P", "-m", "expertmesh.cli.main", *serve]
+
+    def _gpu_of(self, server_id: str) -> int:
+        """The machine's lowest GPU that no other rank has; a rank that starts again has its own."""
+        with self._changed:
+            if server_id not in self._gpus:
+                self._gpus = {name: gpu for name, gpu in self._gpus.items() if name in self._servers}
+                taken = set(self._gpus.values())
+                self._gpus[server_id] = next(gpu for gpu in range(len(taken) + 1) if gpu not in taken)
+            return self._gpus[server_id]
 
     def _on_process_event(self, event: ProcessEvent) -> None:
         log.info("%s: %s", event.server_id, event.text)

@@ -45,6 +45,7 @@ async def serve_rank(
     stop: asyncio.Event,
     ready: Callable[[str], None],
     telemetry: Telemetry,
+    gpu: int | None = None,
 ) -> None:
     """Run an ``attention``, ``expert`` or ``both`` rank until ``stop``, then drain.
 
@@ -55,7 +56,7 @@ async def serve_rank(
     torch.set_num_threads(config.expert.num_threads if role == "expert" else config.attention.num_threads)
     started_s = time.monotonic()
     spec = load_spec(config.model)
-    device = resolve_device(config)
+    device = resolve_device(config, gpu)
     checkpoint = open_checkpoint(config.model, spec, device, telemetry.metrics.checkpoint_read_bytes.add)
     checkpoint.log_unused(spec)
     await asyncio.to_thread(warm_up, attention=role != "expert", experts=role != "attention")

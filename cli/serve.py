@@ -44,6 +44,10 @@ def serve(
     ] = None,
     node: Annotated[str | None, typer.Option(help="Ranks of one node share fast links; overrides node.")] = None,
     port: Annotated[int | None, typer.Option(help="Where a router or a balancer listens; overrides its port.")] = None,
+    gpu: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which GPU a rank computes on; unset = SLURM_LOCALID, LOCAL_RANK or the first."),
+    ] = None,
     stop_with_stdin: Annotated[bool, typer.Option(hidden=True, help="Stop when stdin ends.")] = False,
 ) -> None:
     """Run one service until SIGTERM or SIGINT; it drains, then exits with 0. A second signal exits at once.
@@ -56,7 +60,7 @@ def serve(
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     status = 0
     try:
-        uvloop.run(_run(config, role, identity))
+        uvloop.run(_run(config, role, identity, gpu))
     except DeviceLostError as error:
         log.error("%s exits with status %d, to be started again: %s", identity, EXIT_DEVICE_LOST, error)
         status = EXIT_DEVICE_LOST
@@ -96,7 +100,7 @@ def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
     return config.model_copy(update={role.value: section})
 
 
-async def _run(config: MeshConfig, role: ServiceRole, server_id: str) -> None:
+async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None) -> None:
     from expertmesh.mesh.model.spec import load_spec
     from expertmesh.mesh.telemetry import setup_logging, setup_telemetry
 
@@ -122,7 +126,9 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str) -> None:
         else:
             from expertmesh.cli.rank import serve_rank
 
-            await serve_rank(config, role=role.value, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry)
+            await serve_rank(
+                config, role=role.value, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry, gpu=gpu
+            )
     finally:
         telemetry.shutdown()
     log.info("%s %s stopped", role.value, server_id)

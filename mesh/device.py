@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -12,14 +13,22 @@ from expertmesh.mesh.errors import UserError
 CPU = torch.device("cpu")
 
 
-def resolve_device(config: MeshConfig) -> torch.device:
-    """The device of this process's rank, by ``device`` in the configuration.
+LOCAL_RANK_VARIABLES = ("SLURM_LOCALID", "LOCAL_RANK")
+"""Where launchers say which of a machine's processes this is."""
+
+
+def resolve_device(config: MeshConfig, gpu: int | None = None) -> torch.device:
+    """The device of this process's rank, by ``device`` in the configuration; a GPU is made the current one.
+
+    Args:
+        gpu: which of the GPUs that this process sees; None = by the launcher's number of this process, or the first.
 
     ``auto`` takes a GPU where one is seen and the ranks can talk from there: the mesh is one ``both`` rank, or the data
     plane is set to one between GPUs.
 
     Raises:
-        UserError: ``cuda`` is asked for, and there is no GPU, or no Triton to compile its kernels.
+        UserError: ``cuda`` is asked for, and there is no GPU, or no Triton to compile its kernels; or there are fewer
+            GPUs than ``gpu`` says.
     """
     if config.device == "cpu":
         return CPU
@@ -29,10 +38,25 @@ def resolve_device(config: MeshConfig) -> torch.device:
         return CPU
     lacking = _lacking()
     if not lacking:
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", _gpu_index(gpu))
+        torch.cuda.set_device(device)
+        return device
     if config.device == "cuda":
         raise UserError("device", f"is cuda, and {lacking}", "install what is missing, or set it to auto or cpu")
     return CPU
+
+
+def _gpu_index(gpu: int | None) -> int:
+    visible = torch.cuda.device_count()
+    if gpu is None:
+        local = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if os.environ.get(name, "").isdigit()), "0")
+        return int(local) % visible  # a launcher may show each of its processes one GPU alone
+    if gpu >= visible:
+        raise UserError(
+            "--gpu", f"is {gpu}, and this process sees {visible} GPUs, numbered from 0",
+            "start fewer servers on this machine, let them see all of its GPUs, or set device: cpu",
+        )  # fmt: skip
+    return gpu
 
 
 def _lacking() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
@@ -30,36 +31,63 @@ def round_up(num_tokens: int) -> int:
     return SIZES[place] if place < len(SIZES) else num_tokens
 
 
+def eager_sizes_up_to(limit: int) -> tuple[int, ...]:
+    """Tokens of steps without a graph that between them need every kernel that such steps may need."""
+    return tuple(size for size in (2**n for n in range(5, 20)) if size <= limit)
+
+
 class StepGraphs:
     """The graphs of one view on one device. Belongs to the step thread.
 
     All share one memory pool, largest first: what one graph leaves in it the others overwrite, so a step's results must
     be copied out before the next step, on the same stream.
+
+    Args:
+        is_alone: no other rank takes part in the passes: they are run before they are captured, so that kernels are
+            compiled and libraries have allocated. With others nothing is launched: a rank that compiles in the middle
+            of a pass would keep its peers waiting in a kernel until their time-out. Then the capture compiles.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_alone: bool = True) -> None:
         self._device = device
+        self._is_alone = is_alone
+        if not is_alone:
+            _start_libraries(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # an opaque handle of torch's
         self.num_captures = 0
 
     def capture_all(self, sizes: Iterable[int], passes: Callable[[int], Callable[[], None]]) -> None:
-        """Capture ``passes(size)`` for every size, in their order; each is run eagerly before."""
+        """Capture ``passes(size)`` for every size, in their order."""
         started = time.monotonic()
         for size in sizes:
             self.capture(size, passes(size))
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
 
     def capture(self, size: int, forward: Callable[[], None]) -> None:
-        forward()  # compiles kernels and lets libraries allocate
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: migrations are staged beside the step loop.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        if self._is_alone:
             forward()
+        graph = self._captured(forward, self._pool)
         self._pool = self._pool or graph.pool()
         self._graphs[size] = graph
         self.num_captures += 1
+
+    def rehearse(self, forward: Callable[[], None]) -> None:
+        """Have the kernels of a pass compiled that will be run without a graph."""
+        if self._is_alone:
+            forward()
+        else:
+            self._captured(forward, None)
+
+    def _captured(self, forward: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile: migrations are staged beside the step loop. This one may where it has
+        # to compile: loading a kernel allocates.
+        mode = "thread_local" if self._is_alone else "relaxed"
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            forward()
+        return graph
 
     def has(self, size: int) -> bool:
         return size in self._graphs
@@ -67,3 +95,11 @@ class StepGraphs:
     def replay(self, size: int) -> None:
         """Enqueue the graph of a size that was captured."""
         self._graphs[size].replay()
+
+
+def _start_libraries(device: torch.device) -> None:
+    """Products make their handles at first use, which no capture allows."""
+    for dtype in (torch.bfloat16, torch.float32):
+        square = torch.zeros(16, 16, dtype=dtype, device=device)
+        torch.mm(square, square)
+        F.linear(square, square, square[0])

@@ -100,24 +100,19 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
     def routing(self) -> DeviceRouting:
         """The tables and counts of the view."""
 
-    def graph_sizes(self) -> Sequence[int]:
-        """Tokens T of the steps that graphs are wanted for, ascending."""
-
     def stage(self, size: int | None) -> None:
         """Bring the prepared batch to the device, padded to ``size`` tokens; None = eagerly, as it is."""
-
-    def eager_sizes(self) -> Sequence[int]:
-        """Tokens of steps without a graph that between them need every kernel that such steps may need."""
 
     def stage_chunk_of_nothing(self, size: int) -> None:
         """As ``stage_nothing``, for a step with chunks of prompts."""
 
     def stage_nothing(self, size: int) -> None:
-        """Bring a batch of ``size`` tokens that are all padding to the device, to capture a graph with."""
+        """Bring a batch of ``size`` tokens that are all padding to the device: to capture a graph with, and where the
+        step is that of other ranks."""
 
     @property
     def is_decode(self) -> bool:
-        """The prepared batch has one token a sequence: a graph can serve it."""
+        """The prepared batch has one token a sequence: it may be padded, and a graph can serve it."""
 
 
 class ExpertHalf(Protocol):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.mesh.errors import DataPlaneError
 from expertmesh.mesh.framing import Link, Waker
+from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
@@ -39,7 +40,9 @@ class Lockstep:
         *,
         timeout_s: float,
         idle_tick_s: float,
+        join_s: float = 0.0,
     ) -> None:
+        """``join_s``: how long ranks may take to come to the first step, if that is longer than the time-out."""
         self._view = view
         self._links = links
         self._waker = waker
@@ -47,6 +50,7 @@ class Lockstep:
         self._commits = commits
         self._timeout_s = timeout_s
         self._idle_tick_s = idle_tick_s
+        self._join_s = join_s
         self._step = 0
         self._selector = selectors.DefaultSelector()
         self._selector.register(waker, selectors.EVENT_READ, None)
@@ -92,8 +96,9 @@ class Lockstep:
 
     def _patience_s(self, own: mesh_pb2.StepReady) -> float:
         """How long a peer may be silent."""
-        is_superseded = own.next_view > self._view.number
-        return min(self._timeout_s, _SUPERSEDED_TIMEOUT_S) if is_superseded else self._timeout_s
+        if own.next_view > self._view.number:
+            return min(self._timeout_s, _SUPERSEDED_TIMEOUT_S)
+        return self._timeout_s if self._step else max(self._timeout_s, self._join_s)
 
     def _lead(self, ready: ReadyFn) -> mesh_pb2.StepGo:
         started = time.monotonic()
@@ -143,6 +148,7 @@ class Lockstep:
             go.num_tokens.extend(readies[rank].num_tokens for rank in range(self._view.size))
             go.traceparent = next((m.traceparent for m in readies.values() if m.traceparent), "")
             go.commits.extend(_agreed_commits(readies))
+            go.padded_tokens = _padded_tokens(readies.values())
         payload = go.SerializeToString()
         for link in self._links.values():
             link.send(payload)
@@ -183,3 +189,11 @@ def _agreed_commits(readies: dict[int, mesh_pb2.StepReady]) -> list[int]:
             break
         agreed.intersection_update(message.commits)
     return sorted(agreed)
+
+
+def _padded_tokens(readies: Iterable[mesh_pb2.StepReady]) -> int:
+    """The size of the step that all ranks have captured for what they bring; 0 = it has to be computed as it is."""
+    busy = [message for message in readies if message.num_tokens]
+    if not busy or not all(message.can_pad for message in busy):
+        return 0
+    return round_up(max(message.num_tokens for message in busy))

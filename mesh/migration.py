@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from expertmesh.mesh.background import preempt_nobody
+from expertmesh.mesh.background import beside_steps, preempt_nobody
+from expertmesh.mesh.device import CPU
 from expertmesh.mesh.halves import ExpertHalf, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables
@@ -48,6 +49,7 @@ class MigrationContext:
     report: Callable[[mesh_pb2.JoinRequest], None]
     wake: Callable[[], None]
     telemetry: Telemetry
+    device: torch.device = CPU
 
 
 class _CalledOffError(Exception):
@@ -193,7 +195,8 @@ class Migrations:
 
     def _stage(self, migration: Migration) -> None:
         try:
-            self._prepare(migration)
+            with beside_steps(self._c.device):
+                self._prepare(migration)
         except _CalledOffError:
             return  # whoever called it off has it finished
         except Exception as error:  # whatever it is, it voids this plan and nothing else

@@ -26,7 +26,7 @@ from expertmesh.mesh.migration import Migrations
 from expertmesh.mesh.placement import RoutingTables
 from expertmesh.mesh.reporting import RoutingObserver
 from expertmesh.mesh.stepclock import StepClock
-from expertmesh.mesh.view import ViewInfo
+from expertmesh.mesh.view import HOSTS_ATTENTION, ViewInfo
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 class LoopContext:
     """What the loop of one view works with. ``view`` is as it began; its placements may be switched since.
 
-    With a device plane the attention half is a ``DeviceAttentionHalf``, and ``graphs`` hold its decode steps on a GPU.
+    With a device plane the attention half is a ``DeviceAttentionHalf``. Decode steps of up to the last of
+    ``graph_sizes``, which are the same on all ranks, are padded to one of them then; on a GPU ``graphs`` hold these
+    steps. ``eager_sizes``: tokens of other steps, for which kernels are compiled beforehand.
     """
 
     view: ViewInfo
@@ -54,6 +56,8 @@ class LoopContext:
     max_num_tokens: int
     clock: StepClock
     graphs: StepGraphs | None = None
+    graph_sizes: Sequence[int] = ()
+    eager_sizes: Sequence[int] = ()
     device: torch.device = CPU
 
 
@@ -89,18 +93,24 @@ class StepLoop:
     def capture(self) -> None:
         """Before ``run``: capture the graphs that decode steps of this rank will want, if any, and let other steps'
         kernels be compiled, so that no request waits for it."""
-        graphs, attention = self._c.graphs, self._c.attention
-        if graphs is not None and attention is not None:
-            half = cast(DeviceAttentionHalf, attention)
-            with torch.inference_mode():
-                for size in half.eager_sizes():
+        graphs, half = self._c.graphs, cast("DeviceAttentionHalf | None", self._c.attention)
+        if graphs is None:
+            return
+        with torch.inference_mode():
+            for size in self._c.eager_sizes:
+                if half is not None:
                     half.stage_chunk_of_nothing(size)
-                    self._pass(half, [size] * self._c.view.size)
-                graphs.capture_all(reversed(half.graph_sizes()), partial(self._pass_of_nothing, half))
+                graphs.rehearse(partial(self._pass, half, self._padded(size)))
+            graphs.capture_all(reversed(self._c.graph_sizes), partial(self._pass_of_nothing, half))
 
-    def _pass_of_nothing(self, half: DeviceAttentionHalf, size: int) -> Callable[[], None]:
-        half.stage_nothing(size)
-        return partial(self._pass, half, [size] * self._c.view.size)
+    def _pass_of_nothing(self, half: DeviceAttentionHalf | None, size: int) -> Callable[[], None]:
+        if half is not None:
+            half.stage_nothing(size)
+        return partial(self._pass, half, self._padded(size))
+
+    def _padded(self, size: int) -> list[int]:
+        """By rank, the tokens of a step that is padded to a size."""
+        return [size if rank.role in HOSTS_ATTENTION else 0 for rank in self._c.view.proto.ranks]
 
     def exchange(self) -> mesh_pb2.StepGo:
         """The lockstep before a step."""
@@ -115,7 +125,14 @@ class StepLoop:
             ready.num_tokens = self._c.attention.prepare()
             if ready.num_tokens:
                 ready.traceparent = self._c.attention.traceparent()
+                ready.can_pad = self._can_pad(ready.num_tokens)
         return ready
+
+    def _can_pad(self, num_tokens: int) -> bool:
+        sizes, observer = self._c.graph_sizes, self._c.observer
+        if not sizes or num_tokens > sizes[-1] or (observer is not None and observer.is_recording):
+            return False
+        return cast(DeviceAttentionHalf, self._c.attention).is_decode
 
     def step(self, go: mesh_pb2.StepGo) -> None:
         """Switch the layers whose migrations are due, then one forward pass of all layers.
@@ -135,7 +152,7 @@ class StepLoop:
             if attention is not None and self._c.observer is not None:
                 self._c.observer.begin()
             if self._is_on_device:
-                self._pass_on_device(cast("DeviceAttentionHalf | None", attention), tokens)
+                self._pass_on_device(go, tokens)
             else:
                 self._pass(attention, tokens)
             clock.attention_done()
@@ -165,17 +182,27 @@ class StepLoop:
         for layer in self._c.moe_layers:
             self._layer(layer, attention, tokens)
 
-    def _pass_on_device(self, half: DeviceAttentionHalf | None, tokens: list[int]) -> None:
-        """Replay the graph of the step's size where there is one, or else enqueue the pass."""
-        graphs, size = self._c.graphs, round_up(max(tokens))
+    def _pass_on_device(self, go: mesh_pb2.StepGo, tokens: list[int]) -> None:
+        """Replay the graph of the step's size where there is one, or else enqueue the pass.
+
+        A rank without tokens takes part in a padded step with padding alone: what a graph sends is static.
+        """
+        graphs, half = self._c.graphs, cast("DeviceAttentionHalf | None", self._c.attention)
+        is_busy, size = bool(tokens[self._c.view.rank]), go.padded_tokens
+        if not size:
+            if half is not None and is_busy:
+                half.stage(None)
+            self._pass(half if is_busy else None, tokens)
+            return
         if half is not None:
-            is_recording = self._c.observer is not None and self._c.observer.is_recording
-            if graphs is not None and half.is_decode and graphs.has(size) and not is_recording:
+            if is_busy:
                 half.stage(size)
-                graphs.replay(size)
-                return
-            half.stage(None)
-        self._pass(half, tokens)
+            else:
+                half.stage_nothing(size)
+        if graphs is not None and graphs.has(size):
+            graphs.replay(size)
+        else:
+            self._pass(half, self._padded(size))
 
     def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int]) -> None:
         x_TH, slot_TK, weight_TK = self._no_x, self._no_slots, self._no_weights

@@ -20,7 +20,7 @@ from expertmesh.mesh.dataplane.device_faults import as_device_lost
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 from expertmesh.mesh.framing import Link, Waker
-from expertmesh.mesh.graphs import StepGraphs
+from expertmesh.mesh.graphs import StepGraphs, eager_sizes_up_to, sizes_up_to
 from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.meet import Links, meet
@@ -196,6 +196,8 @@ class StepThread:
             DeviceLostError: this process can be in no view any more.
         """
         _finish_sends_first()
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: kernels are launched there
         last = 0
         while not self._inbox.closed:
             view = self._inbox.next_view(last, timeout_s=1.0)
@@ -211,6 +213,8 @@ class StepThread:
         links, plane, lockstep, migrations = None, None, None, None
         self.state = mesh_pb2.SERVER_STATE_JOINING
         started = time.monotonic()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of the last view's graphs: what the next plane allocates is not torch's
         try:
             if self._experts is not None:
                 self._experts.load(view.local_slots())
@@ -294,6 +298,7 @@ class StepThread:
             lambda: self._migrations.listed() if self._migrations is not None else (),
             timeout_s=dataplane.timeout_s,
             idle_tick_s=dataplane.idle_tick_s,
+            join_s=self._config.balancer.view_timeout_s if self._device.type == "cuda" else 0.0,  # graphs are captured
         )
 
     def _open_migrations(self, view: ViewInfo, routing: RoutingTables, links: Links) -> Migrations:
@@ -309,6 +314,7 @@ class StepThread:
                 report=self._report,
                 wake=self._waker.wake,
                 telemetry=self._telemetry,
+                device=self._device,
             )
         )
         migrations.start()
@@ -335,7 +341,9 @@ class StepThread:
         migrations: Migrations,
         routing: RoutingTables,
     ) -> LoopContext:
-        has_graphs = self._device.type == "cuda" and view.size == 1
+        has_graphs, attention = self._device.type == "cuda", self._config.attention
+        max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
+        max_tokens = max(attention.max_num_seqs, attention.max_num_batched_tokens)
         return LoopContext(
             view=view,
             attention=self._attention,
@@ -351,7 +359,9 @@ class StepThread:
             dtype=self._spec.dtype,
             max_num_tokens=self._max_num_tokens(view),
             clock=self._clock,
-            graphs=StepGraphs(self._device) if has_graphs else None,
+            graphs=StepGraphs(self._device, is_alone=view.size == 1) if has_graphs else None,
+            graph_sizes=sizes_up_to(max_decodes) if has_graphs else (),
+            eager_sizes=eager_sizes_up_to(max_tokens) if has_graphs else (),
             device=self._device,
         )
 

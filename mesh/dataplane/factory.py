@@ -123,7 +123,9 @@ def open_on_device(
         settings = DeepEpSettings(config.num_sms, config.fp8_dispatch, config.timeout_s)
         return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s, superseded)
     group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s)
-    return NcclPlane(group, shape, device, timeout_s=config.timeout_s)
+    plane = NcclPlane(group, shape, device, timeout_s=config.timeout_s)
+    plane.connect()
+    return plane
 
 
 def _all_can_do_deepep(store: Store, shape: PlaneShape, device: torch.device, nodes: list[str]) -> bool:

@@ -64,6 +64,16 @@ class NcclPlane:
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._hosts = frozenset(shape.expert_ranks)
 
+    def connect(self) -> None:
+        """Exchange a word with every rank: NCCL connects two of them when they first talk, which no capture allows.
+
+        Raises:
+            DataPlaneError: a rank did not come to it in time.
+        """
+        words = [torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2 * self._shape.size)]
+        self._exchange(words[: self._shape.size], words[self._shape.size :]).wait()
+        self.check()
+
     @property
     def is_on_device(self) -> bool:
         return True

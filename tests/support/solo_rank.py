@@ -1,11 +1,11 @@
-"""A view of one ``both`` rank on a device, in process: the real step loop, lockstep, engine, slots and data plane.
+"""Ranks on a device, in process, alone in their view or not: the real step loop, lockstep, engine and slots.
 
 What a mesh adds to it is gRPC and the balancer. On the CPU the kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.expert_server.gpu_slots import GpuSlots
 from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.dataplane import DataPlane
 from expertmesh.mesh.dataplane.local import LocalPlane
-from expertmesh.mesh.framing import Waker
-from expertmesh.mesh.graphs import StepGraphs
+from expertmesh.mesh.framing import Link, Waker
+from expertmesh.mesh.graphs import StepGraphs, eager_sizes_up_to, sizes_up_to
 from expertmesh.mesh.halves import SlotChange
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.migration import MigrationContext, Migrations
@@ -29,7 +30,7 @@ from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.stepclock import StepClock
 from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
 from expertmesh.mesh.telemetry import disabled_telemetry
-from expertmesh.mesh.view import ViewInfo
+from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS, ViewInfo
 from expertmesh.v1 import mesh_pb2
 
 
@@ -45,76 +46,79 @@ def solo_view(spec: ModelSpec, num_slots: int) -> ViewInfo:
     return ViewInfo(view, 0)
 
 
-class SoloRank:
-    """Submit sequences, then step; outputs are collected by handle."""
+class EngineRank:
+    """One rank of a view: submit sequences, then step; outputs are collected by handle.
+
+    Args:
+        plane: of this rank. links: to the others, for the lockstep, by rank. next_view: as the lockstep asks for it.
+        uses_graphs: None = on a GPU. pads: decode steps are padded also where no graph runs them.
+        config: keys of ``attention``.
+    """
+
+    half: GpuHalf
+    slots: GpuSlots
 
     def __init__(
         self,
         spec: ModelSpec,
         checkpoint: Checkpoint,
-        device: str,
+        device: torch.device,
+        view: ViewInfo,
+        plane: DataPlane[Any],
+        links: dict[int, Link],
         *,
+        next_view: Callable[[], int] = lambda: 1,
         uses_graphs: bool | None = None,
-        spare_slots: int = 0,
+        pads: bool = False,
         **config: Any,
     ) -> None:
-        """``uses_graphs`` None = on a GPU. ``config``: keys of ``attention``."""
-        there = torch.device(device)
         telemetry = disabled_telemetry()
-        self.spec = spec
+        self.spec, self.view, self.plane = spec, view, plane
         self.now = [100.0]
-        num_slots = spec.num_experts + spare_slots
-        self.view = solo_view(spec, num_slots)
-        self.slots = GpuSlots(spec, checkpoint, num_slots, telemetry.metrics.slots_loaded, there, spare=num_slots)
-        self.slots.load(self.view.local_slots())
-        self.half = GpuHalf(
-            AttentionConfig(**config),
-            spec,
-            checkpoint,
-            telemetry,
-            there,
-            step_sample_interval_s=1.0,
-            clock=lambda: self.now[0],
-        )
-        topology = Topology.of(self.view)
-        self.routing = RoutingTables(self.view.proto.placement, spec.num_experts, topology)
-        self.plane = LocalPlane(num_slots, there)
-        self.half.bind(self.routing, topology, self.plane.check)
+        role = view.proto.ranks[view.rank].role
+        has_attention, has_experts = role in HOSTS_ATTENTION, role in HOSTS_EXPERTS
+        num_slots = view.slots_per_rank
         self._waker = Waker()
-        self.half.set_waker(self._waker.wake)
+        if has_experts:
+            loaded = telemetry.metrics.slots_loaded
+            self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=num_slots)
+            self.slots.load(view.local_slots())
+        attention, topology = AttentionConfig(**config), Topology.of(view)
+        self.routing = RoutingTables(view.proto.placement, spec.num_experts, topology)
         self.outputs: dict[int, list[Output]] = {}
-        self.load = self.half.engine.load()
-        self.half.engine.set_sink(self._take)
+        if has_attention:
+            self.half = GpuHalf(
+                attention, spec, checkpoint, telemetry, device, step_sample_interval_s=1.0, clock=lambda: self.now[0]
+            )
+            self.half.bind(self.routing, topology, plane.check)
+            self.half.set_waker(self._waker.wake)
+            self.load = self.half.engine.load()
+            self.half.engine.set_sink(self._take)
         self.reports: list[mesh_pb2.JoinRequest] = []
         self.migrations = Migrations(
             MigrationContext(
-                view=self.view,
+                view=view,
                 num_experts=spec.num_experts,
-                experts=self.slots,
-                routing=self.routing,
+                experts=self.slots if has_experts else None,
+                routing=self.routing if has_attention else None,
                 side=None,
                 report=self.reports.append,
                 wake=self._waker.wake,
                 telemetry=telemetry,
             )
         )
-        with_graphs = there.type == "cuda" if uses_graphs is None else uses_graphs
+        with_graphs = device.type == "cuda" if uses_graphs is None else uses_graphs
         self._lockstep = Lockstep(
-            self.view,
-            {},
-            self._waker,
-            lambda: 1,
-            self.migrations.listed,
-            timeout_s=5.0,
-            idle_tick_s=0.0,
+            view, links, self._waker, next_view, self.migrations.listed, timeout_s=5.0, idle_tick_s=0.0, join_s=60.0
         )
-        self.graphs = StepGraphs(there) if with_graphs else None
+        self.graphs = StepGraphs(device, is_alone=view.size == 1) if with_graphs else None
+        max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
         self.loop = StepLoop(
             LoopContext(
-                view=self.view,
-                attention=self.half,
-                experts=self.slots,
-                plane=self.plane,
+                view=view,
+                attention=self.half if has_attention else None,
+                experts=self.slots if has_experts else None,
+                plane=plane,
                 lockstep=self._lockstep,
                 migrations=self.migrations,
                 routing=self.routing,
@@ -124,9 +128,11 @@ class SoloRank:
                 top_k=spec.top_k,
                 dtype=spec.dtype,
                 max_num_tokens=2**30,
-                clock=StepClock(telemetry, has_experts=True),
+                clock=StepClock(telemetry, has_experts=has_experts),
                 graphs=self.graphs,
-                device=there,
+                graph_sizes=sizes_up_to(max_decodes) if with_graphs or pads else (),
+                eager_sizes=eager_sizes_up_to(max(attention.max_num_seqs, attention.max_num_batched_tokens)),
+                device=device,
             ),
             Progress(),
         )
@@ -201,9 +207,34 @@ class SoloRank:
                 return steps
         raise AssertionError(f"sequences still run after {max_steps} steps")
 
+    def wake(self) -> None:
+        self._waker.wake()
+
     def close(self) -> None:
         self._lockstep.close()
         self._waker.close()
 
     def tokens(self, handle: int) -> list[int]:
         return [output.token for output in self.outputs.get(handle, []) if output.token is not None]
+
+
+class SoloRank(EngineRank):
+    """The only rank of its view."""
+
+    plane: LocalPlane
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        device: str,
+        *,
+        uses_graphs: bool | None = None,
+        spare_slots: int = 0,
+        **config: Any,
+    ) -> None:
+        there, num_slots = torch.device(device), spec.num_experts + spare_slots
+        plane = LocalPlane(num_slots, there)
+        super().__init__(
+            spec, checkpoint, there, solo_view(spec, num_slots), plane, {}, uses_graphs=uses_graphs, **config
+        )

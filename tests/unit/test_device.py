@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertmesh.mesh.config import ModelConfig, parse_config
-from expertmesh.mesh.device import resolve_device
+from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, resolve_device
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.graphs import SIZES, round_up, sizes_up_to
 from expertmesh.mesh.model.spec import load_spec
@@ -29,12 +29,33 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch: pytest.M
 def test_auto_takes_a_gpu_where_the_ranks_can_talk_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert resolve_device(parse_config(ALONE)).type == "cuda"
     assert resolve_device(parse_config({"dataplane": {"backend": "nccl"}})).type == "cuda"
     assert resolve_device(parse_config({"device": "cuda"})).type == "cuda"
     assert resolve_device(parse_config({})).type == "cpu", "several ranks, and no plane between GPUs is set"
     assert resolve_device(parse_config({**ALONE, "device": "cpu"})).type == "cpu"
+
+
+def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in LOCAL_RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    config = parse_config({"device": "cuda"})
+    found = [resolve_device(config, 3), resolve_device(config)]
+    for name, value in (("LOCAL_RANK", "2"), ("SLURM_LOCALID", "5")):  # 5: this process sees 4 of the machine's GPUs
+        monkeypatch.setenv(name, value)
+        found.append(resolve_device(config))
+    assert [device.index for device in found] == [3, 0, 2, 1]
+    assert current == found
+    with pytest.raises(UserError, match=r"--gpu: is 4, and this process sees 4 GPUs"):
+        resolve_device(config, 4)
 
 
 def test_a_model_with_random_weights_needs_its_config_alone(tmp_path: Path) -> None:

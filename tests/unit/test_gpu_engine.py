@@ -15,6 +15,7 @@ from expertmesh.mesh.model.spec import load_spec
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
 from support.solo_rank import SoloRank
+from support.thread_ranks import ThreadRanks
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +65,31 @@ def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
     surplus = int(rank.half.routing.slot_load_LG.sum()) // parts["spec"].top_k - computed
     assert 0 <= surplus <= 4 * len(PROMPT), "what was computed again after a preemption, and the token behind the stop"
     rank.close()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in rows that belong to no slot
+@pytest.mark.parametrize("roles", ["bb", "ae"])
+def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(parts: dict[str, Any], roles: str) -> None:
+    """Decode steps are padded to the size that all ranks agree on, also by a rank that has nothing to do."""
+    config: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 12, "block_size": 4}
+    spec, checkpoint = parts["spec"], parts["checkpoint"]
+    requests = {1: (PROMPT, 7), 2: (PROMPT[:3], 3), 3: ([3], 4)}
+    cpu = LocalEngine(spec, checkpoint, PlainExperts(spec, checkpoint), **config)
+    hosts = [rank for rank, role in enumerate(roles) if role in "eb"]
+    mesh = ThreadRanks(spec, checkpoint, roles, spec.num_experts // len(hosts), **config)
+    own = {1: 0, 2: 0, 3: len(roles) - 1 if roles == "bb" else 0}
+    for handle, (prompt, length) in requests.items():
+        cpu.submit(handle, prompt, max_tokens=length)
+        mesh.ranks[own[handle]].submit(handle, prompt, max_tokens=length)
+    cpu.run()
+    mesh.start()
+    mesh.wait([(rank, handle) for handle, rank in own.items()])
+    for handle, rank in own.items():
+        assert mesh.ranks[rank].tokens(handle) == cpu.tokens(handle)
+    padded = [go for go in mesh.goes[0] if go.padded_tokens]
+    assert any(go.padded_tokens > max(go.num_tokens) or 0 in go.num_tokens for go in padded), "nothing was padded"
+    assert any(any(go.num_tokens) and not go.padded_tokens for go in mesh.goes[0]), "chunks of prompts are never padded"
+    assert mesh.goes[0] == mesh.goes[1], "all ranks make the same steps"
+    mesh.close()

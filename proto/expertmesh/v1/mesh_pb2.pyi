@@ -1004,12 +1004,15 @@ class StepReady(_message.Message):
     NEXT_VIEW_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
+    CAN_PAD_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     num_tokens: _builtins.int
     next_view: _builtins.int
     """the newest view this rank knows of; the current one ends when every rank knows a newer one"""
     traceparent: _builtins.str
     """of a sampled request in the batch"""
+    can_pad: _builtins.bool
+    """its batch is one token a sequence, and may be padded: a captured step can serve it"""
     @_builtins.property
     def commits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """migrations that this rank is ready to switch to"""
@@ -1022,10 +1025,11 @@ class StepReady(_message.Message):
         next_view: _builtins.int = ...,
         traceparent: _builtins.str = ...,
         commits: _abc.Iterable[_builtins.int] | None = ...,
+        can_pad: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_pad", b"can_pad", "commits", b"commits", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1042,10 +1046,13 @@ class StepGo(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
+    PADDED_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     traceparent: _builtins.str
     stop: _builtins.bool
     """the view ends here in good order: every rank waits for the next one"""
+    padded_tokens: _builtins.int
+    """every rank with an attention half brings so many tokens, padding included; 0 = as they are"""
     @_builtins.property
     def num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """by rank"""
@@ -1062,10 +1069,11 @@ class StepGo(_message.Message):
         traceparent: _builtins.str = ...,
         stop: _builtins.bool = ...,
         commits: _abc.Iterable[_builtins.int] | None = ...,
+        padded_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "num_tokens", b"num_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "num_tokens", b"num_tokens", "padded_tokens", b"padded_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
