@@ -8,6 +8,7 @@ is never held while a step computes.
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
+from expertmesh.attention_server.drafting import Drafter
 from expertmesh.attention_server.kv_cache import BlockManager
 from expertmesh.attention_server.observe import RequestMetrics
 from expertmesh.attention_server.request import RefusedError, Sequence, SequenceState
@@ -87,6 +89,7 @@ class Engine:
         clock: monotonic seconds.
         on_start, on_stop: called on the step thread when a sequence gets or loses its place in the batch (a loss also
             from ``tick``).
+        drafter: see ``Scheduler``; only for steps that are completed before the next one is prepared.
     """
 
     def __init__(
@@ -98,12 +101,13 @@ class Engine:
         *,
         on_start: Callable[[Sequence], None],
         on_stop: Callable[[Sequence], None],
+        drafter: Drafter | None = None,
     ) -> None:
         self._blocks = blocks
         self._metrics = metrics
         self._clock = clock
         self._place = on_start
-        self._scheduler = Scheduler(limits, blocks, on_start=self._started, on_stop=on_stop)
+        self._scheduler = Scheduler(limits, blocks, on_start=self._started, on_stop=on_stop, drafter=drafter)
         self._lock = threading.Lock()
         self._inbox: deque[Event] = deque()
         self._active: dict[tuple[int, int], Sequence] = {}
@@ -185,7 +189,7 @@ class Engine:
         return chunks, True
 
     def complete(self, chunks: list[Chunk], sampled: Sampled) -> None:
-        """The prepared step is computed; ``sampled`` has a token for each chunk that completes, in their order."""
+        """The prepared step is computed; ``sampled`` has the tokens of each chunk that completes, in their order."""
         self.land(self.launch(chunks), sampled)
 
     def launch(self, chunks: list[Chunk]) -> list[LaunchedChunk]:
@@ -207,11 +211,29 @@ class Engine:
         now = self._clock()
         with self._lock:
             self._scheduler.land(launched)
-            completing = [sequence for sequence, _, _, completes in launched if completes]
-            for index, (sequence, token) in enumerate(zip(completing, sampled.tokens.tolist(), strict=True)):
-                if sequence.state is not SequenceState.ENDED:
-                    self._answer(sequence, token, sampled.logprobs.get(index), now)
+            completing = [chunk for chunk in launched if chunk.completes]
+            counts = itertools.repeat(1, len(completing)) if sampled.counts is None else sampled.counts
+            tokens = enumerate(sampled.tokens.tolist())
+            for chunk, count in zip(completing, counts, strict=True):
+                self._answer_all(chunk, list(itertools.islice(tokens, count)), sampled.logprobs, now)
         self._publish()
+
+    def _answer_all(
+        self, chunk: LaunchedChunk, tokens: list[tuple[int, int]], logprobs: dict[int, Logprobs], now: float
+    ) -> None:
+        """The tokens that a chunk gave, numbered as ``logprobs`` are; those behind the sequence's end are dropped."""
+        sequence, num_accepted = chunk.sequence, len(tokens) - 1
+        if sequence.state is SequenceState.ENDED:
+            return
+        if chunk.num_drafted:
+            sequence.extend(num_accepted)
+            self._metrics.speculated(chunk.num_drafted, num_accepted)
+        for num_more, (index, token) in enumerate(tokens):
+            if self._answer(sequence, token, logprobs.get(index), now):
+                num_accepted = num_more
+                break
+        if num_accepted:
+            self._metrics.computed(0, num_accepted)
 
     def take_back(self, launched: list[LaunchedChunk]) -> None:
         """A launched step is lost and will be computed again; steps are taken back from the last one on."""
@@ -261,7 +283,8 @@ class Engine:
         self._place(sequence)
         self._metrics.started(sequence, self._clock())
 
-    def _answer(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> None:
+    def _answer(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> bool:
+        """Whether the token ends the sequence."""
         sequence.fill(token)
         self._metrics.token(sequence, now)
         finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
@@ -274,6 +297,7 @@ class Engine:
         )
         if finish:
             self._drop(sequence, "")
+        return bool(finish)
 
     def _end(self, sequence: Sequence, code: grpc.StatusCode, message: str) -> None:
         self._outputs.append(
@@ -328,7 +352,7 @@ class Engine:
 
 
 def _attention_order(chunk: Chunk) -> tuple[int, int]:
-    return (chunk.count, chunk.sequence.num_computed)
+    return (chunk.num_rows, chunk.sequence.num_computed)
 
 
 def no_samples() -> Sampled:

@@ -15,12 +15,15 @@ import torch
 
 from expertmesh.attention_server.context import StepContext
 from expertmesh.attention_server.dense import DenseModel
+from expertmesh.attention_server.drafting import Draft, open_drafter
 from expertmesh.attention_server.engine import no_samples
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
 from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.attention_server.scheduler import Chunk
+from expertmesh.attention_server.verification import accept_drafts, prefixes
 from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.architecture import Architecture
 from expertmesh.mesh.model.checkpoint import Checkpoint
@@ -32,7 +35,11 @@ HOST_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The prepared batch as tensors. ``sampled_S`` indexes the tokens of T whose logits are needed, None = all."""
+    """The prepared batch as tensors. ``sampled_S`` indexes the tokens of T whose logits are needed, None = all.
+
+    ``drafts``: of each sequence whose next token is sampled; None = nobody has any. S counts a sequence once, and once
+    more for each token of its draft.
+    """
 
     chunks: list[Chunk]
     num_tokens: int
@@ -41,7 +48,11 @@ class Step:
     sampled_S: torch.Tensor | None
     sampled_rows_S: np.ndarray
     sampled_position_S: np.ndarray
+    drafts: list[Draft] | None
     traceparent: str
+
+
+OFF = SpeculationConfig()
 
 
 class ServingHalf(HalfBase):
@@ -60,6 +71,7 @@ class ServingHalf(HalfBase):
         *,
         step_sample_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
+        speculation: SpeculationConfig = OFF,
     ) -> None:
         """Reads the dense weights and sets the KV cache up.
 
@@ -86,6 +98,7 @@ class ServingHalf(HalfBase):
             num_blocks,
             step_sample_interval_s=step_sample_interval_s,
             clock=clock,
+            drafter=open_drafter(speculation),
         )
         self._step: Step | None = None
         self._x_TH = torch.empty(0)
@@ -128,10 +141,20 @@ class ServingHalf(HalfBase):
         if len(step.sampled_rows_S):
             x_SH = self._x_TH if step.sampled_S is None else self._x_TH.index_select(0, step.sampled_S)
             logits_SV = self._model.logits(x_SH)
-            sampled = self._sampler.sample(logits_SV, step.sampled_rows_S, step.sampled_position_S)
+            sampled = self._sample(step, logits_SV)
         else:
             sampled = no_samples()
         self._finish(step, sampled)
+
+    def _sample(self, step: Step, logits_SV: torch.Tensor) -> Sampled:
+        """The tokens of every sequence, those of its draft that were right among them."""
+        rows_S, position_S = step.sampled_rows_S, step.sampled_position_S
+        if step.drafts is None:
+            return self._sampler.sample(logits_SV, rows_S, position_S)
+        chosen = self._sampler.choose(logits_SV, rows_S, position_S, prefixes(step.drafts))
+        sampled, kept = accept_drafts(chosen, step.drafts)
+        self._sampler.accept(rows_S[kept], sampled.tokens)
+        return sampled
 
     def _finish(self, step: Step, sampled: Sampled) -> None:
         self._step = None
@@ -155,13 +178,15 @@ class ServingHalf(HalfBase):
         self._write_table(chunks)
         rows = np.array([sequence.row for sequence in sequences])
         starts = np.array([sequence.num_computed for sequence in sequences])
-        counts = np.array([chunk.count for chunk in chunks])
-        tokens = np.concatenate(
-            [chunk.sequence.tokens[start : start + chunk.count] for chunk, start in zip(chunks, starts, strict=True)]
-        )
-        completes = np.array([chunk.completes for chunk in chunks])
+        counts = np.array([chunk.num_rows for chunk in chunks])
+        tokens = np.concatenate([_tokens(chunk) for chunk in chunks])
         positions = np.array([sequence.num_output for sequence in sequences])
-        last_tokens = (np.cumsum(counts) - 1)[completes]
+        # The rows of the step that are sampled, sequence by sequence: its last token's and its draft's.
+        num_sampled = np.array([len(chunk.draft) + 1 if chunk.completes else 0 for chunk in chunks])
+        sequence_S = np.repeat(np.arange(len(chunks)), num_sampled)
+        behind_S = np.arange(len(sequence_S)) - (np.cumsum(num_sampled) - num_sampled)[sequence_S]
+        last_tokens = (np.cumsum(counts) - num_sampled)[sequence_S] + behind_S
+        drafts = [chunk.draft for chunk in chunks if chunk.completes]
         index = build_step_index(
             starts,
             counts,
@@ -177,8 +202,9 @@ class ServingHalf(HalfBase):
             token_T=torch.from_numpy(tokens),
             context=self._model.context(index),
             sampled_S=None if len(last_tokens) == len(tokens) else torch.from_numpy(last_tokens),
-            sampled_rows_S=rows[completes],
-            sampled_position_S=positions[completes],
+            sampled_rows_S=rows[sequence_S],
+            sampled_position_S=positions[sequence_S] + behind_S,
+            drafts=drafts if any(drafts) else None,
             traceparent=self._due_trace(chunks),
         )
 
@@ -186,6 +212,12 @@ class ServingHalf(HalfBase):
         spec = self._spec
         routes = Routes(torch.empty(0, spec.top_k, dtype=torch.int64), torch.empty(0, spec.top_k))
         return torch.empty(0, spec.hidden_size, dtype=spec.dtype), routes
+
+
+def _tokens(chunk: Chunk) -> np.ndarray:
+    start = chunk.sequence.num_computed
+    tokens = chunk.sequence.tokens[start : start + chunk.count]
+    return np.concatenate([tokens, np.array(chunk.draft, np.int64)]) if chunk.draft else tokens
 
 
 def _kv_layout(arch: Architecture) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from expertmesh.attention_server.drafting import Drafter
 from expertmesh.attention_server.engine import Engine
 from expertmesh.attention_server.kv_cache import BlockManager
 from expertmesh.attention_server.observe import RequestMetrics
@@ -37,6 +38,7 @@ class HalfBase:
         *,
         step_sample_interval_s: float,
         clock: Callable[[], float],
+        drafter: Drafter | None = None,
     ) -> None:
         self._spec = spec
         self._block_size = config.block_size
@@ -56,6 +58,7 @@ class HalfBase:
             clock,
             on_start=self._place,
             on_stop=self._displace,
+            drafter=drafter,
         )
         self._clock = clock
         self._trace_interval_s = step_sample_interval_s

@@ -18,6 +18,10 @@ class RequestMetrics:
         self._prompt_tokens = metrics.prompt_tokens.labels()
         self._generation_tokens = metrics.generation_tokens.labels()
         self._inter_token = metrics.inter_token_latency_seconds.labels()
+        self._drafts = metrics.spec_decode_num_drafts.labels()
+        self._draft_tokens = metrics.spec_decode_num_draft_tokens.labels()
+        self._accepted_tokens = metrics.spec_decode_num_accepted_tokens.labels()
+        self._num_drafted = self._num_accepted = 0
         self._reported = SchedulerCounts()
         self._gaps = 0  # between tokens of a request, since they were taken
         self._gap_s = 0.0
@@ -40,6 +44,15 @@ class RequestMetrics:
         """What a step did, in tokens."""
         self._prompt_tokens.add(prefilled)
         self._generation_tokens.add(generated)
+
+    def speculated(self, drafted: int, accepted: int) -> None:
+        """A draft was verified; in tokens."""
+        self._num_drafted += drafted
+        self._num_accepted += accepted
+        self._drafts.add(1)
+        self._draft_tokens.add(drafted)
+        self._accepted_tokens.add(accepted)
+        self._metrics.spec_decode_acceptance_rate.set(self._num_accepted / self._num_drafted)
 
     def started(self, sequence: Sequence, now: float) -> None:
         """It runs, for the first time or again after a preemption."""

@@ -41,18 +41,25 @@ class PenaltyState:
         self._free.append(place)
 
     def accept(self, place_S: np.ndarray, token_S: torch.Tensor) -> None:
-        """Count one new output token of each place."""
-        place, token = self._to_device(place_S), token_S
-        self._seen_PV[place, token] = True
-        self._count_PV[place, token] += 1
+        """Count new output tokens, each of its place; a place may have several."""
+        place = self._to_device(place_S)
+        _add(self._seen_PV, self._count_PV, place, token_S)
 
-    def apply(self, logits_SV: torch.Tensor, place_S: np.ndarray) -> torch.Tensor:
-        """The logits after repetition, frequency and presence penalties, in vLLM's order and meaning."""
+    def apply(
+        self, logits_SV: torch.Tensor, place_S: np.ndarray, drafted: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> torch.Tensor:
+        """The logits after repetition, frequency and presence penalties, in vLLM's order and meaning.
+
+        Args:
+            drafted: tokens that count for some of the rows only, as if they were output: row numbers and tokens, int64.
+        """
         place = self._to_device(place_S)
         repetition_S1, frequency_S1, presence_S1 = self._strength_P3[place].unsqueeze(-1).unbind(1)
-        factor_SV = torch.where(self._seen_PV[place], repetition_S1, 1.0)
+        seen_SV, count_SV = self._seen_PV[place], self._count_PV[place]
+        if drafted is not None:
+            _add(seen_SV, count_SV, self._to_device(drafted[0]), self._to_device(drafted[1]))
+        factor_SV = torch.where(seen_SV, repetition_S1, 1.0)
         logits_SV = torch.where(logits_SV > 0, logits_SV / factor_SV, logits_SV * factor_SV)
-        count_SV = self._count_PV[place]
         return logits_SV - frequency_S1 * count_SV - presence_S1 * (count_SV > 0)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:

@@ -27,7 +27,8 @@ class RefusedError(Exception):
 class Sampling:
     """How tokens are chosen and when to stop. ``logprobs`` None = not asked for; ``top_k`` 0 = off.
 
-    ``end_ids`` are the stop ids and, unless end-of-sequence is ignored, the end-of-sequence ids.
+    ``end_ids`` are the stop ids and, unless end-of-sequence is ignored, the end-of-sequence ids. ``speculates``: drafts
+    may be made for it.
     """
 
     max_tokens: int
@@ -43,6 +44,7 @@ class Sampling:
     logprobs: int | None = None
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    speculates: bool = True
 
     @property
     def has_penalties(self) -> bool:
@@ -124,6 +126,12 @@ class Sequence:
         self.tokens[self.num_tokens - self.num_pending] = token
         self.num_pending -= 1
 
+    def extend(self, num_accepted: int) -> None:
+        """So many drafted tokens of the step that launched last were right: as many more tokens are pending."""
+        self.num_tokens += num_accepted
+        self.num_pending += num_accepted
+        self.num_computed += num_accepted
+
 
 def parse_submit(
     submit: attention_pb2.Submit,
@@ -192,4 +200,5 @@ def _sampling(submit: attention_pb2.Submit) -> Sampling:
         logprobs=params.logprobs if params.HasField("logprobs") else None,
         seed=params.seed,
         logit_bias=dict(params.logit_bias),
+        speculates=not params.disable_speculation,
     )

@@ -9,6 +9,7 @@ Dimensions: R rows of the table, S sequences to sample, V vocabulary.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +42,14 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """``tokens`` int64 [S]; ``logprobs`` by index into them, for the sequences that asked."""
+    """``tokens`` int64 [S]; ``logprobs`` by index into them, for the sequences that asked.
+
+    ``counts``: how many of the tokens, in order, each sequence has; None = one.
+    """
 
     tokens: np.ndarray
     logprobs: dict[int, Logprobs]
+    counts: tuple[int, ...] | None = None
 
 
 class Sampler:
@@ -96,12 +101,31 @@ class Sampler:
         self._features_R[row] = 0
 
     def sample(self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray) -> Sampled:
-        """Choose the next token of each sequence and count it for the penalties to come.
+        """``choose`` the next token of each sequence and ``accept`` it."""
+        sampled = self.choose(logits_SV, rows_S, position_S)
+        self.accept(rows_S, sampled.tokens)
+        return sampled
+
+    def accept(self, rows_S: np.ndarray, tokens_S: np.ndarray) -> None:
+        """Count new output tokens, each of the sequence in its table row, for the penalties to come."""
+        penalised = np.flatnonzero(self._features_R[rows_S] & Feature.PENALTY)
+        if len(penalised):
+            self._penalties.accept(self._place_R[rows_S[penalised]], torch.from_numpy(tokens_S[penalised]))
+
+    def choose(
+        self,
+        logits_SV: torch.Tensor,
+        rows_S: np.ndarray,
+        position_S: np.ndarray,
+        drafted_S: List[tuple[int, ...]] | None = None,
+    ) -> Sampled:
+        """Choose the token that follows each of some rows, as a pure function of what was accepted before.
 
         Args:
             logits_SV: float32, overwritten.
-            rows_S: int64, the sequences' table rows.
-            position_S: int64, the number of output tokens that each has.
+            rows_S: int64, the sequences' table rows; one may come several times.
+            position_S: int64, the number of output tokens before each.
+            drafted_S: those of them that are only drafted; None = none.
         """
         features_S = self._features_R[rows_S]
         used = int(np.bitwise_or.reduce(features_S))
@@ -116,10 +140,9 @@ class Sampler:
         penalised = np.flatnonzero(features_S & Feature.PENALTY)
         if len(penalised):
             index, place = torch.from_numpy(penalised), self._place_R[rows_S[penalised]]
-            logits_SV.index_copy_(0, index, self._penalties.apply(logits_SV[index], place))
+            drafted = None if drafted_S is None else _pairs([drafted_S[index] for index in penalised.tolist()])
+            logits_SV.index_copy_(0, index, self._penalties.apply(logits_SV[index], place, drafted))
         tokens_S = self._choose(logits_SV, rows_S, position_S, features_S)
-        if len(penalised):
-            self._penalties.accept(place, torch.from_numpy(tokens_S[penalised]))
         if logprobs_SV is None:
             return Sampled(tokens_S, {})
         return Sampled(tokens_S, self._report(logprobs_SV, wants_logprobs, rows_S, tokens_S))
@@ -199,6 +222,12 @@ def keep_likely(
     num_left_S1 = (cumulated_SV <= total_S1 - top_p_S[:, None] * total_S1).sum(-1, keepdim=True)
     floor_S1 = torch.maximum(floor_S1, sorted_SV.gather(1, num_left_S1.clamp_(max=num_weights - 1)))
     return weight_SV.where(weight_SV >= floor_S1, 0.0)
+
+
+def _pairs(drafted_S: List[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Every token with the number of its row."""
+    row_N = np.repeat(np.arange(len(drafted_S)), [len(drafted) for drafted in drafted_S])
+    return row_N, np.array([token for drafted in drafted_S for token in drafted], np.int64)
 
 
 def _features(params: Sampling) -> Feature:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import grpc
 
+from expertmesh.attention_server.drafting import Draft, Drafter
 from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
 from expertmesh.attention_server.request import Order, RefusedError, Sequence, SequenceState
 from expertmesh.attention_server.waiting import WaitingQueue
@@ -31,10 +32,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``count`` tokens of a sequence from its position ``num_computed`` on."""
+    """``count`` tokens of a sequence from its position ``num_computed`` on, and behind its last one a ``draft``."""
 
     sequence: Sequence
     count: int
+    draft: Draft = ()
+
+    @property
+    def num_rows(self) -> int:
+        """What it computes in the step."""
+        return self.count + len(self.draft)
 
     @property
     def completes(self) -> bool:
@@ -50,13 +57,15 @@ class Chunk:
 class LaunchedChunk(NamedTuple):
     """A chunk whose step is under way: the sequence's tokens from ``start`` to ``end`` - 1.
 
-    ``completes``: the token that it gives, which nobody knows yet, is counted in ``num_tokens`` and ``num_pending``.
+    ``completes``: the token that it gives, which nobody knows yet, is counted in ``num_tokens`` and ``num_pending``;
+    drafted ones are not counted anywhere before they are known to be right.
     """
 
     sequence: Sequence
     start: int
     end: int
     completes: bool
+    num_drafted: int = 0
 
 
 @dataclass
@@ -74,6 +83,7 @@ class Scheduler:
     Args:
         on_start, on_stop: called when a sequence starts to run (before its first chunk) and when it stops (it ended or
             was preempted).
+        drafter: drafts for sequences whose next token a step samples, where the step has room for more.
     """
 
     def __init__(
@@ -83,11 +93,13 @@ class Scheduler:
         *,
         on_start: Callable[[Sequence], None],
         on_stop: Callable[[Sequence], None],
+        drafter: Drafter | None = None,
     ) -> None:
         self._limits = limits
         self._blocks = blocks
         self._on_start = on_start
         self._on_stop = on_stop
+        self._drafter = drafter
         self._running: list[Sequence] = []
         self._waiting = WaitingQueue()
         self._num_waiting = 0
@@ -165,7 +177,9 @@ class Scheduler:
             budget -= count
             index += 1
         if self.counts.preemptions == preemptions and not outgrown:
-            self._admit(chunks, budget)
+            budget = self._admit(chunks, budget)
+            if self._drafter is not None:
+                chunks = self._with_drafts(chunks, budget, self._drafter)
         return chunks, outgrown
 
     def has_room_to_go_on(self) -> bool:
@@ -186,7 +200,7 @@ class Scheduler:
             sequence, start = chunk.sequence, chunk.sequence.num_computed
             end = sequence.num_computed = start + chunk.count
             completes = end == sequence.num_tokens
-            launched.append(LaunchedChunk(sequence, start, end, completes))
+            launched.append(LaunchedChunk(sequence, start, end, completes, len(chunk.draft)))
             if completes:
                 sequence.num_tokens += 1
                 sequence.num_pending += 1
@@ -195,7 +209,7 @@ class Scheduler:
     def land(self, launched: list[LaunchedChunk]) -> None:
         """The chunks are computed; their full blocks may serve as prefixes from now on."""
         block_size = self._limits.block_size
-        for sequence, _, end, _ in launched:
+        for sequence, _, end, *_ in launched:
             if end // block_size > sequence.num_published and sequence.state is SequenceState.RUNNING:
                 self._publish(sequence, end)
 
@@ -208,21 +222,44 @@ class Scheduler:
                 sequence.num_pending -= chunk.completes
                 sequence.num_computed = chunk.start
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+    def _admit(self, chunks: list[Chunk], budget: int) -> int:
+        """Start sequences that wait; returns the tokens that are left."""
         while budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting.head()
             if sequence is None:
-                return
+                break
             prefix = self._find_prefix(sequence)
             fresh = self._num_blocks(sequence.num_tokens) - len(prefix)
             # One spare block for each running sequence, or the newcomer would be preempted again before long.
             if fresh + len(self._running) > self._blocks.num_available(prefix):
-                return
+                break
             self._waiting.pop()
             self._start(sequence, prefix, fresh)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             chunks.append(Chunk(sequence, count))
             budget -= count
+        return budget
+
+    def _with_drafts(self, chunks: list[Chunk], budget: int, drafter: Drafter) -> list[Chunk]:
+        """The chunks with drafts, as far as the step and free blocks have room: no known token waits for one."""
+        drafted = []
+        for chunk in chunks:
+            limit = min(budget, self._draft_room(chunk))
+            if limit > 0:
+                draft = drafter.draft(chunk.sequence, limit)
+                self._make_room(chunk.sequence, chunk.sequence.num_tokens + len(draft))
+                chunk = Chunk(chunk.sequence, chunk.count, draft)
+                budget -= len(draft)
+            drafted.append(chunk)
+        return drafted
+
+    def _draft_room(self, chunk: Chunk) -> int:
+        """How many tokens could be drafted: one more than those comes of a step, and nobody loses blocks for them."""
+        sequence = chunk.sequence
+        if not chunk.completes or not sequence.sampling.speculates:
+            return 0
+        blocks = len(sequence.blocks) + self._blocks.num_free
+        return min(len(sequence.tokens) - 1, blocks * self._limits.block_size) - sequence.num_tokens
 
     def _start(self, sequence: Sequence, prefix: list[int], fresh: int) -> None:
         self._num_waiting -= 1

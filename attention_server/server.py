@@ -15,6 +15,7 @@ from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
@@ -33,7 +34,21 @@ def _open_half(
 ) -> ServingHalf | GpuHalf:
     interval_s = config.telemetry.step_sample_interval_s
     if device.type == "cpu":
-        return ServingHalf(config.attention, spec, checkpoint, telemetry, step_sample_interval_s=interval_s)
+        return ServingHalf(
+            config.attention,
+            spec,
+            checkpoint,
+            telemetry,
+            step_sample_interval_s=interval_s,
+            speculation=config.speculation,
+        )
+    if config.speculation.method != "off":
+        raise UserError(
+            "speculation.method",
+            f"is {config.speculation.method!r}, and ranks on a GPU ({device}) do not verify drafts: their steps are "
+            "graphs of one token a sequence",
+            "set it to off, or device: cpu",
+        )
     # Imported here: Triton, which it needs, is there only where a GPU is.
     from expertmesh.attention_server.gpu_half import GpuHalf
 

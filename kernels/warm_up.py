@@ -18,6 +18,7 @@ import numpy as np
 from expertmesh.kernels.host_decode import host_attention, host_gate
 from expertmesh.kernels.host_exchange import host_count, host_expand, host_pack, host_sum, host_weighted_sum
 from expertmesh.kernels.host_mlp import host_expert_mlp
+from expertmesh.kernels.host_ngram import host_draft
 from expertmesh.kernels.host_replicas import host_choose_replicas
 
 _HIDDEN, _DIM, _SLOTS, _TOP_K = 4, 2, 2, 1
@@ -64,6 +65,7 @@ def _warm_attention() -> None:
     token_N = np.zeros(1, np.int64)
     host_pack(x_TH.view(np.int32), weight_TK.view(np.int32), expert_TK, _SLOTS, message_MW, token_N, sent_R)
     host_sum(x_TH, token_N, np.empty_like(x_TH))
+    host_draft(np.zeros(2, np.int64), 1, 1, np.empty(1, np.int64))
 
 
 def _warm_experts() -> None:
@@ -87,7 +89,7 @@ def _warm_experts() -> None:
 def _is_cached() -> bool:
     """Whether the folder beside the sources has an index of every kernel that is newer than its source."""
     kernels = [host_attention, host_gate, host_count, host_expand, host_pack, host_sum, host_weighted_sum]
-    kernels += [host_choose_replicas, host_expert_mlp]
+    kernels += [host_choose_replicas, host_expert_mlp, host_draft]
     return all(_has_index(kernel.__module__, kernel.__name__) for kernel in kernels)
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from expertmesh.mesh.addresses import is_address, split_addresses
 from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.hub import REPO_PATTERN
 
@@ -271,6 +272,7 @@ class MeshConfig(Section):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     attention: AttentionConfig = AttentionConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     expert: ExpertConfig = ExpertConfig()
     balancer: BalancerConfig = BalancerConfig()
     scaling: ScalingConfig = ScalingConfig()

@@ -164,6 +164,22 @@ class Metrics:
     prefix_cache_hits = Declared(
         Counter, "vllm:prefix_cache_hits", "Tokens found in the prefix cache.", unit="{token}", starts_on=ATTENTION
     )
+    spec_decode_num_drafts = Declared(
+        Counter, "vllm:spec_decode_num_drafts", "Drafts verified.", unit="{draft}", starts_on=ATTENTION
+    )
+    spec_decode_num_draft_tokens = Declared(
+        Counter, "vllm:spec_decode_num_draft_tokens", "Tokens drafted.", unit="{token}", starts_on=ATTENTION
+    )
+    spec_decode_num_accepted_tokens = Declared(
+        Counter,
+        "vllm:spec_decode_num_accepted_tokens",
+        "Drafted tokens that were right.",
+        unit="{token}",
+        starts_on=ATTENTION,
+    )
+    spec_decode_acceptance_rate = Declared(
+        Gauge, "expertmesh_speculation_acceptance_rate", "Drafted tokens that were right, of all since the start."
+    )
 
     # The step loop of a rank.
     step_duration_seconds = Declared(

@@ -16,6 +16,7 @@ from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import AttentionConfig
+from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
@@ -79,6 +80,7 @@ class LocalEngine:
         experts: PlainExperts | SlotExperts,
         now: list[float] | None = None,
         telemetry: Telemetry | None = None,
+        speculation: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
         self.now = now if now is not None else [100.0]
@@ -91,6 +93,7 @@ class LocalEngine:
             telemetry or disabled_telemetry(),
             step_sample_interval_s=1.0,
             clock=lambda: self.now[0],
+            speculation=SpeculationConfig(**speculation or {}),
         )
         self.outputs: dict[int, list[Output]] = {}
         self.load = self.half.engine.load()

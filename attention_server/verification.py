@@ -1,0 +1,52 @@
+"""Which drafted tokens of a step were right.
+
+A step computes a draft as if it were known: behind a sequence's last token, one row for each drafted one. So it has
+logits for the token after each of them, and the sampler chooses all of those tokens as it would have chosen them one by
+one: a choice depends on the tokens before it, the seed and the position alone. The draft is right as far as it equals
+what was chosen, and what was chosen behind it is one token more.
+
+That is rejection sampling (Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318) of a draft that has one
+token with probability 1, with the draws coupled to those that there would be without a draft: a token is accepted with
+the probability that the model gives it, else another one comes with the model's probability of that one. The output is
+not only distributed as without drafts, it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from expertmesh.attention_server.drafting import Draft
+from expertmesh.attention_server.sampler import Sampled
+
+
+def prefixes(drafts: Sequence[Draft]) -> list[Draft]:
+    """For each row that is sampled, the drafted tokens before it."""
+    return [draft[:length] for draft in drafts for length in range(len(draft) + 1)]
+
+
+def accept_drafts(sampled: Sampled, drafts: Sequence[Draft]) -> tuple[Sampled, np.ndarray]:
+    """Of each sequence's tokens, those that are right.
+
+    Args:
+        sampled: one token for each of ``prefixes(drafts)``.
+
+    Returns: the tokens kept with the ``counts`` of each sequence, and which of ``sampled.tokens`` they are, int64.
+    """
+    tokens = sampled.tokens.tolist()
+    kept: list[int] = []
+    counts: list[int] = []
+    first = 0
+    for draft in drafts:
+        count = 1
+        for drafted, chosen in zip(draft, tokens[first:], strict=False):
+            if drafted != chosen:
+                break
+            count += 1
+        kept.extend(range(first, first + count))
+        counts.append(count)
+        first += len(draft) + 1
+    logprobs = {new: sampled.logprobs[old] for new, old in enumerate(kept) if old in sampled.logprobs}
+    index = np.array(kept, np.int64)
+    return Sampled(sampled.tokens[index], logprobs, tuple(counts)), index

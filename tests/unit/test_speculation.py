@@ -1,0 +1,387 @@
+"""Speculation in an attention half: whatever is drafted, the output is that without drafts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.trace import NoOpTracer
+from scipy.stats import chisquare
+
+from expertmesh.attention_server.drafting import Draft
+from expertmesh.attention_server.engine import Abort, Output
+from expertmesh.attention_server.kv_cache import chain_digests
+from expertmesh.attention_server.request import Sampling
+from expertmesh.attention_server.request import Sequence as EngineSequence
+from expertmesh.attention_server.sampler import Sampled, Sampler
+from expertmesh.attention_server.verification import accept_drafts, prefixes
+from expertmesh.kernels.host_ngram import host_draft
+from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.config_speculation import SpeculationConfig
+from expertmesh.mesh.model.checkpoint import Checkpoint
+from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.v1 import generate_pb2
+from support.attention import LocalEngine, PlainExperts, one_torch_thread
+from support.checkpoints import write_checkpoint
+
+PROMPT = [5, 9, 200, 31, 44, 7]
+REPEATING = [17, 230, 41, 99, 8, 63] * 4
+VOCAB = 512
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 11},
+    "filtered": {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "seed": 5},
+    "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": 0.4},
+    "sampled penalties": {"temperature": 1.0, "frequency_penalty": 1.5, "seed": 2},
+    "logprobs": {"logprobs": 3, "temperature": 0.9, "seed": 1},
+    "bias": {"logit_bias": {3: 4.0, 7: -3.0}},
+}
+
+
+class Oracle:
+    """Drafts the ``known`` continuation of a sequence, with every so many tokens a wrong one."""
+
+    def __init__(self, known: Sequence[int], wrong_every: int, num_tokens: int = 3) -> None:
+        self._known, self._wrong_every, self._num_tokens = known, wrong_every, num_tokens
+
+    def draft(self, sequence: EngineSequence, limit: int) -> Draft:
+        start = sequence.num_output
+        right = self._known[start : start + min(limit, self._num_tokens)]
+        return tuple(
+            (token + 1) % VOCAB if (start + index) % self._wrong_every == 0 else token
+            for index, token in enumerate(right)
+        )
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    path: Path = tmp_path_factory.mktemp("model") / "tiny"
+    write_checkpoint(path, dtype=torch.float32, mlp_only_layers=[1], attention_bias=True, vocab_size=VOCAB)
+    spec = load_spec(ModelConfig(path=path))
+    checkpoint = Checkpoint(path)
+    with one_torch_thread():
+        yield {"spec": spec, "checkpoint": checkpoint, "experts": PlainExperts(spec, checkpoint)}
+
+
+@pytest.fixture
+def drafting(parts: dict[str, Any]) -> Callable[..., LocalEngine]:
+    """An engine with a drafter."""
+
+    def make(drafter: Any, **config: Any) -> LocalEngine:
+        with mock.patch("expertmesh.attention_server.half.open_drafter", return_value=drafter):
+            return LocalEngine(**parts, **config)
+
+    return make
+
+
+def plain(parts: dict[str, Any], prompt: list[int], **options: Any) -> list[Output]:
+    engine = LocalEngine(**parts)
+    engine.submit(1, prompt, **options)
+    engine.run()
+    return engine.outputs[1]
+
+
+def tokens_of(outputs: Sequence[Output]) -> list[int]:
+    return [output.token for output in outputs if output.token is not None]
+
+
+@pytest.mark.parametrize(("kind", "wrong_every"), [*((kind, 3) for kind in OPTIONS), ("greedy", 1), ("sampled", 1000)])
+def test_same_output_whatever_is_drafted(
+    parts: dict[str, Any], drafting: Callable[..., LocalEngine], kind: str, wrong_every: int
+) -> None:
+    options = OPTIONS[kind]
+    expected = plain(parts, PROMPT, max_tokens=13, **options)
+    engine = drafting(Oracle(tokens_of(expected), wrong_every))
+    engine.submit(1, PROMPT, max_tokens=13, **options)
+    steps = engine.run()
+    assert tokens_of(engine.outputs[1]) == tokens_of(expected)
+    assert [output.finish for output in engine.outputs[1]] == [output.finish for output in expected]
+    for output, wanted in zip(engine.outputs[1], expected, strict=True):
+        if wanted.logprobs is not None and output.logprobs is not None:
+            assert output.logprobs.top_ids == wanted.logprobs.top_ids
+            assert output.logprobs.chosen == pytest.approx(wanted.logprobs.chosen, abs=1e-4)
+        else:
+            assert output.logprobs is wanted.logprobs
+    # Each draft wrong from its first token on; now and then two tokens right; 4 tokens a step.
+    assert steps == {1: 13, 3: 5, 1000: 4}[wrong_every]
+    assert engine.load.kv_cache_usage == 0
+    assert engine.load.outstanding_tokens == 0
+
+
+def test_end_among_accepted_tokens_drops_those_behind_it(
+    parts: dict[str, Any], drafting: Callable[..., LocalEngine]
+) -> None:
+    free = tokens_of(plain(parts, PROMPT, max_tokens=20))
+    end = next(index for index in range(2, 20) if free[index] not in free[:index] and index % 4 != 3)
+    ends: dict[str, Any] = {"end_ids": frozenset({free[end]}), "max_tokens": 20}
+    expected = plain(parts, PROMPT, **ends)
+    engine = drafting(Oracle(free, 1000))
+    engine.submit(1, PROMPT, **ends)
+    engine.run()
+    assert tokens_of(engine.outputs[1]) == tokens_of(expected) == free[: end + 1]
+    assert engine.outputs[1][-1].finish == generate_pb2.FINISH_REASON_STOP
+    assert engine.outputs[1][-1].matched_id == free[end]
+    assert engine.load.kv_cache_usage == 0
+
+
+def test_least_number_of_tokens_holds_among_drafts(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    free = tokens_of(plain(parts, PROMPT, max_tokens=12))
+    ends: dict[str, Any] = {"end_ids": frozenset({free[0], free[2]}), "min_tokens": 6, "max_tokens": 12}
+    expected = tokens_of(plain(parts, PROMPT, **ends))
+    engine = drafting(Oracle(free, 4))
+    engine.submit(1, PROMPT, **ends)
+    engine.run()
+    assert engine.tokens(1) == expected
+    assert not {free[0], free[2]} & set(expected[:5])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 5])
+def test_no_token_too_many(parts: dict[str, Any], drafting: Callable[..., LocalEngine], max_tokens: int) -> None:
+    known = tokens_of(plain(parts, PROMPT, max_tokens=16))
+    engine = drafting(Oracle(known, 1000))
+    engine.submit(1, PROMPT, max_tokens=max_tokens)
+    engine.run()
+    assert engine.tokens(1) == known[:max_tokens]
+
+
+def test_broken_step_is_repeated_without_a_trace(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.8}
+    expected = tokens_of(plain(parts, PROMPT, **options))
+    engine = drafting(Oracle(expected, 3))
+    engine.submit(1, PROMPT, **options)
+    layers = parts["spec"].moe_layers
+    while engine.half.prepare():
+        for broken in range(len(layers)):
+            engine.forward(layers[:broken])
+        assert engine.half.prepare() > 0
+        engine.forward()
+        engine.half.finish()
+    assert engine.tokens(1) == expected
+
+
+def test_other_sequence_is_aborted_under_a_prepared_draft(
+    parts: dict[str, Any], drafting: Callable[..., LocalEngine]
+) -> None:
+    expected = tokens_of(plain(parts, PROMPT))
+    engine = drafting(Oracle(expected, 3))
+    engine.submit(1, PROMPT)
+    engine.submit(2, PROMPT)
+    engine.step()
+    engine.half.prepare()
+    engine.half.engine.post(Abort(1, 2))
+    engine.run()
+    assert engine.tokens(1) == expected
+    assert engine.load.kv_cache_usage == 0
+
+
+def test_replay_goes_on_as_if_nothing_had_happened(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 8, "presence_penalty": 0.5}
+    expected = tokens_of(plain(parts, PROMPT, **options))
+    for num_known in (1, 6):
+        engine = drafting(Oracle(expected, 4))
+        engine.submit(1, PROMPT, output=expected[:num_known], **options)
+        engine.run()
+        assert engine.tokens(1) == expected[num_known:]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_few_blocks_and_small_steps(parts: dict[str, Any], drafting: Callable[..., LocalEngine], caching: bool) -> None:
+    """Chunked prefill, preemptions and drafts together."""
+    prompts = [[(7 * i + j * j) % VOCAB for j in range(9 + i)] for i in range(5)]
+    expected = [tokens_of(plain(parts, prompt, max_tokens=14)) for prompt in prompts]
+    engine = drafting(
+        ByPrompt({tuple(prompt): Oracle(known, 3) for prompt, known in zip(prompts, expected, strict=True)}),
+        num_kv_blocks=16,
+        block_size=4,
+        max_num_batched_tokens=10,
+        enable_prefix_caching=caching,
+    )
+    for handle, prompt in enumerate(prompts):
+        engine.submit(handle, prompt, max_tokens=14)
+    engine.run()
+    assert [engine.tokens(handle) for handle in range(len(prompts))] == expected
+    assert engine.half.engine.counts.preemptions > 0
+    assert engine.load.kv_cache_usage == 0
+
+
+class ByPrompt:
+    def __init__(self, drafters: dict[tuple[int, ...], Oracle]) -> None:
+        self._drafters = drafters
+
+    def draft(self, sequence: EngineSequence, limit: int) -> Draft:
+        return self._drafters[tuple(sequence.tokens[: sequence.num_prompt].tolist())].draft(sequence, limit)
+
+
+def test_known_tokens_do_not_wait_for_drafts(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    known = tokens_of(plain(parts, PROMPT))
+    engine = drafting(Oracle(known, 1000), max_num_batched_tokens=8)
+    for handle in range(6):
+        engine.submit(handle, PROMPT)
+    while min(len(engine.tokens(handle)) for handle in range(6)) == 0:
+        engine.step()
+    before = [len(engine.tokens(handle)) for handle in range(6)]
+    assert engine.step() == 8
+    after = [len(engine.tokens(handle)) for handle in range(6)]
+    assert all(new > old for old, new in zip(before, after, strict=True))
+    assert sum(after) - sum(before) == 8
+
+
+def test_prefix_cache_holds_verified_tokens_only(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    expected = tokens_of(plain(parts, PROMPT, max_tokens=24))
+    engine = drafting(Oracle(expected, 2), block_size=4)
+    engine.submit(1, PROMPT, max_tokens=24)
+    engine.run()
+    tokens = np.array([*PROMPT, *expected], np.int64)
+    known: list[bytes] = []
+    chain_digests(tokens, 4, known, len(tokens) - 1)
+    published = engine.half.engine._blocks._by_digest
+    assert published
+    assert set(published) <= set(known)
+    engine.submit(2, [*PROMPT, *expected[:20]], max_tokens=4)
+    engine.run()
+    assert engine.outputs[2][0].cached_tokens >= 20
+    assert engine.tokens(2) == expected[20:24]
+
+
+def test_request_without_drafts(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
+    known = tokens_of(plain(parts, PROMPT))
+    engine = drafting(Oracle(known, 1000))
+    engine.submit(1, PROMPT, speculates=False)
+    assert engine.run() == len(known)
+    assert engine.tokens(1) == known
+
+
+def test_prompt_lookup_and_its_metrics(parts: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"max_tokens": 24, "logit_bias": dict.fromkeys(REPEATING[:2], 20.0)}
+    expected = tokens_of(plain(parts, REPEATING, **options))
+    metrics = Metrics()
+    engine = LocalEngine(**parts, telemetry=Telemetry(NoOpTracer(), metrics), speculation={"method": "ngram"})
+    engine.submit(1, REPEATING, **options)
+    steps = engine.run()
+    assert engine.tokens(1) == expected
+    assert steps < 24 / 2, "of two tokens that take turns most drafts are right"
+    drafted, accepted = metrics.spec_decode_num_draft_tokens, metrics.spec_decode_num_accepted_tokens
+    assert accepted.labels().read() == 24 - steps
+    assert metrics.generation_tokens.labels().read() == 24
+    assert 0 < metrics.spec_decode_num_drafts.labels().read() <= steps
+    rate = accepted.labels().read() / drafted.labels().read()
+    assert metrics.spec_decode_acceptance_rate.labels().read() == pytest.approx(rate)
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    shortest=st.integers(1, 3),
+    more=st.integers(0, 3),
+    size=st.integers(1, 6),
+)
+@settings(max_examples=200, deadline=None)
+def test_prompt_lookup_against_a_search(tokens: list[int], shortest: int, more: int, size: int) -> None:
+    draft = np.full(size, -1, np.int64)
+    found = host_draft(np.array(tokens, np.int64), shortest, shortest + more, draft)
+    for length in range(min(shortest + more, len(tokens)), shortest - 1, -1):
+        places = [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[-length:]]
+        if places:
+            extended = list(tokens)
+            for index in range(size):
+                extended.append(extended[places[-1] + index])
+            assert found
+            assert draft.tolist() == extended[len(tokens) :]
+            return
+    assert not found
+
+
+def test_tokens_are_accepted_up_to_the_first_difference() -> None:
+    drafts: list[Draft] = [(4, 5), (), (7, 8, 9)]
+    assert prefixes(drafts) == [(), (4,), (4, 5), (), (), (7,), (7, 8), (7, 8, 9)]
+    sampled, kept = accept_drafts(Sampled(np.array([4, 6, 1, 2, 7, 8, 9, 3]), {}), drafts)
+    assert sampled.tokens.tolist() == [4, 6, 2, 7, 8, 9, 3]
+    assert sampled.counts == (2, 1, 4)
+    assert kept.tolist() == [0, 1, 3, 4, 5, 6, 7]
+
+
+NUM_SEEDS = 10_000
+SMALL_VOCAB = 6
+
+
+@functools.cache
+def seeded_sampler() -> Sampler:
+    """A sampler whose row r has seed r."""
+    sampler = Sampler(SMALL_VOCAB, NUM_SEEDS)
+    tokens = np.zeros(9, np.int64)
+    for row in range(NUM_SEEDS):
+        sampling = Sampling(max_tokens=9, temperature=0.7, seed=row)
+        sequence = EngineSequence(link=1, handle=row, request_id="", tokens=tokens, num_prompt=1, sampling=sampling)
+        sampler.open(row, sequence)
+    return sampler
+
+
+Accept = Callable[[Sampled, Sequence[Draft]], tuple[Sampled, np.ndarray]]
+
+
+def speculate(
+    choose_draft: Callable[[np.ndarray], np.ndarray], accept: Accept = accept_drafts
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Two tokens of a Markov chain for each of many seeds, the first of them drafted.
+
+    Returns: how often each pair came, what to expect, and the share of drafts that were right.
+    """
+    logits_VV = torch.from_numpy(np.random.default_rng(5).normal(0, 1.2, (SMALL_VOCAB, SMALL_VOCAB)))
+    sampler = seeded_sampler()
+    p_VV = torch.softmax(logits_VV / 0.7, -1).numpy()
+    rows = np.arange(NUM_SEEDS)
+    draft_S = choose_draft(p_VV[0])
+    previous = np.stack([np.zeros(NUM_SEEDS, np.int64), draft_S], 1).ravel()
+    chosen = sampler.choose(logits_VV[previous].float(), np.repeat(rows, 2), np.tile([0, 1], NUM_SEEDS))
+    sampled, _ = accept(chosen, [(token,) for token in draft_S.tolist()])
+    assert sampled.counts is not None
+    starts = np.cumsum(sampled.counts) - sampled.counts
+    first_S = sampled.tokens[starts]
+    is_right = np.array(sampled.counts) == 2
+    second_S = np.empty_like(first_S)
+    second_S[is_right] = sampled.tokens[starts[is_right] + 1]
+    wrong = np.flatnonzero(~is_right)
+    later = sampler.choose(logits_VV[first_S[wrong]].float(), wrong, np.ones(len(wrong), np.int64))
+    second_S[wrong] = later.tokens
+    counts = np.bincount(first_S * SMALL_VOCAB + second_S, minlength=SMALL_VOCAB**2)
+    return counts, (p_VV[0][:, None] * p_VV).ravel() * NUM_SEEDS, float(is_right.mean())
+
+
+@pytest.mark.parametrize("kind", ["likeliest", "unlikeliest", "any"])
+def test_distribution_of_sampled_output(kind: str) -> None:
+    def draft(p_V: np.ndarray) -> np.ndarray:
+        if kind == "any":
+            return np.random.default_rng(1).integers(0, SMALL_VOCAB, NUM_SEEDS)
+        return np.full(NUM_SEEDS, p_V.argmax() if kind == "likeliest" else p_V.argmin())
+
+    counts, expected, rate = speculate(draft)
+    assert chisquare(counts, expected).pvalue > 0.01
+    assert {"likeliest": rate > 0.3, "unlikeliest": rate < 0.1, "any": 0.1 < rate < 0.25}[kind]
+
+
+def test_chi_square_notices_one_draft_of_fifty_that_is_taken_too_easily() -> None:
+    def too_easily(sampled: Sampled, drafts: Sequence[Draft]) -> tuple[Sampled, np.ndarray]:
+        tokens = sampled.tokens.copy()
+        tokens[::100] = [draft[0] for draft in drafts[::50]]
+        return accept_drafts(Sampled(tokens, {}), drafts)
+
+    counts, expected, _ = speculate(lambda p_V: np.full(NUM_SEEDS, p_V.argmin()), too_easily)
+    assert chisquare(counts, expected).pvalue < 1e-6
+
+
+def test_configuration_is_checked() -> None:
+    assert SpeculationConfig.model_validate({"method": False}).method == "off"
+    with pytest.raises(ValueError, match="prompt_lookup_max is 2, less than prompt_lookup_min = 3"):
+        SpeculationConfig(prompt_lookup_min=3, prompt_lookup_max=2)
