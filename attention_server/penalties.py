@@ -73,3 +73,8 @@ class PenaltyState:
         self._count_PV = torch.cat([self._count_PV, self._count_PV.new_zeros(extra, self._count_PV.shape[1])])
         self._strength_P3 = torch.cat([self._strength_P3, self._strength_P3.new_zeros(extra, 3)])
         self._free.extend(range(old + extra - 1, old - 1, -1))
+
+
+def _add(seen_RV: torch.Tensor, count_RV: torch.Tensor, row_N: torch.Tensor, token_N: torch.Tensor) -> None:
+    seen_RV[row_N, token_N] = True
+    count_RV.index_put_((row_N, token_N), torch.ones_like(token_N, dtype=count_RV.dtype), accumulate=True)
