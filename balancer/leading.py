@@ -156,6 +156,7 @@ class Leading:
     Args:
         store_address: of the rendezvous store that its views name.
         initial: mode offline: the placement that the first view starts with.
+        page: URL of the page, for whoever asks.
 
     Raises:
         UserError: there is no such scale policy.
@@ -170,7 +171,9 @@ class Leading:
         store_address: str,
         initial: PlacementFile | None,
         telemetry: Telemetry,
+        page: str = "",
     ) -> None:
+        self._page = page
         # Above every id of an earlier process, also when its last save was lost.
         state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
         metrics = telemetry.metrics
@@ -243,8 +246,10 @@ class Leading:
         )
         scale_policy = self._config.scaling.policy
         scaling = ScaleAdmin(self._targets, self._draining, policy=scale_policy, wake=self._driver.wake)
-        admin = AdminServicer(self._actual, self.events, placement, scaling, self._routing, time.monotonic)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        self.admin = AdminServicer(
+            self._actual, self.events, placement, scaling, self._routing, time.monotonic, page=self._page
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self.admin, server)
         board.open(self._turn.holds)
 
     def tasks(self) -> list[asyncio.Task[None]]:

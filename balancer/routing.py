@@ -55,6 +55,22 @@ class RoutingDesk:
             return admin_pb2.GetLoadsResponse()
         return view_loads(self._actual.view, self._actual.model.num_experts, self._statistics)
 
+    def coactivation(self, layer: int) -> admin_pb2.GetCoactivationResponse:
+        """Without pairs while nothing was counted.
+
+        Raises:
+            ValueError: it is no MoE layer of this model.
+        """
+        model = self._actual.model
+        if layer not in model.moe_layers:
+            raise ValueError(f"layer {layer} is no MoE layer of this model; it has {list(model.moe_layers)}")
+        return admin_pb2.GetCoactivationResponse(
+            layer=layer,
+            num_experts=model.num_experts,
+            tokens=self._statistics.tokens(layer),
+            pairs=self._statistics.pairs(layer),
+        )
+
     def record(self, request: admin_pb2.RecordRequest) -> AsyncGenerator[admin_pb2.RecordResponse]:
         """See ``Recordings.record``."""
         return self._recordings.record(request)

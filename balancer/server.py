@@ -13,7 +13,8 @@ import grpc
 
 from expertmesh.balancer.leading import Leading
 from expertmesh.balancer.placement_file import PlacementFile, read_placement_file
-from expertmesh.balancer.standby import Switchboard
+from expertmesh.balancer.service import AdminServicer
+from expertmesh.balancer.standby import NotLeadingError, Switchboard
 from expertmesh.balancer.state import fresh_state
 from expertmesh.balancer.store import RendezvousStore
 from expertmesh.balancer.turns import Turn, Turns, open_turns
@@ -59,13 +60,26 @@ async def serve(
             office = Office(
                 config, server_id=server_id, telemetry=telemetry, turns=turns, store_address=store.address, ready=ready
             )
-            while not stop.is_set():
-                await office.take_turn(opening, stopping)
+            async with _page(config, office):
+                while not stop.is_set():
+                    await office.take_turn(opening, stopping)
         finally:
             stopping.cancel()
             # The store's thread cannot be interrupted; what it opens must not outlive this call.
             await asyncio.gather(opening, stopping, return_exceptions=True)
             store.close()
+
+
+@asynccontextmanager
+async def _page(config: MeshConfig, office: Office) -> AsyncIterator[None]:
+    """The page, where one is wanted: only then the web server is imported."""
+    if config.balancer.page_port is None:
+        yield
+        return
+    from expertmesh.balancer.page.server import open_page
+
+    async with open_page(config, office.admin) as office.page:
+        yield
 
 
 class Office:
@@ -92,9 +106,23 @@ class Office:
         self._store_address = store_address
         self._ready = ready
         self._told = False
+        self._leading: Leading | None = None
+        self.page = ""
+        """Its URL, if there is one."""
         self._leader_gauge = telemetry.metrics.balancer_leader.labels()
         self._port = config.balancer.port
         self._initial = _initial_placement(config)
+
+    def admin(self) -> AdminServicer:
+        """What answers administrators now.
+
+        Raises:
+            NotLeadingError: another balancer does.
+        """
+        if self._leading is None:
+            reason, leader = self._turns.refusal()
+            raise NotLeadingError(f"{reason} (leader: {leader})" if leader else reason)
+        return self._leading.admin
 
     async def take_turn(self, opening: asyncio.Task[None], stopping: asyncio.Task[bool]) -> None:
         """Listen, wait for a turn, lead until it is over or ``stopping`` ends.
@@ -119,11 +147,13 @@ class Office:
                     return
                 try:
                     leading.answer_calls(board)
+                    self._leading = leading
                     server.set_serving(True)
                     self._leader_gauge.set(1)
                     self._tell_ready(server.address)
                     await self._lead(turn, leading, opening, stopping, keeping)
                 finally:
+                    self._leading = None
                     self._leader_gauge.set(0)
                     leading.hang_up()
                     await server.stop(_STOP_GRACE_S)
@@ -190,6 +220,7 @@ class Office:
             store_address=self._store_address,
             initial=self._initial,
             telemetry=self._telemetry,
+            page=self.page,
         )
         last = f"with the state of view {state.view.number}" if known else "without earlier state"
         kind, how = ("balancer_leads", f"{turn.name}: ") if self._turns.shared else ("balancer_started", "")

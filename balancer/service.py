@@ -148,7 +148,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         scaling: ScaleAdmin,
         routing: RoutingDesk,
         clock: Callable[[], float],
+        page: str = "",
     ) -> None:
+        self._page = page
         self._actual = actual
         self._routing = routing
         self._events = events
@@ -169,6 +171,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             model=actual.model,
             num_slots=sum(m.registration.num_slots for m in actual.members.ranks() if m.has_experts),
             uptime_s=now - self._started_s,
+            page=self._page,
         )
         for member in actual.members:
             registration = member.registration
@@ -287,6 +290,18 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def GetLoads(self, request: admin_pb2.GetLoadsRequest, context: object) -> admin_pb2.GetLoadsResponse:
         return self._routing.loads()
+
+    async def GetCoactivation(
+        self,
+        request: admin_pb2.GetCoactivationRequest,
+        context: grpc.aio.ServicerContext[
+            admin_pb2.GetCoactivationRequest, Awaitable[admin_pb2.GetCoactivationResponse]
+        ],
+    ) -> admin_pb2.GetCoactivationResponse:
+        try:
+            return self._routing.coactivation(request.layer)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def Record(
         self,

@@ -12,6 +12,10 @@ LEADER_KEY = "expertmesh-leader"
 """Of the trailing metadata: where the balancer is that leads, if that is known."""
 
 
+class NotLeadingError(Exception):
+    """This balancer stands by; the text says who leads."""
+
+
 class Switchboard(grpc.GenericRpcHandler):
     """Looks every call's handler up at the moment of the call.
 

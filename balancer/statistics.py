@@ -156,6 +156,11 @@ class Statistics:
             sources={server_id: source.load_E.copy() for server_id, source in counts.sources.items()},
         )
 
+    def pairs(self, layer: int) -> Floats:
+        """Decayed tokens that chose both experts i < j, by rows; empty while nothing was counted."""
+        counts = self._layers.get(layer)
+        return np.zeros(0) if counts is None else counts.pairs_P.copy()
+
     def layer_load(self, layer: int) -> Floats | None:
         """Decayed load of each expert; None while nothing was counted."""
         counts = self._layers.get(layer)

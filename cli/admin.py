@@ -126,6 +126,7 @@ def status_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
         "balancer": admin_watch.balancer_as_dict(status),
         "num_slots": status.num_slots,
         "scale": admin_scale.scale_as_dict(status),
+        "page": status.page or None,
     }
 
 
@@ -174,6 +175,8 @@ def _print_status(status: admin_pb2.GetStatusResponse) -> None:
             highlight=False,
         )
     console.print(admin_scale.scale_line(status), soft_wrap=True, highlight=False)
+    if status.page:
+        console.print(f"page {status.page}", soft_wrap=True, highlight=False)
     table = admin_client.table("server", "role", "state", "rank", "pid", "address", "node", "slots", "seen")
     for server in status.servers:
         state = _state(server)

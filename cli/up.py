@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 from rich.console import Console
 
@@ -19,13 +21,18 @@ from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError, MeshInterrupte
 from expertmesh.cli.progress import Progress, progress_for
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.state_dir import RunFile, StateDir
+from expertmesh.mesh import rpc
+from expertmesh.mesh.addresses import split_addresses
 from expertmesh.mesh.config import MeshConfig, load_config, parse_config
+from expertmesh.mesh.leader import find_leader
 from expertmesh.mesh.model.hub import is_repo
 from expertmesh.mesh.model.spec import checkpoint_folder
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
+PAGE_TIMEOUT_S = 2.0
 COMMAND_GRACE_S = 5.0
 """How long COMMAND may take to end after the signal that ends `up`."""
 
@@ -46,6 +53,9 @@ def up(
     num_slots: Annotated[int | None, typer.Option(help="Slots a layer, over all servers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     port: Annotated[int | None, typer.Option(help="The router's port; 0 = any free port.")] = None,
+    page: Annotated[
+        bool, typer.Option(help="Serve a web page of the live mesh, on a free port if none is set.")
+    ] = True,
 ) -> None:
     """Start a local mesh and print `router listening on HOST:PORT` when it can serve.
 
@@ -64,6 +74,8 @@ def up(
     config = load_config(config_file)
     if model is not None:
         config = _with_model(config, path=None, repo=None, revision=None)
+    if page and config.balancer.page_port is None:
+        overrides["balancer.page_port"] = 0
     config = with_overrides(config, overrides)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if config.model.repo is not None:  # fetched once, before services wait for each other
@@ -132,7 +144,23 @@ def _start(mesh: LocalMesh, progress: Progress) -> None:
         mesh.start()
         mesh.wait_ready(START_TIMEOUT_S)
     progress.say(f"the mesh serves after {time.monotonic() - started_s:.1f} s")
+    if config.balancer.page_port is not None:
+        progress.say(f"page of the mesh: {asyncio.run(_page(mesh)) or 'see `expertmesh balancer status`'}")
     typer.echo(f"router listening on {mesh.router}")
+
+
+async def _page(mesh: LocalMesh) -> str:
+    """Its URL; '' when no balancer answers at once."""
+    tls = mesh.config.tls
+    leader = await find_leader(split_addresses(mesh.balancer), tls, PAGE_TIMEOUT_S)
+    if leader is None:
+        return ""
+    async with rpc.open_channel(leader, tls) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        try:
+            return (await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=PAGE_TIMEOUT_S)).page
+        except grpc.aio.AioRpcError:
+            return ""
 
 
 def _serve_on(mesh: LocalMesh) -> int:

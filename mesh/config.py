@@ -199,6 +199,9 @@ class BalancerConfig(Section):
     )
     view_timeout_s: float = Field(30.0, gt=0, description="how long ranks may take to join a view")
     settle_s: float = Field(0.05, ge=0, description="membership changes within this time become one view")
+    page_port: int | None = Field(
+        None, ge=0, le=65535, description="a web page of the live mesh, on `host`; 0 = any; unset = off"
+    )
 
     @model_validator(mode="after")
     def _lease_outlives_heartbeat(self) -> BalancerConfig:

@@ -15,6 +15,7 @@ import pytest
 from expertmesh.mesh.client import Completion, GenerateClient, build_request
 from support.live_mesh import LiveMesh
 from support.mesh import REQUEST_TIMEOUT_S
+from support.node import node_script
 
 pytestmark = pytest.mark.slow
 
@@ -107,20 +108,8 @@ def json_objects(text: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def node_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The command line of tests/foreign/client.mjs, installed in a folder of its own."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("Node's client is not tested: node and npm are not installed")
     folder = tmp_path_factory.mktemp("node")
-    for file in FOREIGN.iterdir():
-        shutil.copy(file, folder)
-    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=0"]
-    try:
-        result = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"Node's client is not tested: npm did not finish within {TIMEOUT_S} s")
-    if result.returncode:
-        pytest.skip(f"Node's client is not tested: npm cannot install @grpc/grpc-js: {result.stderr.strip()[-300:]}")
-    yield [node, str(folder / "client.mjs")]
+    yield node_script(FOREIGN, "client.mjs", folder)
     shutil.rmtree(folder)
 
 

@@ -37,6 +37,7 @@ class LiveMesh:
         self.collector: Collector = self._resources.enter_context(running_collector())
         config = mesh_config(
             router__client_stall_timeout_s=CLIENT_STALL_TIMEOUT_S,
+            balancer__page_port=0,
             telemetry__metrics_port=0,
             telemetry__otlp_endpoint=self.collector.address,
             telemetry__trace_sample_ratio=0.0,

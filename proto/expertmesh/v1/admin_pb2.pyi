@@ -294,6 +294,7 @@ class GetStatusResponse(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     LAUNCHERS_FIELD_NUMBER: _builtins.int
     SCALE_POLICY_FIELD_NUMBER: _builtins.int
+    PAGE_FIELD_NUMBER: _builtins.int
     mesh_id: _builtins.str
     view_number: _builtins.int
     serving: _builtins.bool
@@ -314,6 +315,8 @@ class GetStatusResponse(_message.Message):
     """accepted by Apply and not migrated to yet, beside those in `migrations`"""
     scale_policy: _builtins.str
     """off | dry-run | on"""
+    page: _builtins.str
+    """URL of the balancer's web page; empty = none"""
     @_builtins.property
     def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStatus]: ...
     @_builtins.property
@@ -347,10 +350,11 @@ class GetStatusResponse(_message.Message):
         scale: Global___Scale | None = ...,
         launchers: _abc.Iterable[_builtins.str] | None = ...,
         scale_policy: _builtins.str = ...,
+        page: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancer_mode", b"balancer_mode", "fingerprint", b"fingerprint", "launchers", b"launchers", "layer_updates_per_iter", b"layer_updates_per_iter", "layers_to_apply", b"layers_to_apply", "mesh_id", b"mesh_id", "migrations", b"migrations", "migrations_aborted", b"migrations_aborted", "migrations_committed", b"migrations_committed", "model", b"model", "num_slots", b"num_slots", "reason", b"reason", "scale", b"scale", "scale_policy", b"scale_policy", "servers", b"servers", "serving", b"serving", "uptime_s", b"uptime_s", "view_number", b"view_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancer_mode", b"balancer_mode", "fingerprint", b"fingerprint", "launchers", b"launchers", "layer_updates_per_iter", b"layer_updates_per_iter", "layers_to_apply", b"layers_to_apply", "mesh_id", b"mesh_id", "migrations", b"migrations", "migrations_aborted", b"migrations_aborted", "migrations_committed", b"migrations_committed", "model", b"model", "num_slots", b"num_slots", "page", b"page", "reason", b"reason", "scale", b"scale", "scale_policy", b"scale_policy", "servers", b"servers", "serving", b"serving", "uptime_s", b"uptime_s", "view_number", b"view_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,6 +601,57 @@ class GetLoadsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadsResponse: _TypeAlias = GetLoadsResponse  # noqa: Y015
+
+@_typing.final
+class GetCoactivationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCoactivationRequest: _TypeAlias = GetCoactivationRequest  # noqa: Y015
+
+@_typing.final
+class GetCoactivationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    num_experts: _builtins.int
+    tokens: _builtins.float
+    """decayed"""
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Decayed tokens that chose both experts i < j, by rows: (0,1), (0,2) ...; empty while nothing was counted."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        num_experts: _builtins.int = ...,
+        tokens: _builtins.float = ...,
+        pairs: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "num_experts", b"num_experts", "pairs", b"pairs", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCoactivationResponse: _TypeAlias = GetCoactivationResponse  # noqa: Y015
 
 @_typing.final
 class GetPlanRequest(_message.Message):

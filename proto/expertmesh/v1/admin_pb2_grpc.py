@@ -54,6 +54,11 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.GetCoactivation = channel.unary_unary(
+                '/expertmesh.v1.AdminService/GetCoactivation',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetCoactivationRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetCoactivationResponse.FromString,
+                _registered_method=True)
         self.GetPlan = channel.unary_unary(
                 '/expertmesh.v1.AdminService/GetPlan',
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetPlanRequest.SerializeToString,
@@ -115,6 +120,13 @@ class AdminServiceServicer:
 
     def GetLoads(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCoactivation(self, request, context):
+        """How often experts of a layer are chosen by the same token.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -190,6 +202,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'GetCoactivation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCoactivation,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetCoactivationRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.GetCoactivationResponse.SerializeToString,
             ),
             'GetPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlan,
@@ -335,6 +352,33 @@ class AdminService:
             '/expertmesh.v1.AdminService/GetLoads',
             expertmesh_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCoactivation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/GetCoactivation',
+            expertmesh_dot_v1_dot_admin__pb2.GetCoactivationRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.GetCoactivationResponse.FromString,
             options,
             channel_credentials,
             insecure,

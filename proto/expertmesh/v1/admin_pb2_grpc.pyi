@@ -19,6 +19,8 @@ class AdminServiceStub:
     ListEvents: _aio.UnaryStreamMultiCallable[_admin_pb2.ListEventsRequest, _admin_pb2.ListEventsResponse]
     """Past events, then with `follow` the new ones as they happen."""
     GetLoads: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetLoadsRequest, _admin_pb2.GetLoadsResponse]
+    GetCoactivation: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetCoactivationRequest, _admin_pb2.GetCoactivationResponse]
+    """How often experts of a layer are chosen by the same token."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlanRequest, _admin_pb2.GetPlanResponse]
     """A dry run: what the balancer would change now, with the predicted effect."""
     Apply: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyRequest, _admin_pb2.ApplyResponse]
@@ -64,6 +66,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetLoadsRequest,
         context: _aio.ServicerContext[_admin_pb2.GetLoadsRequest, _abc.Awaitable[_admin_pb2.GetLoadsResponse]],
     ) -> _abc.Awaitable[_admin_pb2.GetLoadsResponse]: ...
+
+    @_abc_1.abstractmethod
+    def GetCoactivation(
+        self,
+        request: _admin_pb2.GetCoactivationRequest,
+        context: _aio.ServicerContext[_admin_pb2.GetCoactivationRequest, _abc.Awaitable[_admin_pb2.GetCoactivationResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.GetCoactivationResponse]:
+        """How often experts of a layer are chosen by the same token."""
 
     @_abc_1.abstractmethod
     def GetPlan(

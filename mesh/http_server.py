@@ -1,0 +1,101 @@
+"""An ASGI application on a port of this process, in the event loop that runs. Imported only where one is served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from expertmesh.mesh.errors import UserError
+
+START_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 30
+BACKLOG = 1024
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the process, not to one of its ports."""
+        yield
+
+
+class HttpServer:
+    """Serves ``app`` from ``start`` to ``stop``.
+
+    Args:
+        key: of the configuration, named when the port cannot be had.
+        tls: made from the configuration's certificates; None = plain HTTP.
+        grace_s: how long answers that have begun may take to end at ``stop``.
+    """
+
+    def __init__(
+        self, app: Any, *, host: str, port: int, key: str, tls: ssl.SSLContext | None = None, grace_s: float = 5.0
+    ) -> None:
+        self._listening = _bind(host, port, key)
+        self._host = host
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            date_header=True,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(grace_s)),
+            backlog=BACKLOG,
+        )
+        config.load()
+        config.ssl = tls
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+        self._stop_timeout_s = 2 * grace_s + 1.0
+
+    @property
+    def address(self) -> str:
+        """``host:port`` with the port that was given or found."""
+        return f"{self._host}:{self._listening.getsockname()[1]}"
+
+    async def start(self) -> None:
+        """Until it answers.
+
+        Raises:
+            TimeoutError: it does not within ``START_TIMEOUT_S``.
+        """
+        self._task = asyncio.create_task(self._server.serve([self._listening]), name=f"http-{self.address}")
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not self._server.started:
+                done, _ = await asyncio.wait({self._task}, timeout=0.005)
+                if done:
+                    await self._task
+                    raise RuntimeError(f"the HTTP server on {self.address} ended before it began")
+
+    async def stop(self) -> None:
+        """Accept nothing more, let answers end, close."""
+        if self._task is None:
+            self._listening.close()
+            return
+        self._server.should_exit = True
+        done, _ = await asyncio.wait({self._task}, timeout=self._stop_timeout_s)
+        if not done:
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _bind(host: str, port: int, key: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(key, f"{host}:{port} cannot be listened on: {error}", "choose another port or host") from None
+    listening.setblocking(False)
+    return listening
