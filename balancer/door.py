@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -63,6 +64,12 @@ def judge(
         )
     known = members.get(registration.server_id)
     is_new = known is None or known.lost or known.incarnation != registration.incarnation
+    if known is not None and not is_new and not _same_process(known.registration, registration):
+        return Refused(
+            code=grpc.StatusCode.PERMISSION_DENIED,
+            message=f"{registration.server_id} is in the mesh, and this is not the process that registered it: give "
+            "every server an id of its own; if it is one, somebody replays its registration",
+        )
     if known is not None and is_new and not known.lost and known.session is not None:
         return Refused(
             code=grpc.StatusCode.ALREADY_EXISTS,
@@ -74,6 +81,11 @@ def judge(
         if not adopting:
             return Over(reason=f"view {registration.view_number} is over for {registration.server_id}")
     return Welcomed()
+
+
+def _same_process(one: mesh_pb2.Registration, other: mesh_pb2.Registration) -> bool:
+    """Incarnations are known to all who see a view; their secret to the process and the balancer alone."""
+    return hmac.compare_digest(one.incarnation_secret, other.incarnation_secret)
 
 
 def is_in(view: mesh_pb2.View, registration: mesh_pb2.Registration) -> bool:
@@ -90,7 +102,7 @@ def brings_view(registration: mesh_pb2.Registration, last: mesh_pb2.View) -> boo
         brought.number == registration.view_number > 0
         and (brought.number > last.number or _same_view(brought, last))
         and len(brought.secret) > 0
-        and brought.secret == registration.view_secret
+        and hmac.compare_digest(brought.secret, registration.view_secret)
         and is_in(brought, registration)
     )
 

@@ -9,6 +9,15 @@ from typing import Any
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
 
+# They end in logs, events, traces and metrics.
+_MAX_CHARS = {
+    "server_id": 128,
+    "incarnation": 128,
+    "node": 256,
+    "grpc_address": 256,
+    "rank_address": 256,
+    "fingerprint": 256,
+}
 MAX_NUM_SLOTS = 65536
 """Slots a layer that one server may claim: beyond it the registration is a mistake, not a machine."""
 
@@ -114,6 +123,10 @@ def find_mistake(registration: mesh_pb2.Registration) -> str | None:
     """What is wrong with a registration taken by itself, with the field's name; None when nothing is."""
     if not registration.server_id:
         return "server_id is empty: give the server a name that is unique in the mesh"
+    for field, longest in _MAX_CHARS.items():
+        value = getattr(registration, field)
+        if len(value) > longest or not value.isprintable():
+            return f"{field} is {value[:longest]!r}: use at most {longest} printable characters"
     if not registration.incarnation:
         return "incarnation is empty: draw a new one at every process start"
     if registration.role not in ROLE_NAMES:

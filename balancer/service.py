@@ -14,11 +14,14 @@ from expertmesh.balancer import door
 from expertmesh.balancer.actual import LIVE, Actual, Phase
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.events import EventLog
+from expertmesh.balancer.members import ROLE_NAMES
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.recording import RecordingRefusedError
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.views import slot_servers
+from expertmesh.mesh.gate import Denied
+from expertmesh.mesh.rpc_door import principal
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
         self, request_iterator: AsyncIterator[mesh_pb2.JoinRequest], context: JoinContext
     ) -> AsyncIterator[mesh_pb2.JoinResponse]:
         registration = await self._first(request_iterator, context)
+        _check_certificate(registration)
         session, outbox = self._sessions.open()
         reader: asyncio.Task[None] | None = None
         try:
@@ -137,6 +141,21 @@ class MembershipServicer(mesh_pb2_grpc.MembershipServiceServicer):
                 else:
                     self._wake()
         self._sessions.close(session)
+
+
+def _check_certificate(registration: mesh_pb2.Registration) -> None:
+    """
+    Raises:
+        Denied: the caller's certificate is not that of the server that it registers as.
+    """
+    identity = principal().identity
+    if identity is None:  # certificates do not say whose they are
+        return
+    role = ROLE_NAMES.get(registration.role, "no role")
+    problem = identity.why_not(role, registration.server_id)
+    if problem:
+        text = f"registration of {registration.server_id[:128]!r} as {role}: {problem}"
+        raise Denied(grpc.StatusCode.PERMISSION_DENIED, text)
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from expertmesh.cli.addresses import balancer_address
+from expertmesh.cli.connection import admin_tls
 from expertmesh.mesh import rpc
 from expertmesh.mesh.addresses import split_addresses
+from expertmesh.mesh.client_key import key_from_environment, key_interceptors
 from expertmesh.mesh.config import TlsConfig, load_config
 from expertmesh.mesh.leader import find_leader
 from expertmesh.v1 import admin_pb2_grpc
@@ -48,7 +50,7 @@ def run(
         UserError: the address or the configuration is wrong.
     """
     addresses = balancer_address(balancer)
-    tls = load_config(config_file).tls if config_file is not None else TlsConfig()
+    tls = admin_tls(load_config(config_file)) if config_file is not None else TlsConfig()
 
     async def talk() -> None:
         leader = await find_leader(split_addresses(addresses), tls, TIMEOUT_S)
@@ -69,7 +71,8 @@ def run(
 
 @asynccontextmanager
 async def _admin(address: str, tls: TlsConfig) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
-    async with rpc.open_channel(address, tls) as channel:
+    with_key = key_interceptors(key_from_environment())
+    async with rpc.open_channel(address, tls, role="balancer", interceptors=with_key) as channel:
         yield admin_pb2_grpc.AdminServiceStub(channel)
 
 

@@ -17,7 +17,10 @@ import typer
 import uvloop
 
 from expertmesh.cli.addresses import router_address
+from expertmesh.cli.connection import door_tls
 from expertmesh.mesh.client import Completion, GenerateClient, build_request, status_line
+from expertmesh.mesh.client_key import key_from_environment
+from expertmesh.mesh.config import TlsConfig, load_config
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import generate_pb2
 
@@ -69,8 +72,13 @@ def generate(
     router: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Unset = the mesh that runs here.")] = None,
     model: Annotated[str, typer.Option(help="Unset = the served model.")] = "",
     timeout: Annotated[float | None, typer.Option(help="Seconds a prompt may take.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="mesh.yaml whose api and tls sections connect; unset = no TLS.")
+    ] = None,
 ) -> None:
     """Generate text for each PROMPT and print it as it comes.
+
+    A router that asks for an API key gets that of EXPERTMESH_API_KEY, or of the file EXPERTMESH_API_KEY_FILE.
 
     Exit status: 0; 1 when the router refused a prompt; 2 for a wrong argument or file; 130 after Ctrl-C.
     """
@@ -92,7 +100,8 @@ def generate(
         jobs += _read_jobs(prompts_file, model, options)
     if not jobs:
         raise UserError("PROMPT", "there is none", "give one or more prompts, or --prompts FILE.jsonl")
-    run = _Run(router_address(router), jobs, as_json=as_json, concurrency=concurrency, timeout_s=timeout)
+    tls = door_tls(load_config(config_file)) if config_file is not None else TlsConfig()
+    run = _Run(router_address(router), tls, jobs, as_json=as_json, concurrency=concurrency, timeout_s=timeout)
     raise typer.Exit(uvloop.run(run.interruptible()))
 
 
@@ -100,9 +109,17 @@ class _Run:
     """All prompts of one command."""
 
     def __init__(
-        self, address: str, jobs: Sequence[Job], *, as_json: bool, concurrency: int, timeout_s: float | None
+        self,
+        address: str,
+        tls: TlsConfig,
+        jobs: Sequence[Job],
+        *,
+        as_json: bool,
+        concurrency: int,
+        timeout_s: float | None,
     ) -> None:
         self._address = address
+        self._tls = tls
         self._jobs = jobs
         self._as_json = as_json
         self._concurrency = concurrency
@@ -119,7 +136,7 @@ class _Run:
             return EXIT_INTERRUPTED
 
     async def _run(self) -> int:
-        async with GenerateClient(self._address) as client:
+        async with GenerateClient(self._address, self._tls, key_from_environment()) as client:
             if self._as_json or len(self._jobs) > 1:
                 return await self._run_many(client)
             return await self._stream_one(client, self._jobs[0])

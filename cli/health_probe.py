@@ -13,10 +13,10 @@ from expertmesh.mesh.config import TlsConfig
 
 
 class HealthProbe:
-    """One connection to ``address``; a context manager."""
+    """One connection to ``address``; a context manager. ``role``: of the server, as its certificate has it."""
 
-    def __init__(self, address: str, tls: TlsConfig) -> None:
-        self._channel = _channel(address, tls)
+    def __init__(self, address: str, tls: TlsConfig, role: str | None = None) -> None:
+        self._channel = _channel(address, tls, role)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
 
     def is_serving(self, timeout_s: float = 1.0) -> bool:
@@ -38,9 +38,13 @@ class HealthProbe:
         self._channel.close()
 
 
-def _channel(address: str, tls: TlsConfig) -> grpc.Channel:
+def _channel(address: str, tls: TlsConfig, role: str | None) -> grpc.Channel:
     # Without retries of its own: the caller asks again anyway, and grpc's back-off would grow past its patience.
-    options = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
+    options: tuple[tuple[str, int | str], ...] = (
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.max_reconnect_backoff_ms", 200),
+        *rpc.role_options(tls, role),
+    )
     credentials = rpc.channel_credentials(tls)
     if credentials is None:
         return grpc.insecure_channel(address, options=options)

@@ -15,11 +15,14 @@ from typing import Self
 
 import yaml
 
+from expertmesh.cli.connection import admin_tls, door_tls
 from expertmesh.cli.health_probe import HealthProbe
 from expertmesh.cli.local_plan import environment, has_past, planned_services, with_balancer_state
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
 from expertmesh.cli.scale_watch import ScaleWatch
 from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
+from expertmesh.mesh.access import OPERATOR
+from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, mesh_pb2
@@ -142,7 +145,9 @@ class LocalMesh:
             balancer.start()
         started = {balancer.id for balancer in balancers}
         self._wait_for(lambda: started <= self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
-        self._watch = ScaleWatch(lambda: self.balancer, self._config.tls, LAUNCHER, self._see_to)
+        self._watch = ScaleWatch(
+            lambda: self.balancer, admin_tls(self._config), LAUNCHER, self._see_to, key_from_environment()
+        )
         self._watch.start()
         self._wait_for(lambda: self._is_planned, BALANCER_READY_TIMEOUT_S, "the balancer to say how many servers start")
         for server_id in self._planned - started:
@@ -159,7 +164,7 @@ class LocalMesh:
         """
         deadline_s = time.monotonic() + timeout_s
         self._wait_for(lambda: self._planned <= self._ready, timeout_s, "every service to start")
-        with HealthProbe(self.router, self._config.tls) as probe:
+        with HealthProbe(self.router, door_tls(self._config, OPERATOR), "router") as probe:
             while not probe.is_serving():
                 if time.monotonic() > deadline_s:
                     raise MeshFailedError(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from expertmesh.mesh import client_key
 from expertmesh.mesh.config import MeshConfig, parse_config
 
 
@@ -41,4 +42,6 @@ def with_balancer_state(config: MeshConfig, state_dir: Path) -> MeshConfig:
 def environment(config: MeshConfig, role: str) -> dict[str, str]:
     threads = config.expert.num_threads if role == "expert" else config.attention.num_threads
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return {**os.environ, **limits, "PYTHONSAFEPATH": "1"}
+    # A client's key is no business of servers, whose environment others may read.
+    inherited = {name: value for name, value in os.environ.items() if name != client_key.VARIABLE}
+    return {**inherited, **limits, "PYTHONSAFEPATH": "1"}

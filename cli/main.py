@@ -50,6 +50,10 @@ SUB_COMMANDS = {
         target="expertmesh.cli.plan_deployment:plan_deployment",
         summary="Which layout of so many GPUs decodes fastest: attention and experts together or apart.",
     ),
+    "keys": SubCommand(target="expertmesh.cli.keys:app", summary="Make, show and revoke API keys."),
+    "certs": SubCommand(
+        target="expertmesh.cli.certs:certs", summary="Make certificates for a mesh, signed by an authority of its own."
+    ),
     "bench": SubCommand(target="expertmesh.cli.bench:app", summary="Measure: the numbers of the README."),
 }
 

@@ -58,6 +58,7 @@ def serve(
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
     config = _with_overrides(load_config(config_file), role, balancer, node, port)
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
+    config = config.model_copy(update={"tls": config.tls.for_service(role.value, identity)})
     status = 0
     try:
         uvloop.run(_run(config, role, identity, gpu))

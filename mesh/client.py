@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from expertmesh.mesh import rpc
+from expertmesh.mesh.client_key import key_metadata
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.telemetry import inject_metadata
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
@@ -76,10 +77,15 @@ class GenerateClient:
 
     Args:
         address: ``host:port``.
+        tls: where it names a CA or a certificate, the connection uses TLS.
+        api_key: that the router asks for, if it does.
     """
 
-    def __init__(self, address: str, tls: TlsConfig | None = None) -> None:
-        self._channel = rpc.open_channel(address, tls or TlsConfig(), max_message_bytes=_MAX_RESPONSE_BYTES)
+    def __init__(self, address: str, tls: TlsConfig | None = None, api_key: str | None = None) -> None:
+        self._channel = rpc.open_channel(
+            address, tls or TlsConfig(), max_message_bytes=_MAX_RESPONSE_BYTES, role="router"
+        )
+        self._key = key_metadata(api_key)
         self._stub = generate_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> GenerateClient:
@@ -101,7 +107,7 @@ class GenerateClient:
         Raises:
             grpc.aio.AioRpcError: the router refused the request or could not finish it.
         """
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=inject_metadata())
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata())
         try:
             async for response in call:
                 yield response
@@ -114,7 +120,7 @@ class GenerateClient:
         Raises:
             grpc.aio.AioRpcError: the router refused the request or could not finish it.
         """
-        response = await self._stub.GenerateUnary(request, timeout=timeout_s, metadata=inject_metadata())
+        response = await self._stub.GenerateUnary(request, timeout=timeout_s, metadata=self._metadata())
         return Completion(
             request_id=response.request_id,
             text=response.text,
@@ -151,10 +157,14 @@ class GenerateClient:
     async def abort(self, request_id: str, *, timeout_s: float = 5.0) -> bool:
         """End a running request; whether there was one."""
         request = generate_pb2.AbortRequest(request_id=request_id)
-        return (await self._stub.Abort(request, timeout=timeout_s)).found
+        return (await self._stub.Abort(request, timeout=timeout_s, metadata=self._key)).found
 
     async def model_info(self, *, timeout_s: float = 5.0) -> generate_pb2.GetModelInfoResponse:
-        return await self._stub.GetModelInfo(generate_pb2.GetModelInfoRequest(), timeout=timeout_s)
+        request = generate_pb2.GetModelInfoRequest()
+        return await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._key)
+
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return (*inject_metadata(), *self._key)
 
 
 def status_line(error: grpc.aio.AioRpcError) -> str:

@@ -15,6 +15,8 @@ from pydantic import Field, ValidationError, model_validator
 from expertmesh.mesh.addresses import is_address, split_addresses
 from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_security import ApiConfig as ApiConfig
+from expertmesh.mesh.config_security import TlsConfig as TlsConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.hub import REPO_PATTERN
@@ -253,18 +255,6 @@ class TelemetryConfig(Section):
     log_format: Literal["text", "json"] = "text"
 
 
-class TlsConfig(Section):
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    ca_file: Path | None = Field(None, description="with it, clients must present a certificate of this authority")
-
-    @model_validator(mode="after")
-    def _whole(self) -> TlsConfig:
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file go together: set both or neither")
-        return self
-
-
 class MeshConfig(Section):
     name: str = Field("mesh", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
     node: str = Field("node-0", description="ranks of one node share fast links")
@@ -282,6 +272,7 @@ class MeshConfig(Section):
     dataplane: DataPlaneConfig = DataPlaneConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     tls: TlsConfig = TlsConfig()
+    api: ApiConfig = ApiConfig()
 
     @model_validator(mode="after")
     def _roles_are_covered(self) -> MeshConfig:
@@ -302,6 +293,23 @@ class MeshConfig(Section):
                     f"configured: the policy would start with a change, so set min_servers or max_servers to {count}"
                 )
         return self
+
+    def check_doors(self) -> None:
+        """At the start of a service, which may have been told other hosts.
+
+        Raises:
+            UserError: API keys would cross a network in the clear.
+        """
+        has_tls = self.tls.cert_file is not None
+        self.api.check_door("router.host", self.router.host, has_tls=has_tls or self.api.cert_file is not None)
+        self.api.check_door("balancer.host", self.balancer.host, has_tls=has_tls)
+
+    @property
+    def door_tls(self) -> TlsConfig:
+        """What the router's doors answer with: a certificate of their own, or as the other services."""
+        if self.api.cert_file is None:
+            return self.tls
+        return TlsConfig(cert_file=self.api.cert_file, key_file=self.api.key_file)
 
     @model_validator(mode="after")
     def _replicas_have_servers(self) -> MeshConfig:

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from expertmesh.mesh.errors import DataPlaneError
 
 _HEADER_BYTES = 4
-_MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Link:
     """One framed TCP link to a peer rank: a 4-byte little-endian length, then a protobuf message."""
 
-    def __init__(self, sock: socket.socket, rank: int) -> None:
+    def __init__(self, sock: socket.socket, rank: int, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.rank = rank
+        self.max_message_bytes = max_message_bytes
         self._buffer = bytearray()
 
     def send(self, payload: bytes) -> None:
@@ -42,7 +43,7 @@ class Link:
         """The whole messages that were read but not taken yet."""
         while len(self._buffer) >= _HEADER_BYTES:
             size = int.from_bytes(self._buffer[:_HEADER_BYTES], "little")
-            if size > _MAX_MESSAGE_BYTES:
+            if size > self.max_message_bytes:
                 raise DataPlaneError(f"rank {self.rank} sent a message of {size} bytes", (self.rank,))
             if len(self._buffer) < _HEADER_BYTES + size:
                 return

@@ -29,7 +29,7 @@ async def find_leader(addresses: Sequence[str], tls: TlsConfig, timeout_s: float
 
 
 async def _until_serving(address: str, tls: TlsConfig) -> str:
-    async with rpc.open_channel(address, tls) as channel:
+    async with rpc.open_channel(address, tls, role="balancer") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while True:
             try:

@@ -1,12 +1,14 @@
 """How the ranks of a view find one another: authenticated TCP links between those that have something to say.
 
-Of two ranks the one with the higher number calls. Every link begins with a ``RankHello`` that carries the view's
-secret, so that neither strangers nor ranks of an older view get in.
+Of two ranks the one with the higher number calls. Every link begins with a ``RankHello`` that proves that the caller
+knows the view's secret, so that neither strangers nor ranks of an older view get in. The secret itself is not sent: who
+overhears a proof can use it for that very link alone, which is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import logging
 import selectors
@@ -18,13 +20,17 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from expertmesh.mesh.errors import DataPlaneError
-from expertmesh.mesh.framing import Link, Waker
+from expertmesh.mesh.framing import MAX_MESSAGE_BYTES, Link, Waker
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS, ViewInfo
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
 
 Key = tuple["mesh_pb2.LinkKind.ValueType", int]
+
+# Who has called and said nothing yet: beyond so many the oldest is let go, since ranks speak at once.
+_MAX_GREETING = 256
+_MAX_HELLO_BYTES = 256
 
 
 @dataclass
@@ -122,7 +128,8 @@ def meet(
 
 def _call(view: ViewInfo, kind: mesh_pb2.LinkKind.ValueType, peer: int, deadline: float) -> Link:
     host, _, port = view.proto.ranks[peer].rank_address.rpartition(":")
-    hello = mesh_pb2.RankHello(view_number=view.number, rank=view.rank, secret=view.proto.secret, kind=kind)
+    proof = prove(view.proto.secret, view.number, kind, caller=view.rank, called=peer)
+    hello = mesh_pb2.RankHello(view_number=view.number, rank=view.rank, secret=proof, kind=kind)
     try:
         left = max(0.001, deadline - time.monotonic())
         sock = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
@@ -133,6 +140,11 @@ def _call(view: ViewInfo, kind: mesh_pb2.LinkKind.ValueType, peer: int, deadline
     link = Link(sock, peer)
     link.send(hello.SerializeToString())
     return link
+
+
+def prove(secret: bytes, view_number: int, kind: mesh_pb2.LinkKind.ValueType, *, caller: int, called: int) -> bytes:
+    """That the caller knows the view's secret, for this link and no other."""
+    return hmac.digest(secret, f"{view_number}/{kind}/{caller}/{called}".encode(), hashlib.sha256)
 
 
 def _answer(
@@ -159,7 +171,11 @@ def _answer(
                 for key, _ in selector.select(left):
                     if key.fileobj is listener:
                         sock, _ = listener.accept()
-                        greeting[sock] = Link(sock, rank=-1)
+                        if len(greeting) >= _MAX_GREETING:
+                            oldest = greeting.pop(next(iter(greeting)))
+                            selector.unregister(oldest.sock)
+                            oldest.close()
+                        greeting[sock] = Link(sock, rank=-1, max_message_bytes=_MAX_HELLO_BYTES)
                         selector.register(sock, selectors.EVENT_READ)
                     elif key.fileobj is waker:
                         waker.clear()
@@ -172,6 +188,7 @@ def _answer(
                         selector.unregister(link.sock)
                         del greeting[link.sock]
                         if (kind, link.rank) in missing:
+                            link.max_message_bytes = MAX_MESSAGE_BYTES
                             missing.remove((kind, link.rank))
                             yield kind, link
                         else:
@@ -186,7 +203,8 @@ def _greet(view: ViewInfo, link: Link) -> tuple[bool, mesh_pb2.LinkKind.ValueTyp
     try:
         for payload in link.receive():
             hello = mesh_pb2.RankHello.FromString(payload)
-            if hello.view_number == view.number and hmac.compare_digest(hello.secret, view.proto.secret):
+            expected = prove(view.proto.secret, hello.view_number, hello.kind, caller=hello.rank, called=view.rank)
+            if hello.view_number == view.number and hmac.compare_digest(hello.secret, expected):
                 link.rank = hello.rank
             else:
                 log.info("view %d: refused a link for view %d", view.number, hello.view_number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -28,6 +29,7 @@ _OPTIONS_OF_SEVERAL = (*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", 1000), ("gr
 _WELCOME_TIMEOUT_S = 5.0
 # The same if others may be asked; most of it is for a machine that does not even refuse a connection.
 _WELCOME_TIMEOUT_OF_SEVERAL_S = 2.0
+_SECRET_BYTES = 16
 
 
 class MembershipClient:
@@ -57,6 +59,7 @@ class MembershipClient:
         self._on_message = on_message
         self._tls = tls
         self._heartbeat = heartbeat
+        self._incarnation_secret = secrets.token_bytes(_SECRET_BYTES)
         self._outbox: deque[mesh_pb2.JoinRequest] = deque()
         self._outbox_filled = asyncio.Event()
         self.connected = False
@@ -82,14 +85,20 @@ class MembershipClient:
 
     async def run(self) -> None:
         """Register and stay registered, for ever."""
+        while True:
+            await self._run_with(rpc.files_stamp(self._tls))
+
+    async def _run_with(self, certificates: rpc.Stamp) -> None:
+        """Until a connection has ended and the certificates are other ones."""
         options = _CHANNEL_OPTIONS if len(self._addresses) == 1 else _OPTIONS_OF_SEVERAL
         retry_s, num_failed = _FIRST_RETRY_S, 0
         async with AsyncExitStack() as channels:
             stubs = deque[tuple[str, mesh_pb2_grpc.MembershipServiceStub]]()
             for address in self._addresses:
-                channel = await channels.enter_async_context(rpc.open_channel(address, self._tls, options=options))
+                channel = rpc.open_channel(address, self._tls, options=options, role="balancer")
+                await channels.enter_async_context(channel)
                 stubs.append((address, mesh_pb2_grpc.MembershipServiceStub(channel)))
-            while True:
+            while rpc.files_stamp(self._tls) == certificates:
                 self._address, stub = stubs[0]
                 if await self._try(stub):
                     retry_s, num_failed = _FIRST_RETRY_S, 0
@@ -117,7 +126,9 @@ class MembershipClient:
         call = stub.Join()
         try:
             async with asyncio.timeout(self._welcome_timeout_s):
-                await call.write(mesh_pb2.JoinRequest(registration=self._registration()))
+                registration = self._registration()
+                registration.incarnation_secret = self._incarnation_secret
+                await call.write(mesh_pb2.JoinRequest(registration=registration))
                 first = await call.read()
             if not isinstance(first, mesh_pb2.JoinResponse):  # the stream ended: its status says why
                 await self._log_status(call)

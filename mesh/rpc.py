@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,16 +13,33 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertmesh.mesh import rpc_health
-from expertmesh.mesh.config import TlsConfig
+from expertmesh.mesh.config_security import ApiConfig, TlsConfig
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.gate import Gate
+from expertmesh.mesh.rpc_door import Door
 from expertmesh.mesh.rpc_guard import ExceptionGuard
+from expertmesh.mesh.rpc_tls import Stamp, channel_credentials, files_stamp, server_credentials
 
 if TYPE_CHECKING:
     from expertmesh.mesh.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "RpcServer",
+    "Stamp",
+    "channel_credentials",
+    "files_stamp",
+    "join_host_port",
+    "open_channel",
+    "role_options",
+    "start_server",
+]
+
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_CONCURRENT_STREAMS = 1024
+"""Open calls of one connection; a client has further ones wait."""
 
 # A peer that vanished without closing its sockets (power, network, SIGSTOP) is noticed within time + timeout. A peer
 # that was killed is noticed at once: its kernel closes the connection.
@@ -40,9 +55,13 @@ _SERVER_OPTIONS = (
     *_KEEPALIVE,
     # With it, two servers would share a port in silence.
     ("grpc.so_reuseport", 0),
-    # Never answer a client's keep-alive with GOAWAY too_many_pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 100),
-    ("grpc.http2.max_ping_strikes", 0),
+    # gRPC's clients leave a second between two pings at least: theirs are never answered with GOAWAY too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 5),
+    # Who opens a connection and says nothing: gRPC's own limit is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_metadata_size", 8 * 2**10),
+    ("grpc.absolute_max_metadata_size", 16 * 2**10),
 )
 _CHANNEL_OPTIONS = (
     *_KEEPALIVE,
@@ -90,6 +109,8 @@ async def start_server(
     key: str = "port",
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_concurrent_rpcs: int | None = None,
+    max_concurrent_streams: int = MAX_CONCURRENT_STREAMS,
+    gate: Gate | None = None,
     options: Sequence[tuple[str, Any]] = (),
 ) -> RpcServer:
     """Bind, add health and reflection, start.
@@ -100,15 +121,21 @@ async def start_server(
         key: configuration key that a port that cannot be bound is blamed on, such as ``router.port``.
         max_message_bytes: larger requests end with RESOURCE_EXHAUSTED.
         max_concurrent_rpcs: further calls, health checks too, end with RESOURCE_EXHAUSTED; None = no limit.
+        max_concurrent_streams: of one connection.
+        gate: who may call what; its owner keeps it open. None = what the roles of certificates say, where ``tls``
+            has them.
         options: gRPC channel arguments that override the defaults.
 
     Raises:
         UserError: the address cannot be bound, or a TLS file cannot be used.
     """
-    credentials = _server_credentials(tls)
+    credentials = server_credentials(tls)
+    if gate is None and tls.with_roles:
+        gate = Gate(tls, ApiConfig(), key)
+    limits = (*_SERVER_OPTIONS, ("grpc.max_concurrent_streams", max_concurrent_streams))
     server = grpc.aio.server(
-        interceptors=(ExceptionGuard(telemetry),),
-        options=_merge(_SERVER_OPTIONS, max_message_bytes, options),
+        interceptors=(Door(gate), ExceptionGuard(telemetry)),
+        options=_merge(limits, max_message_bytes, options),
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
     services = tuple(register(server))
@@ -138,20 +165,28 @@ def open_channel(
     options: Sequence[tuple[str, Any]] = (),
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     section: str = "tls",
+    role: str | None = None,
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
 ) -> grpc.aio.Channel:
     """A channel to ``host:port`` that reconnects for ever, at most a second between attempts, and uses no proxy.
 
     Connects with TLS when ``tls`` names a CA or a certificate. ``options`` override the defaults; ``section`` is where
-    the configuration has the files of ``tls``.
+    the configuration has the files of ``tls``. ``role``: that of the server that is called; where certificates say
+    their role, another one's does not do. Else it is the host's name that they have to have.
 
     Raises:
         UserError: a TLS file cannot be used.
     """
-    merged = _merge(_CHANNEL_OPTIONS, max_message_bytes, options)
+    merged = _merge(_CHANNEL_OPTIONS, max_message_bytes, (*options, *role_options(tls, role)))
     credentials = channel_credentials(tls, section)
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=merged)
-    return grpc.aio.secure_channel(address, credentials, options=merged)
+        return grpc.aio.insecure_channel(address, options=merged, interceptors=interceptors)
+    return grpc.aio.secure_channel(address, credentials, options=merged, interceptors=interceptors)
+
+
+def role_options(tls: TlsConfig, role: str | None) -> tuple[tuple[str, str], ...]:
+    """The gRPC option by which a client asks the server for a certificate of this role."""
+    return (("grpc.ssl_target_name_override", tls.name_of(role)),) if role is not None and tls.with_roles else ()
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -176,67 +211,3 @@ def _why_not(host: str, port: int) -> str:
     except OSError as error:
         return str(error)
     return "gRPC could not bind it"
-
-
-def _server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
-    if tls.cert_file is None or tls.key_file is None:
-        if tls.ca_file is not None:
-            raise UserError(
-                "tls.cert_file", "is unset though tls.ca_file is set", "set cert_file and key_file too, or none"
-            )
-        return None
-    key, certificate = _read_pair(tls.cert_file, tls.key_file)
-    ca = _read_ca(tls.ca_file) if tls.ca_file is not None else None
-    return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
-
-
-def channel_credentials(tls: TlsConfig, section: str = "tls") -> grpc.ChannelCredentials | None:
-    """What a client of this mesh connects with; None = without TLS.
-
-    Raises:
-        UserError: a TLS file cannot be used.
-    """
-    if tls.ca_file is None and tls.cert_file is None:
-        return None
-    ca = _read_ca(tls.ca_file, section) if tls.ca_file is not None else None
-    key, certificate = (None, None)
-    if tls.cert_file is not None and tls.key_file is not None:
-        key, certificate = _read_pair(tls.cert_file, tls.key_file, section)
-    return grpc.ssl_channel_credentials(ca, key, certificate)
-
-
-def _read_pair(cert_file: Path, key_file: Path, section: str = "tls") -> tuple[bytes, bytes]:
-    """Private key and certificate chain, tried in OpenSSL: gRPC would find bad ones only at the first handshake."""
-    certificate, key = _read(f"{section}.cert_file", cert_file), _read(f"{section}.key_file", key_file)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=_no_password)
-    except (ssl.SSLError, ValueError) as error:
-        raise UserError(
-            f"{section}.cert_file",
-            f"{cert_file} and {key_file} are not a certificate and its key ({error})",
-            "give PEM files that belong together, the key without a password",
-        ) from None
-    return key, certificate
-
-
-def _read_ca(path: Path, section: str = "tls") -> bytes:
-    data = _read(f"{section}.ca_file", path)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError as error:
-        raise UserError(f"{section}.ca_file", f"{path} holds no CA certificate ({error})", "give a PEM file") from None
-    return data
-
-
-def _read(key: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            key, f"{path} cannot be read ({error.strerror})", "give a PEM file this user can read"
-        ) from None
-
-
-def _no_password() -> str:
-    """Keeps OpenSSL from asking for a pass phrase on the terminal."""
-    return ""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
+from expertmesh.mesh.gate import Denied
+
 if TYPE_CHECKING:
     from expertmesh.mesh.telemetry import Telemetry
 
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class ExceptionGuard(grpc.aio.ServerInterceptor):
-    """Statuses set by ``context.abort`` and cancellations pass through untouched."""
+    """Statuses set by ``context.abort``, denials and cancellations pass through untouched."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._errors = telemetry.metrics.rpc_internal_errors
@@ -57,7 +59,7 @@ class ExceptionGuard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 return await inner(request, context)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
+            except (grpc.aio.AbortError, asyncio.CancelledError, Denied):
                 raise
             except Exception as error:  # noqa: BLE001  # the last line of defence of every handler
                 await self._abort(method, context, error)
@@ -72,7 +74,7 @@ class ExceptionGuard(grpc.aio.ServerInterceptor):
                 async with contextlib.aclosing(inner(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
+            except (grpc.aio.AbortError, asyncio.CancelledError, Denied):
                 raise
             except Exception as error:  # noqa: BLE001  # the last line of defence of every handler
                 await self._abort(method, context, error)

@@ -37,6 +37,7 @@ class AttentionLink:
     """The link to one attention server; ``run`` keeps it connected.
 
     Args:
+        role: the server's, ``attention`` or ``both``: what its certificate has to say.
         on_change: called when the server starts or stops serving.
     """
 
@@ -45,12 +46,14 @@ class AttentionLink:
         *,
         server_id: str,
         address: str,
+        role: str,
         hello: attention_pb2.LinkHello,
         tls: TlsConfig,
         on_change: Callable[[], None],
     ) -> None:
         self.server_id = server_id
         self.address = address
+        self._role = role
         self.serving = False
         self.retired = False
         """No longer in the view: it takes nothing new."""
@@ -106,15 +109,18 @@ class AttentionLink:
         """Connect, and connect again, until cancelled; then every request on it is lost."""
         retry_s = _FIRST_RETRY_S
         try:
-            async with rpc.open_channel(self.address, self._tls, max_message_bytes=_MAX_RESPONSE_BYTES) as channel:
-                stub = attention_pb2_grpc.AttentionServiceStub(channel)
-                while True:
-                    answered, reason = await self._session(stub)
-                    retry_s = _FIRST_RETRY_S if answered else min(2 * retry_s, _MAX_RETRY_S)
-                    self._lose(reason)
-                    if self.retired:
-                        return
-                    await asyncio.sleep(retry_s)
+            while not self.retired:
+                certificates = rpc.files_stamp(self._tls)
+                async with rpc.open_channel(
+                    self.address, self._tls, max_message_bytes=_MAX_RESPONSE_BYTES, role=self._role
+                ) as channel:
+                    stub = attention_pb2_grpc.AttentionServiceStub(channel)
+                    while not self.retired and rpc.files_stamp(self._tls) == certificates:
+                        answered, reason = await self._session(stub)
+                        retry_s = _FIRST_RETRY_S if answered else min(2 * retry_s, _MAX_RETRY_S)
+                        self._lose(reason)
+                        if not self.retired:
+                            await asyncio.sleep(retry_s)
         finally:
             self._lose("it left the view" if self.retired else "the router stops")
 

@@ -88,6 +88,7 @@ class LinkPool:
             link = AttentionLink(
                 server_id=rank.server_id,
                 address=rank.grpc_address,
+                role=mesh_pb2.Role.Name(rank.role).removeprefix("ROLE_").lower(),
                 hello=self._hello,
                 tls=self._tls,
                 on_change=self._changed,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from expertmesh.mesh.config import RouterConfig
+from expertmesh.mesh.gate import ANYBODY, Principal
 from expertmesh.router import validation
 from expertmesh.router.admission import Admission
 from expertmesh.router.detokenizer import Detokenizer
@@ -36,10 +37,14 @@ _REFUSED_PAUSE_S = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """What the RPC says beside its message. ``deadline_s``: on ``time.monotonic``; ``None`` = none."""
+    """What the RPC says beside its message. ``deadline_s``: on ``time.monotonic``; ``None`` = none.
+
+    ``principal``: who calls; their tenant goes before the request's own, and they pay for its tokens.
+    """
 
     deadline_s: float | None
     telemetry: RequestTelemetry
+    principal: Principal = ANYBODY
 
 
 class Runner:
@@ -57,10 +62,11 @@ class Runner:
         self._pool = pool
         self._running: dict[str, Generation] = {}
         self._cancelled_early: set[str] = set()  # cancelled while their prompt was tokenised
+        self._owners: dict[str, str] = {}  # the principal's tenant, of each request that is held
 
-    def cancel(self, request_id: str) -> bool:
-        """End a running request with what it has; whether there was one."""
-        if not self.admission.holds(request_id):
+    def cancel(self, request_id: str, principal: Principal = ANYBODY) -> bool:
+        """End a running request with what it has; whether there was one. Others' requests are as if there were none."""
+        if not self.admission.holds(request_id) or self._owners.get(request_id) != principal.tenant:
             return False
         if request_id in self._running:
             self._running[request_id].cancel()
@@ -79,10 +85,13 @@ class Runner:
         request_id = request.request_id or f"gen-{uuid.uuid4().hex}"
         self._check_envelope(request)
         timeout_s = None if caller.deadline_s is None else caller.deadline_s - accepted_s
-        self.admission.admit(request_id, request.tenant, request.priority, timeout_s)
+        tenant = caller.principal.tenant or request.tenant
+        self.admission.admit(request_id, tenant, request.priority, timeout_s)
+        self._owners[request_id] = caller.principal.tenant
         caller.telemetry.on_admitted(request_id)
         try:
             generation = await self._accept(request, request_id, accepted_s)
+            caller.principal.charge(len(generation.prompt_token_ids))
             caller.telemetry.on_accepted(generation)
             self._running[request_id] = generation
             if request_id in self._cancelled_early:
@@ -92,6 +101,7 @@ class Runner:
             await _Placement(self, generation, request, caller).drive(emit)
         finally:
             self._running.pop(request_id, None)
+            self._owners.pop(request_id, None)
             self._cancelled_early.discard(request_id)
             self.admission.release(request_id)
 
@@ -157,7 +167,7 @@ class _Placement:
         self._eos_token_ids = runner._model.spec.eos_token_ids
         self._generation = generation
         self._priority = request.priority
-        self._tenant = request.tenant
+        self._tenant = caller.principal.tenant or request.tenant
         self._caller = caller
         self._link: AttentionLink | None = None
         self._handle = 0
@@ -187,6 +197,7 @@ class _Placement:
         if response is None:
             return
         self._caller.telemetry.on_response(self._generation, response)
+        self._caller.principal.charge(len(response.token_ids))
         try:
             async with asyncio.timeout(self._config.client_stall_timeout_s):
                 await emit(response)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.gate import Gate
 from expertmesh.mesh.membership import MembershipClient
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router.model import RouterModel, load_router_model
@@ -52,6 +53,7 @@ class Router:
         self.membership = MembershipClient(
             _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
         )
+        self.gate = Gate(config.door_tls, config.api, server_id)
         self.drain_asked = asyncio.Event()
         self._incarnation = uuid.uuid4().hex
         self._server: rpc.RpcServer | None = None
@@ -60,14 +62,18 @@ class Router:
     async def start(self) -> str:
         """Listen; returns ``host:port``."""
         router = self.config.router
+        self.config.check_doors()
         self._server = await rpc.start_server(
             host=router.host,
             port=router.port,
-            tls=self.config.tls,
+            tls=self.config.door_tls,
             register=self.service.register,
             telemetry=self.telemetry,
             key="router.port",
             max_message_bytes=max(router.max_message_bytes, router.max_prompt_bytes + _ENVELOPE_BYTES),
+            # Above what is admitted, so that a client hears of RESOURCE_EXHAUSTED instead of waiting for a stream.
+            max_concurrent_streams=2 * router.max_queued_requests,
+            gate=self.gate,
         )
         return self._server.address
 
@@ -148,6 +154,11 @@ async def serve(
         UserError: the configuration or the checkpoint cannot be used, or the port is taken.
     """
     router = Router(config, server_id, telemetry)
+    async with router.gate.open():
+        await _serve(router, stop, ready)
+
+
+async def _serve(router: Router, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
     tasks: list[asyncio.Task[object]] = []
     try:
         ready(await router.start())

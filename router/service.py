@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from expertmesh.mesh.rpc_door import RETRY_AFTER_KEY, principal
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router.errors import Refusal
 from expertmesh.router.model import RouterModel
@@ -23,7 +24,6 @@ from expertmesh.v1 import generate_pb2
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "expertmesh.v1.GenerationService"
-RETRY_AFTER_KEY = "retry-after-ms"
 
 MessageT = TypeVar("MessageT", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -83,7 +83,7 @@ class GenerationService:
         self, request: generate_pb2.AbortRequest | Malformed, context: Context
     ) -> generate_pb2.AbortResponse:
         async with self._answering(context):
-            return generate_pb2.AbortResponse(found=self._runner.cancel(_well_formed(request).request_id))
+            return generate_pb2.AbortResponse(found=self._runner.cancel(_well_formed(request).request_id, principal()))
 
     async def get_model_info(
         self, request: generate_pb2.GetModelInfoRequest | Malformed, context: Context
@@ -102,7 +102,8 @@ class GenerationService:
             metadata=context.invocation_metadata(),
         )
         try:
-            await self._runner.run(request, Caller(deadline_s=deadline_s, telemetry=telemetry), emit)
+            caller = Caller(deadline_s=deadline_s, telemetry=telemetry, principal=principal())
+            await self._runner.run(request, caller, emit)
         except Refusal as refusal:
             telemetry.refused(refusal.code, refusal.message)
             raise

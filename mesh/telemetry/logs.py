@@ -12,6 +12,8 @@ from opentelemetry import trace
 from expertmesh.mesh.config import TelemetryConfig
 
 _NOISY = ("asyncio", "filelock", "fsspec", "grpc", "opentelemetry", "PIL", "torch", "transformers", "urllib3")
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) != "\t"}
+_CONTROLS[ord("\n")] = "\n  "
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -45,8 +47,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [_time(record), record.levelname, self._instance, f"{record.name}:"]
-        # Indented, so that a message that quotes what a client sent cannot forge a record.
-        parts.append(record.getMessage().replace("\n", "\n  "))
+        # Indented, so that a message that quotes what a client sent cannot forge a record, nor steer a terminal.
+        parts.append(record.getMessage().translate(_CONTROLS))
         parts.extend(f"{key}={value}" for key, value in (_extra(record) | _trace()).items() if key != "span_id")
         return "\n".join([" ".join(map(str, parts)), *_details(self, record)])
 

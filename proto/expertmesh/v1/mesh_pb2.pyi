@@ -189,6 +189,7 @@ class Registration(_message.Message):
     VIEW_SECRET_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     HIGHEST_VIEW_NUMBER_FIELD_NUMBER: _builtins.int
+    INCARNATION_SECRET_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     """stable name, unique in the mesh"""
     incarnation: _builtins.str
@@ -211,6 +212,8 @@ class Registration(_message.Message):
     """of that view: proves that the server was in it"""
     highest_view_number: _builtins.int
     """ever heard of: a balancer without state numbers its views above it"""
+    incarnation_secret: _builtins.bytes
+    """Drawn by the process and told to the balancer alone: who registers an incarnation again has to know it."""
     @_builtins.property
     def model(self) -> Global___ModelShape: ...
     @_builtins.property
@@ -234,10 +237,11 @@ class Registration(_message.Message):
         view_secret: _builtins.bytes = ...,
         view: Global___View | None = ...,
         highest_view_number: _builtins.int = ...,
+        incarnation_secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "grpc_address", b"grpc_address", "highest_view_number", b"highest_view_number", "incarnation", b"incarnation", "model", b"model", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "rank_address", b"rank_address", "role", b"role", "server_id", b"server_id", "view", b"view", "view_number", b"view_number", "view_secret", b"view_secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "grpc_address", b"grpc_address", "highest_view_number", b"highest_view_number", "incarnation", b"incarnation", "incarnation_secret", b"incarnation_secret", "model", b"model", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "rank_address", b"rank_address", "role", b"role", "server_id", b"server_id", "view", b"view", "view_number", b"view_number", "view_secret", b"view_secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1093,6 +1097,7 @@ class RankHello(_message.Message):
     rank: _builtins.int
     """of the caller"""
     secret: _builtins.bytes
+    """HMAC-SHA256 of the view's secret over the view, the kind and both ranks"""
     kind: Global___LinkKind.ValueType
     def __init__(
         self,

@@ -1,0 +1,52 @@
+"""Who a certificate speaks for, and whether a registration is by whom it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from expertmesh.mesh.config_security import TlsConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """``ids``: role → the servers that it is for; a role without an entry there is for all of that role."""
+
+    roles: frozenset[str]
+    ids: Mapping[str, frozenset[str]]
+
+    def why_not(self, role: str, server_id: str) -> str:
+        """Why this certificate cannot be that server's; '' when it can."""
+        if role not in self.roles:
+            return f"its certificate is for {', '.join(sorted(self.roles)) or 'no role'}, not for {role}"
+        allowed = self.ids.get(role)
+        if allowed is not None and server_id not in allowed:
+            return f"its certificate is for {', '.join(sorted(allowed))}, not for {server_id}"
+        return ""
+
+
+def identity_of(dns_names: Iterable[str], tls: TlsConfig) -> Identity:
+    """From the DNS names of a verified certificate: ``ROLE.DOMAIN`` and ``ID.ROLE.DOMAIN``."""
+    suffix = f".{tls.domain}"
+    roles: set[str] = set()
+    ids: dict[str, set[str]] = {}
+    for name in dns_names:
+        if not name.endswith(suffix):
+            continue
+        server_id, _, role = name.removesuffix(suffix).rpartition(".")
+        roles.add(role)
+        if server_id:
+            ids.setdefault(role, set()).add(server_id)
+    return Identity(roles=frozenset(roles), ids={role: frozenset(names) for role, names in ids.items()})
+
+
+def peer_identity(auth_context: Mapping[str, Iterable[bytes]], tls: TlsConfig) -> Identity | None:
+    """Of the caller's verified certificate; None where certificates say nothing about roles.
+
+    Args:
+        auth_context: as gRPC has it; ``peer_dns`` holds the DNS names alone, whatever else the certificate names.
+    """
+    if not tls.with_roles:
+        return None
+    names = (name.decode("ascii", errors="replace") for name in auth_context.get("peer_dns", ()))
+    return identity_of(names, tls)
