@@ -21,6 +21,7 @@ from expertmesh.balancer.turns import Turn, Turns, open_turns
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.gate import Gate
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
@@ -52,13 +53,20 @@ async def serve(
     Raises:
         UserError: the port, the state folder, etcd, the data plane's interface or the placement file cannot be used.
     """
-    async with open_turns(config, server_id) as turns:
+    gate = Gate(config.tls, config.api, server_id)
+    async with gate.open(), open_turns(config, server_id) as turns:
         store = RendezvousStore(config.dataplane.interface_host)
         opening = asyncio.create_task(store.open(), name="rendezvous-store")
         stopping = asyncio.create_task(stop.wait(), name="balancer-stop")
         try:
             office = Office(
-                config, server_id=server_id, telemetry=telemetry, turns=turns, store_address=store.address, ready=ready
+                config,
+                server_id=server_id,
+                telemetry=telemetry,
+                turns=turns,
+                store_address=store.address,
+                gate=gate,
+                ready=ready,
             )
             async with _page(config, office):
                 while not stop.is_set():
@@ -97,13 +105,16 @@ class Office:
         telemetry: Telemetry,
         turns: Turns,
         store_address: str,
+        gate: Gate,
         ready: Callable[[str], None],
     ) -> None:
+        config.check_doors()
         self._config = config
         self._server_id = server_id
         self._telemetry = telemetry
         self._turns = turns
         self._store_address = store_address
+        self._gate = gate
         self._ready = ready
         self._told = False
         self._leading: Leading | None = None
@@ -176,6 +187,7 @@ class Office:
                     register=register,
                     telemetry=self._telemetry,
                     key="balancer.port",
+                    gate=self._gate,
                 )
             except UserError:
                 if not self._told or time.monotonic() > deadline_s:
