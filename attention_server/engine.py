@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Engine:
         self._active: dict[tuple[int, int], Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._prepared: list[Chunk] = []
+        self._prepared_ns = 0  # wall time
         self._dropped: list[Sequence] = []
         self._outputs: list[Output] = []
         self._serving = False
@@ -150,6 +152,25 @@ class Engine:
         with self._lock:
             return self._load()
 
+    @property
+    def num_computed_tokens(self) -> tuple[int, int]:
+        """Since the start: of prompts, and generated."""
+        return self._metrics.num_prefilled, self._metrics.num_generated
+
+    def link_all(self, traceparent: str, what: str) -> None:
+        """``what``, whose trace it is, touched every traced sequence that has not ended. From the step thread."""
+        with self._lock:
+            for sequence in self._active.values():
+                if sequence.trace is not None:
+                    sequence.trace.link(traceparent, what)
+
+    def link_batch(self, traceparent: str) -> None:
+        """The traced sequences of the prepared batch ride in the step whose trace it is. From the step thread."""
+        with self._lock:
+            for chunk in self._prepared:
+                if chunk.sequence.trace is not None:
+                    chunk.sequence.trace.link(traceparent, "step")
+
     def take_token_s(self) -> float:
         """See ``RequestMetrics``."""
         with self._lock:
@@ -182,7 +203,7 @@ class Engine:
             chunks.sort(key=_attention_order)
             for chunk in chunks:
                 chunk.sequence.in_batch = True
-            self._prepared = chunks
+            self._prepared, self._prepared_ns = chunks, time.time_ns()
             self._metrics.scheduler(self._scheduler.counts)
         if self._outputs:
             self._publish()
@@ -197,7 +218,9 @@ class Engine:
         with self._lock:
             assert chunks is self._prepared, "a step other than the prepared one was computed"
             prefilled = sum([chunk.count for chunk in chunks if chunk.is_prefill])
+            self._trace_chunks(chunks)
             launched = self._scheduler.launch(chunks)
+            self._metrics.step(sum([chunk.count for chunk in chunks]))
             self._metrics.computed(prefilled, sum([chunk.completes for chunk in launched]))
             self._unprepare()
         return launched
@@ -211,6 +234,9 @@ class Engine:
         now = self._clock()
         with self._lock:
             self._scheduler.land(launched)
+            for chunk in launched:
+                if chunk.sequence.trace is not None:
+                    chunk.sequence.trace.chunk_landed(chunk.end)
             completing = [chunk for chunk in launched if chunk.completes]
             counts = itertools.repeat(1, len(completing)) if sampled.counts is None else sampled.counts
             tokens = enumerate(sampled.tokens.tolist())
@@ -240,6 +266,15 @@ class Engine:
         with self._lock:
             self._unprepare()
             self._scheduler.take_back(launched)
+            for chunk in launched:
+                if chunk.sequence.trace is not None:
+                    chunk.sequence.trace.taken_back()
+
+    def _trace_chunks(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            trace, start = chunk.sequence.trace, chunk.sequence.num_computed
+            if trace is not None and chunk.is_prefill:
+                trace.chunk_launched(start, start + chunk.count, self._prepared_ns)
 
     def _collect(self) -> None:
         while self._inbox:

@@ -73,6 +73,12 @@ class HalfBase:
             log.info("not serving: %s", reason or "no view")
         self.engine.set_serving(serving)
 
+    def rides_in(self, traceparent: str) -> None:
+        self.engine.link_batch(traceparent)
+
+    def touched_by(self, traceparent: str, what: str) -> None:
+        self.engine.link_all(traceparent, what)
+
     def _write_table(self, chunks: list[Chunk]) -> None:
         """Enter the blocks that the sequences of a batch got since they were last in one."""
         for chunk in chunks:

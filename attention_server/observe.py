@@ -17,6 +17,9 @@ class RequestMetrics:
         self._kv_usage = metrics.kv_cache_usage_perc.labels()
         self._prompt_tokens = metrics.prompt_tokens.labels()
         self._generation_tokens = metrics.generation_tokens.labels()
+        self._iteration_tokens = metrics.iteration_tokens.labels()
+        self.num_prefilled = 0  # tokens since the start
+        self.num_generated = 0
         self._inter_token = metrics.inter_token_latency_seconds.labels()
         self._drafts = metrics.spec_decode_num_drafts.labels()
         self._draft_tokens = metrics.spec_decode_num_draft_tokens.labels()
@@ -44,6 +47,12 @@ class RequestMetrics:
         """What a step did, in tokens."""
         self._prompt_tokens.add(prefilled)
         self._generation_tokens.add(generated)
+        self.num_prefilled += prefilled
+        self.num_generated += generated
+
+    def step(self, num_tokens: int) -> None:
+        """A step began, with so many tokens."""
+        self._iteration_tokens.observe(num_tokens)
 
     def speculated(self, drafted: int, accepted: int) -> None:
         """A draft was verified; in tokens."""
@@ -57,23 +66,25 @@ class RequestMetrics:
     def started(self, sequence: Sequence, now: float) -> None:
         """It runs, for the first time or again after a preemption."""
         if sequence.admitted_s:
+            if sequence.trace is not None:
+                sequence.trace.event("resumed after a preemption")
             return
         sequence.admitted_s = now
-        self._metrics.request_queue_time_seconds.observe(now - sequence.queued_s)
+        self._metrics.request_queue_time_seconds.observe(now - sequence.queued_s, _exemplar(sequence))
         if sequence.trace is not None:
-            sequence.trace.event("prefill")
+            sequence.trace.started()
 
     def token(self, sequence: Sequence, now: float) -> None:
         if sequence.last_token_s:
-            self._inter_token.observe(now - sequence.last_token_s)
+            self._inter_token.observe(now - sequence.last_token_s, _exemplar(sequence))
             self._gaps += 1
             self._gap_s += now - sequence.last_token_s
         else:
             sequence.first_token_s = now
-            self._metrics.request_prefill_time_seconds.observe(now - sequence.admitted_s)
-            self._metrics.time_to_first_token_seconds.observe(now - sequence.queued_s)
+            self._metrics.request_prefill_time_seconds.observe(now - sequence.admitted_s, _exemplar(sequence))
+            self._metrics.time_to_first_token_seconds.observe(now - sequence.queued_s, _exemplar(sequence))
             if sequence.trace is not None:
-                sequence.trace.event("first token")
+                sequence.trace.first_token()
         sequence.last_token_s = now
 
     def take_token_s(self) -> float:
@@ -84,9 +95,16 @@ class RequestMetrics:
 
     def ended(self, sequence: Sequence, now: float, error: str) -> None:
         """``error`` '' = it ended as asked."""
+        metrics, exemplar = self._metrics, _exemplar(sequence)
         if sequence.first_token_s:
-            self._metrics.request_decode_time_seconds.observe(now - sequence.first_token_s)
-        self._metrics.e2e_request_latency_seconds.observe(now - sequence.queued_s)
+            decode_s, num_output = now - sequence.first_token_s, sequence.num_known_output
+            metrics.request_decode_time_seconds.observe(decode_s, exemplar)
+            metrics.request_inference_time_seconds.observe(now - sequence.admitted_s, exemplar)
+            metrics.request_prompt_tokens.observe(sequence.num_prompt)
+            metrics.request_generation_tokens.observe(num_output)
+            if num_output > 1:
+                metrics.request_time_per_output_token_seconds.observe(decode_s / (num_output - 1), exemplar)
+        metrics.e2e_request_latency_seconds.observe(now - sequence.queued_s, exemplar)
         if sequence.trace is not None:
             sequence.trace.end(
                 input_tokens=sequence.num_prompt,
@@ -94,3 +112,8 @@ class RequestMetrics:
                 cached_tokens=sequence.cached_tokens,
                 error=error,
             )
+
+
+def _exemplar(sequence: Sequence) -> str:
+    """What a histogram may point to: the request's span, where it has one."""
+    return sequence.trace.traceparent if sequence.trace is not None else ""

@@ -84,12 +84,15 @@ class AttentionServer:
         """What the balancer hears of this server's work, since the report before."""
         engine = self.half.engine
         load = engine.load()
+        prompt_tokens, generation_tokens = engine.num_computed_tokens
         return mesh_pb2.ServerLoad(
             num_requests_running=load.num_running,
             num_requests_waiting=load.num_waiting,
             max_num_requests=self._max_num_seqs,
             kv_cache_usage=load.kv_cache_usage,
             token_s=engine.take_token_s(),
+            prompt_tokens=prompt_tokens,
+            generation_tokens=generation_tokens,
         )
 
     async def start(self) -> None:

@@ -53,17 +53,20 @@ class Effects(Protocol):
 
     def new_secret(self) -> bytes: ...
 
-    def view_published(self, reason: str) -> None:
-        """Of the metrics: formation, join, leave, death or broken."""
+    def view_published(self, view: mesh_pb2.View, reason: str) -> str:
+        """Of metrics and traces: formation, join, leave, death or broken. Returns the view's ``traceparent``."""
 
     def evaluate(self, job: Job) -> None:
         """Ask the policy on a worker thread; the answer comes to ``Online.answered``."""
 
-    def migration_stage(self, stage: str, seconds: float) -> None:
-        """Of the metrics: a migration was in this stage for so long."""
+    def migration_planned(self, plan: mesh_pb2.MigrationPlan, why: str) -> str:
+        """Of traces. Returns the plan's ``traceparent``."""
 
-    def migration_ended(self, outcome: str) -> None:
-        """Of the metrics: committed, aborted or dropped."""
+    def migration_stage(self, plan_id: int, stage: str, seconds: float) -> None:
+        """Of metrics and traces: a migration was in this stage for so long."""
+
+    def migration_ended(self, plan_id: int, outcome: str, reason: str) -> None:
+        """Of metrics and traces: committed, aborted or dropped."""
 
 
 class Actual:

@@ -37,12 +37,20 @@ class EventLog:
         wall_clock: seconds since 1970.
         past: events of an earlier process, oldest first.
         unsaved: how many more it may have had, whose numbers somebody has seen.
+        heard: called with each new event.
     """
 
-    def __init__(self, wall_clock: Callable[[], float], past: Iterable[Event] = (), unsaved: int = 0) -> None:
+    def __init__(
+        self,
+        wall_clock: Callable[[], float],
+        past: Iterable[Event] = (),
+        unsaved: int = 0,
+        heard: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         self._wall_clock = wall_clock
         self._unsaved = unsaved
         self._events = deque(past, maxlen=EVENTS_KEPT)
+        self._heard = heard
         self._grown = asyncio.Event()
 
     @property
@@ -61,6 +69,7 @@ class EventLog:
         self._unsaved = 0
         self._events.append(event)
         log.log(level, "%s %s: %s", kind, subject, message)
+        self._heard(event)
         self._grown.set()
         self._grown = asyncio.Event()
 

@@ -22,6 +22,7 @@ from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.load_gauges import LoadGauges
 from expertmesh.balancer.migrations import Migrations, Stage
+from expertmesh.balancer.observing import ControlObserver
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.reconcile import Reconciler
@@ -53,24 +54,20 @@ _UNSAVED_EVENTS = 1000
 class Outside:
     """``Effects`` on the real world."""
 
-    def __init__(self, outgoing: Outgoing, saver: StateSaver, evaluations: Evaluations, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(
+        self, outgoing: Outgoing, saver: StateSaver, evaluations: Evaluations, observer: ControlObserver
+    ) -> None:
         self.send: Callable[[int, mesh_pb2.JoinResponse], None] = outgoing.send
         self.close: Callable[[int], None] = outgoing.close
         self.save: Callable[[DurableState], None] = saver.ask
         self.evaluate: Callable[[Job], None] = evaluations.start
+        self.view_published: Callable[[mesh_pb2.View, str], str] = observer.view_published
+        self.migration_planned: Callable[[mesh_pb2.MigrationPlan, str], str] = observer.migration_planned
+        self.migration_stage: Callable[[int, str, float], None] = observer.migration_stage
+        self.migration_ended: Callable[[int, str, str], None] = observer.migration_ended
 
     def new_secret(self) -> bytes:
         return secrets.token_bytes(_SECRET_BYTES)
-
-    def view_published(self, reason: str) -> None:
-        self._metrics.view_changes.add(reason=reason)
-
-    def migration_stage(self, stage: str, seconds: float) -> None:
-        self._metrics.balancer_migration_stage_seconds.observe(seconds, stage=stage)
-
-    def migration_ended(self, outcome: str) -> None:
-        self._metrics.balancer_migrations.add(outcome=outcome)
 
 
 class Driver:
@@ -114,7 +111,10 @@ class Driver:
                 self._soon.cancel()
                 self._soon = None
             self._tick_until_done()
-            self._loads.update(time.monotonic())
+            now = time.monotonic()
+            self._loads.update(now)
+            started_s = min((migration.started_s for migration in self._migrations), default=now)
+            self._metrics.balancer_migration_oldest_seconds.set(now - started_s)
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with a wake.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._reconciler.due_in_s(time.monotonic())):
@@ -177,7 +177,9 @@ class Leading:
         # Above every id of an earlier process, also when its last save was lost.
         state.ledger.last_id = max(state.ledger.last_id, time.time_ns() // 1_000_000)
         metrics = telemetry.metrics
-        self.events = EventLog(time.time, state.events, unsaved=_UNSAVED_EVENTS if state.events else 0)
+        self._observer = ControlObserver(telemetry)
+        unsaved = _UNSAVED_EVENTS if state.events else 0
+        self.events = EventLog(time.time, state.events, unsaved=unsaved, heard=self._observer.heard)
         self._config = config
         self._turn = turn
         self._sessions = Sessions()
@@ -194,7 +196,7 @@ class Leading:
         outgoing: Outgoing = self._sessions
         if turn.saves_first:
             outgoing = SavedFirst(self._sessions, self._saver, turn.holds)
-        self._outside = Outside(outgoing, self._saver, self._evaluations, metrics)
+        self._outside = Outside(outgoing, self._saver, self._evaluations, self._observer)
         self._actual = Actual(config.balancer, effects=self._outside, events=self.events, state=state)
         statistics = Statistics(config.balancer.stats_half_life_tokens)
         self._routing = RoutingDesk(self._actual, statistics, outgoing.send, time.monotonic)
@@ -268,6 +270,7 @@ class Leading:
         await self._evaluations.close()
         await self._worker.close()
         await self._compiler.close()
+        self._observer.close()
         if self._turn.holds():
             self._saver.ask(self._actual.durable())
             await self._saver.flush()

@@ -139,6 +139,7 @@ class Migrations:
             timeout_s=self._timeout_s,
         )
         actual.ledger.issue(plan, current.version)
+        plan.traceparent = self._effects.migration_planned(plan, why)
         migration = Migration(
             plan=plan,
             ranks=frozenset(rank.server_id for rank in actual.view.ranks),
@@ -266,7 +267,7 @@ class Migrations:
         return self._end(migration, Outcome.ABORTED, why, now)
 
     def _enter(self, migration: Migration, stage: Stage, text: str, now: float) -> str:
-        self._effects.migration_stage(migration.stage, now - migration.stage_s)
+        self._effects.migration_stage(migration.plan.id, migration.stage, now - migration.stage_s)
         migration.stage, migration.stage_s = stage, now
         version = migration.plan.placement.version
         self._events.add(f"migration_{stage}", migration.subject, f"version {version}: {text}")
@@ -275,8 +276,8 @@ class Migrations:
     def _end(self, migration: Migration, outcome: Outcome, reason: str, now: float) -> str:
         plan = migration.plan
         del self._running[plan.id]
-        self._effects.migration_stage(migration.stage, now - migration.stage_s)
-        self._effects.migration_ended(outcome)
+        self._effects.migration_stage(plan.id, migration.stage, now - migration.stage_s)
+        self._effects.migration_ended(plan.id, outcome, reason)
         took = f"after {now - migration.started_s:.2f} s"
         why = f": {reason}" if reason else ""
         if outcome is Outcome.COMMITTED:

@@ -287,7 +287,7 @@ class Reconciler:
         actual.set_phase(Phase.FORMING, now)
         names = ", ".join(rank.server_id for rank in view.ranks)
         self._events.add("view_published", f"view {view.number}", f"{why}: {names}")
-        self._effects.view_published(why)
+        view.traceparent = self._effects.view_published(view, why)
         self._save()
         return f"published view {view.number} ({why})"
 

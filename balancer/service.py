@@ -204,6 +204,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 node=registration.node,
                 num_slots=registration.num_slots,
                 last_heartbeat_s=max(0.0, now - member.last_seen_s),
+                load=member.load,
             )
             if is_live and actual.is_in_view(member):
                 server.rank = rank_of[member.server_id]

@@ -18,6 +18,7 @@ from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.config_security import ApiConfig as ApiConfig
 from expertmesh.mesh.config_security import TlsConfig as TlsConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig as TelemetryConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.hub import REPO_PATTERN
 
@@ -241,18 +242,6 @@ class DataPlaneConfig(Section):
     fp8_dispatch: bool = Field(
         False, description="deepep: tokens travel to the experts as float8_e4m3, scaled by blocks of 128"
     )
-
-
-class TelemetryConfig(Section):
-    otlp_endpoint: str | None = Field(None, description="OTLP/gRPC; unset = OTEL_EXPORTER_OTLP_ENDPOINT, else off")
-    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="of requests that arrive without a trace context")
-    step_sample_interval_s: float = Field(
-        1.0, ge=0, description="at most one step in so many seconds is traced layer by layer"
-    )
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="/metrics for Prometheus; 0 = any; unset = off")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
 
 
 class MeshConfig(Section):

@@ -63,6 +63,12 @@ class AttentionHalf(Protocol):
     def traceparent(self) -> str:
         """W3C trace context of a sampled request in the prepared batch whose step is due to be traced, or ''."""
 
+    def rides_in(self, traceparent: str) -> None:
+        """The prepared batch is computed by the sampled step whose span it is: link its traced requests to it."""
+
+    def touched_by(self, traceparent: str, what: str) -> None:
+        """A migration or a view change (``what``) happened: link all traced requests to its span."""
+
     def begin(self) -> None:
         """Embed the prepared batch and compute up to the first MoE layer's input."""
 

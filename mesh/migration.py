@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from opentelemetry import trace
 
 from expertmesh.mesh.background import beside_steps, preempt_nobody
 from expertmesh.mesh.device import CPU
@@ -22,7 +23,7 @@ from expertmesh.mesh.halves import ExpertHalf, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables
 from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take
-from expertmesh.mesh.telemetry import Telemetry, record_span
+from expertmesh.mesh.telemetry import Telemetry, context_from_traceparent, is_sampled, record_span
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
@@ -157,8 +158,8 @@ class Migrations:
         """The migrations that this rank is ready to switch to before the next step."""
         return self._book.listed()
 
-    def switch(self, ids: Sequence[int], step: int) -> None:
-        """Before step ``step``: all ranks of the view switch to these."""
+    def switch(self, ids: Sequence[int], step: int) -> list[str]:
+        """Before step ``step``: all ranks of the view switch to these. Returns their traceparents."""
         migrations = self._book.switch(ids, step)
         for migration in migrations:
             started_s = time.perf_counter()
@@ -168,8 +169,10 @@ class Migrations:
                 assert migration.routing is not None, "a rank that routes stages a table"
                 self._c.routing.put(migration.layer, migration.routing)
             migration.switch_seconds = time.perf_counter() - started_s
+            migration.switched_ns = time.time_ns()
             self._report(committed_status(migration, step))
             self._work.put(migration)
+        return [migration.plan.traceparent for migration in migrations]
 
     # -- worker -------------------------------------------------------------------------------------------------
 
@@ -214,9 +217,11 @@ class Migrations:
             seconds=seconds,
             from_checkpoint=migration.num_fallbacks,
         )
+        migration.staged_ns = time.time_ns()
         if not self._book.staged(migration, status):
             return
-        self._metrics.rank_migration_duration_seconds.observe(seconds, phase="stage")
+        exemplar = migration.plan.traceparent if is_sampled(migration.plan.traceparent) else ""
+        self._metrics.rank_migration_duration_seconds.observe(seconds, exemplar, phase="stage")
         self._report(status)
 
     def _prepare(self, migration: Migration) -> None:
@@ -316,24 +321,35 @@ class Migrations:
             for source in migration.came_from:
                 metrics.migrated_slots.add(source=source)
         if self._c.telemetry.tracing:
-            self._record_span(migration)
+            self._record_spans(migration)
 
-    def _record_span(self, migration: Migration) -> None:
-        record_span(
-            self._c.telemetry.tracer,
-            "migration",
-            None,
+    def _record_spans(self, migration: Migration) -> None:
+        """What this rank did, as a part of the migration's trace, which the balancer began."""
+        tracer, traceparent = self._c.telemetry.tracer, migration.plan.traceparent
+        if not is_sampled(traceparent):
+            return
+        span = record_span(
+            tracer,
+            "rank migration",
+            context_from_traceparent(traceparent),
             migration.received_ns,
-            time.time_ns(),
+            migration.switched_ns or time.time_ns(),
             {
                 "expertmesh.migration": migration.id,
                 "expertmesh.layer": migration.layer,
                 "expertmesh.placement.version": migration.plan.placement.version,
+                "expertmesh.rank": self._c.view.rank,
                 "expertmesh.migration.slots": len(migration.came_from),
+                "expertmesh.migration.sources": migration.came_from,
                 "expertmesh.migration.outcome": migration.outcome,
-                "expertmesh.migration.switch_seconds": migration.switch_seconds,
             },
         )
+        parent = trace.set_span_in_context(span)
+        if migration.staged_ns:
+            record_span(tracer, "stage", parent, migration.received_ns, migration.staged_ns)
+        if migration.switched_ns:
+            began_ns = migration.switched_ns - int(migration.switch_seconds * 1e9)
+            record_span(tracer, "switch", parent, began_ns, migration.switched_ns)
 
     def _report(self, status: mesh_pb2.MigrationStatus) -> None:
         self._c.report(mesh_pb2.JoinRequest(migration=status))

@@ -55,6 +55,8 @@ class Migration:
     came_from: list[str] = field(default_factory=list)  # by arriving expert: local, peer or checkpoint
     num_fallbacks: int = 0
     staged_status: mesh_pb2.MigrationStatus | None = None
+    staged_ns: int = 0  # wall time, as the next
+    switched_ns: int = 0
     switch_seconds: float = 0.0
     finished_as: str = ""  # the outcome that was accounted for
 

@@ -142,12 +142,14 @@ class StepLoop:
         """
         if go.commits and self._is_on_device and self._c.observer is not None:
             self._c.observer.flush_device(self._versions, cast(DeviceAttentionHalf, self._c.attention).routing)
-        self._c.migrations.switch(go.commits, go.step)
+        for traceparent in self._c.migrations.switch(go.commits, go.step):
+            if self._c.attention is not None:
+                self._c.attention.touched_by(traceparent, "migration")
         self._versions = self._c.migrations.view.versions
         tokens = list(go.num_tokens)
         if any(tokens):
             clock = self._c.clock
-            clock.start(go)
+            traceparent = clock.start(go, self._c.view.rank)
             attention = self._c.attention if tokens[self._c.view.rank] else None
             if attention is not None and self._c.observer is not None:
                 self._c.observer.begin()
@@ -157,9 +159,12 @@ class StepLoop:
                 self._pass(attention, tokens)
             clock.attention_done()
             if attention is not None:
+                if traceparent:
+                    attention.rides_in(traceparent)
                 attention.finish()
                 self._commit(attention, tokens[self._c.view.rank])
-            clock.finish(sum(tokens))
+            has_loads = traceparent and self._c.experts is not None
+            clock.finish(sum(tokens), self._c.migrations.view.local_slots() if has_loads else {})
         elif self._is_on_device and self._c.attention is not None:
             self._commit(self._c.attention, 0)  # an idle tick: what the device has counted is fetched
         self._progress.step = go.step
@@ -257,7 +262,7 @@ class StepLoop:
         if attention is not None:
             attention.while_dispatched(layer)
         dispatched: Dispatched[Any] = pending.wait()
-        clock.dispatched(layer, dispatched.num_tokens)
+        clock.dispatched(layer, dispatched.num_tokens, dispatched.counts_S)
         y_NH = dispatched.rows_NH
         if self._c.experts is not None and y_NH.shape[0]:
             y_NH = self._c.experts.compute(

@@ -33,6 +33,7 @@ from expertmesh.mesh.stepclock import StepClock
 from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.mesh.view import ViewInfo
+from expertmesh.mesh.viewtrace import ViewTrace
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class StepThread:
         self._links: Links | None = None
         self._plane: DataPlane[Any] | None = None
         self._routing: RoutingTables | None = None
+        self._broken_ns = 0  # wall time since when no view serves here, because one broke
         self.state = mesh_pb2.SERVER_STATE_STARTING
 
     @property
@@ -215,11 +217,15 @@ class StepThread:
         started = time.monotonic()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # of the last view's graphs: what the next plane allocates is not torch's
+        tracing = ViewTrace(self._telemetry, view, self._broken_ns)
         try:
             if self._experts is not None:
                 self._experts.load(view.local_slots())
+            tracing.done("load slots")
             links = self._links = self._meet(view)
+            tracing.done("meet")
             plane = self._plane = self._open_plane(view, links)
+            tracing.done("open data plane")
             lockstep = self._lockstep(view, links.lockstep)
             routing = self._routing = self._routing_of(view)
             if plane.is_on_device and self._attention is not None:
@@ -227,7 +233,10 @@ class StepThread:
             migrations = self._open_migrations(view, routing, links)
             loop = StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress)
             loop.capture()
+            tracing.done("prepare steps")
             self._enter(view, migrations, started)
+            self._broken_ns = 0
+            tracing.end()
             loop.run()
             log.info("view %d ended after step %d", view.number, self.progress.step)
         except _Stopping:
@@ -236,6 +245,8 @@ class StepThread:
             error = as_device_lost(caught) or caught
             if not isinstance(error, DataPlaneError):
                 raise
+            self._broken_ns = self._broken_ns or time.time_ns()
+            tracing.end(str(error))
             self._report_broken(view, error)
             if isinstance(error, DeviceLostError):  # the process has to be started again
                 raise error from caught
@@ -330,6 +341,7 @@ class StepThread:
         self._report(mesh_pb2.JoinRequest(view_ready=mesh_pb2.ViewReady(view_number=view.number)))
         if self._attention is not None:
             self._attention.set_serving(True)
+            self._attention.touched_by(view.proto.traceparent, "view_change")
         seconds = time.monotonic() - started
         log.info("in view %d as rank %d of %d after %.2f s", view.number, view.rank, view.size, seconds)
 

@@ -53,10 +53,17 @@ class LinkPool:
         self._retiring: set[asyncio.Task[None]] = set()
         self._pause_reason = ""
         self._waiting: set[Generation] = set()
+        self.view_traceparent = ""
+        """Of the change to the current view."""
 
     @property
     def any_serving(self) -> bool:
         return any(member.link.serving for member in self._members.values())
+
+    @property
+    def num_serving(self) -> int:
+        """Attention servers that serve."""
+        return sum(member.link.serving for member in self._members.values())
 
     @property
     def links(self) -> Sequence[AttentionLink]:
@@ -76,6 +83,7 @@ class LinkPool:
     def set_view(self, view: mesh_pb2.View) -> None:
         """Connect to the view's attention servers; servers that it no longer has take nothing new and are let go."""
         self._pause_reason = ""
+        self.view_traceparent = view.traceparent
         wanted: dict[_ServerKey, mesh_pb2.Rank] = {
             (rank.server_id, rank.incarnation, rank.grpc_address): rank
             for rank in view.ranks

@@ -172,6 +172,7 @@ class _Placement:
         self._link: AttentionLink | None = None
         self._handle = 0
         self._homeless_since_s: float | None = None  # without a server, and no token since
+        self._began_under = self._pool.view_traceparent
 
     async def drive(self, emit: Emit) -> None:
         """Until the request ends; then, or when cancelled, the attention server lets go of it."""
@@ -187,6 +188,8 @@ class _Placement:
             await self._emit_pending(emit)
         finally:
             self._pool.forget(generation)
+            if self._pool.view_traceparent != self._began_under:
+                self._caller.telemetry.on_view_changed(self._pool.view_traceparent)
             if self._link is not None:
                 self._link.abort(self._handle)
         if generation.refusal is not None:
@@ -213,6 +216,10 @@ class _Placement:
         generation = self._generation
         if self._homeless_since_s is None or self._homeless_since_s < generation.last_token_s:
             self._homeless_since_s = time.monotonic()
+        if self._link is not None:
+            self._caller.telemetry.on_lost()
+            self._link = None
+        self._caller.telemetry.on_choosing()
         link = self._pool.choose(generation.prompt_token_ids, avoid=generation.refused_by)
         if link is None:
             self._pool.notify(generation)
@@ -222,7 +229,7 @@ class _Placement:
         generation.needs_server = False
         self._link = link
         self._handle = link.submit(generation, self._submit_message())
-        self._caller.telemetry.on_placed(generation, link.server_id)
+        self._caller.telemetry.on_placed(generation, link.server_id, self._pool.num_serving)
 
     def _submit_message(self) -> attention_pb2.Submit:
         generation = self._generation

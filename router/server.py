@@ -18,6 +18,8 @@ from expertmesh.router.model import RouterModel, load_router_model
 from expertmesh.router.pool import LinkPool
 from expertmesh.router.runner import Runner
 from expertmesh.router.service import GenerationService
+from expertmesh.router.slo import Objectives
+from expertmesh.router.spans import RequestObserver
 from expertmesh.v1 import attention_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,13 @@ class Router:
             on_change=self._on_capacity_change,
         )
         self.runner = Runner(config.router, self.model, self.pool)
-        self.service = GenerationService(self.runner, self.model, telemetry)
+        settings = config.telemetry
+        self.observer = RequestObserver(
+            telemetry=telemetry,
+            model=self.model.limits.name,
+            objectives=Objectives(telemetry.metrics, ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s),
+        )
+        self.service = GenerationService(self.runner, self.model, self.observer)
         self.membership = MembershipClient(
             _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
         )
@@ -117,8 +125,13 @@ class Router:
         state = mesh_pb2.SERVER_STATE_SERVING if self.pool.any_serving else mesh_pb2.SERVER_STATE_STARTING
         if self.runner.admission.closed:
             state = mesh_pb2.SERVER_STATE_DRAINING
+        totals = self.observer.totals
         load = mesh_pb2.ServerLoad(
-            num_requests_running=len(self.runner.admission), num_requests_waiting=self.pool.num_unplaced
+            num_requests_running=len(self.runner.admission),
+            num_requests_waiting=self.pool.num_unplaced,
+            ttft_s=totals.take_ttft_s(),
+            requests_ended=totals.ended,
+            requests_failed=totals.failed,
         )
         return mesh_pb2.Heartbeat(view_number=self._view_number, state=state, load=load)
 

@@ -14,11 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from expertmesh.mesh.rpc_door import RETRY_AFTER_KEY, principal
-from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router.errors import Refusal
 from expertmesh.router.model import RouterModel
 from expertmesh.router.runner import Caller, Runner
-from expertmesh.router.spans import RequestTelemetry
+from expertmesh.router.spans import RequestObserver, RequestTelemetry
 from expertmesh.v1 import generate_pb2
 
 log = logging.getLogger(__name__)
@@ -39,10 +38,10 @@ class Malformed:
 class GenerationService:
     """The request API of one router."""
 
-    def __init__(self, runner: Runner, model: RouterModel, telemetry: Telemetry) -> None:
+    def __init__(self, runner: Runner, model: RouterModel, observer: RequestObserver) -> None:
         self._runner = runner
         self._model = model
-        self._telemetry = telemetry
+        self._observer = observer
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the service to a server; returns its full name."""
@@ -96,8 +95,7 @@ class GenerationService:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         telemetry = RequestTelemetry(
-            self._telemetry,
-            model=self._model.limits.name,
+            self._observer,
             operation="chat" if request.WhichOneof("input") == "chat" else "text_completion",
             metadata=context.invocation_metadata(),
         )

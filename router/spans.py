@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import grpc
+from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.util.types import AttributeValue
 
-from expertmesh.mesh.telemetry import Telemetry, extract_context, traceparent_of
+from expertmesh.mesh.telemetry import Telemetry, extract_context, link_to, record_span, traceparent_of
 from expertmesh.mesh.telemetry.tracing import Metadata
 from expertmesh.router.generation import Generation
+from expertmesh.router.slo import Objectives
 from expertmesh.v1 import generate_pb2
 
 FINISH_NAMES = {
@@ -19,24 +23,56 @@ FINISH_NAMES = {
 }
 
 
+@dataclass
+class RequestTotals:
+    """What a router has seen since its start, for its heartbeats; ``ttfts`` since they were taken."""
+
+    ended: int = 0
+    failed: int = 0
+    ttfts: int = 0
+    ttft_s: float = 0.0
+
+    def take_ttft_s(self) -> float:
+        """The mean time to the first token since the call before; 0 = there was none."""
+        mean_s = self.ttft_s / self.ttfts if self.ttfts else 0.0
+        self.ttfts, self.ttft_s = 0, 0.0
+        return mean_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestObserver:
+    """What the telemetry of all requests of a router shares. ``model``: as the mesh names it."""
+
+    telemetry: Telemetry
+    model: str
+    objectives: Objectives
+    totals: RequestTotals = field(default_factory=RequestTotals)
+
+
 class RequestTelemetry:
-    """A server span from arrival to ``end``, a child of the client's span where it sent one.
+    """A server span from arrival to ``end``, a child of the client's span where it sent one, with a span for each
+    thing that the router does before the request has an attention server.
 
     Args:
-        model: as the mesh names it.
         metadata: of the call; may carry a W3C trace context.
     """
 
-    def __init__(self, telemetry: Telemetry, *, model: str, operation: str, metadata: Metadata | None) -> None:
+    def __init__(self, observer: RequestObserver, *, operation: str, metadata: Metadata | None) -> None:
+        telemetry, model = observer.telemetry, observer.model
+        self._observer = observer
+        self._tracer = telemetry.tracer
         self._metrics = telemetry.metrics
         self._started_s = time.monotonic()
         self._last_response_s = 0.0
         self._inflight = False
         self._placements = 0
+        self._choosing_ns = 0
+        self._phase_ns = time.time_ns()  # when what the router does now began
         self._span = telemetry.tracer.start_span(
             f"generate {model}",
             context=extract_context(metadata),
             kind=SpanKind.SERVER,
+            start_time=self._phase_ns,
             attributes={
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "expertmesh",
@@ -54,11 +90,14 @@ class RequestTelemetry:
         self._inflight = True
         self._metrics.router_requests_inflight.add(1)
         self._span.set_attribute("gen_ai.response.id", request_id)
+        self._record_phase("admission", self._phase_ns, {})
 
     def on_accepted(self, generation: Generation) -> None:
         """The request is valid: what it asks for, resolved."""
         if not self._span.is_recording():
             return
+        num_tokens = len(generation.prompt_token_ids)
+        self._record_phase("tokenise", self._phase_ns, {"gen_ai.usage.input_tokens": num_tokens})
         sampling = generation.sampling
         self._span.set_attributes(
             {
@@ -70,18 +109,41 @@ class RequestTelemetry:
                 "gen_ai.request.presence_penalty": sampling.presence_penalty,
                 "gen_ai.request.seed": sampling.seed,
                 "gen_ai.request.stop_sequences": list(sampling.stop),
-                "gen_ai.usage.input_tokens": len(generation.prompt_token_ids),
+                "gen_ai.usage.input_tokens": num_tokens,
             }
         )
 
-    def on_placed(self, generation: Generation, server_id: str) -> None:
-        """The request was given to an attention server, the first time or again."""
+    def on_lost(self) -> None:
+        """The request has lost its attention server."""
+        self._phase_ns = time.time_ns()
+
+    def on_choosing(self) -> None:
+        """An attention server is about to be chosen, perhaps in vain."""
+        self._choosing_ns = time.time_ns()
+
+    def on_placed(self, generation: Generation, server_id: str, num_serving: int) -> None:
+        """The request was given to one of ``num_serving`` attention servers, the first time or again."""
         self._placements += 1
         if self._placements > 1:
             self._metrics.replays.add(1)
-        self._span.add_event(
-            "placed", {"expertmesh.server_id": server_id, "expertmesh.output_tokens": len(generation.output_token_ids)}
-        )
+        if not self._span.is_recording():
+            return
+        # In the queue until the choice that found a server; a replay is in it again, and begins where it was lost.
+        attributes: dict[str, AttributeValue] = {
+            "expertmesh.server_id": server_id,
+            "expertmesh.servers_serving": num_serving,
+            "expertmesh.output_tokens": len(generation.output_token_ids),
+        }
+        began_ns, chosen_ns = self._phase_ns, time.time_ns()
+        if self._placements > 1:
+            self._record_phase("replay", began_ns, {**attributes, "expertmesh.replays": generation.replays})
+        else:
+            self._record_phase("queue", began_ns, {}, self._choosing_ns)
+        self._record_phase("choose attention server", self._choosing_ns, attributes, chosen_ns)
+
+    def on_view_changed(self, traceparent: str) -> None:
+        """The view that the request began under is not the one that it ended under."""
+        link_to(self._span, traceparent, "view_change")
 
     def on_response(self, generation: Generation, response: generate_pb2.GenerateResponse) -> None:
         """A message is about to go to the client."""
@@ -90,18 +152,24 @@ class RequestTelemetry:
             now_s = generation.last_token_s
             if not self._last_response_s:
                 assert generation.first_token_s is not None
-                self._metrics.time_to_first_token_seconds.observe(generation.first_token_s - self._started_s)
+                ttft_s = generation.first_token_s - self._started_s
+                self._metrics.time_to_first_token_seconds.observe(ttft_s, self._exemplar)
+                self._observer.totals.ttfts += 1
+                self._observer.totals.ttft_s += ttft_s
                 self._span.add_event("first_token")
                 num_tokens -= 1
                 self._last_response_s = generation.first_token_s
             for _ in range(num_tokens):
-                self._metrics.inter_token_latency_seconds.observe((now_s - self._last_response_s) / num_tokens)
+                gap_s = (now_s - self._last_response_s) / num_tokens
+                self._metrics.inter_token_latency_seconds.observe(gap_s, self._exemplar)
             self._last_response_s = now_s
         if response.HasField("finish"):
-            self._on_finish(response.finish)
+            self._on_finish(generation, response.finish)
 
     def refused(self, code: grpc.StatusCode, message: str) -> None:
         self._metrics.requests_rejected.add(1, reason=code.name.lower())
+        self._observer.totals.failed += 1
+        self._observer.objectives.refused(code)
         self._fail(code.name, message)
 
     def abandoned(self, deadline_passed: bool) -> None:
@@ -118,10 +186,30 @@ class RequestTelemetry:
             self._metrics.router_requests_inflight.add(-1)
         self._span.end()
 
-    def _on_finish(self, finish: generate_pb2.Finish) -> None:
+    @property
+    def _exemplar(self) -> str:
+        """What a histogram may point to: nothing where the span is not kept."""
+        return self.traceparent if self._span.is_recording() else ""
+
+    def _record_phase(
+        self, name: str, began_ns: int, attributes: dict[str, AttributeValue], ended_ns: int | None = None
+    ) -> None:
+        """A child from ``began_ns`` until now (or ``ended_ns``), where the next phase begins."""
+        self._phase_ns = time.time_ns() if ended_ns is None else ended_ns
+        if self._span.is_recording():
+            parent = trace.set_span_in_context(self._span)
+            record_span(self._tracer, name, parent, began_ns, self._phase_ns, attributes)
+
+    def _on_finish(self, generation: Generation, finish: generate_pb2.Finish) -> None:
         reason = FINISH_NAMES[finish.reason]
+        e2e_s = time.monotonic() - self._started_s
         self._metrics.request_success.add(1, finished_reason=reason)
-        self._metrics.e2e_request_latency_seconds.observe(time.monotonic() - self._started_s)
+        self._metrics.e2e_request_latency_seconds.observe(e2e_s, self._exemplar)
+        self._observer.totals.ended += 1
+        if finish.reason != generate_pb2.FINISH_REASON_CANCELLED and generation.first_token_s is not None:
+            ttft_s = generation.first_token_s - self._started_s
+            decode_s = generation.last_token_s - generation.first_token_s
+            self._observer.objectives.ended(ttft_s, decode_s, finish.completion_tokens)
         self._span.set_attributes(
             {
                 "gen_ai.response.finish_reasons": [reason],

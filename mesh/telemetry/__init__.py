@@ -13,6 +13,7 @@ from expertmesh.mesh.telemetry.tracing import (
     extract_context,
     inject_metadata,
     is_sampled,
+    link_to,
     record_span,
     traceparent_of,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "extract_context",
     "inject_metadata",
     "is_sampled",
+    "link_to",
     "record_span",
     "setup_logging",
     "setup_telemetry",

@@ -7,20 +7,41 @@ ten times that. Families of a null ``Metrics`` drop everything.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+
+class Exemplar(NamedTuple):
+    """A value that a histogram has seen, and the sampled span (W3C ``traceparent``) that it was seen in."""
+
+    value: float
+    traceparent: str
+    unix_s: float
+
+    @property
+    def trace_id(self) -> str:
+        return self.traceparent[3:35]
+
+    @property
+    def span_id(self) -> str:
+        return self.traceparent[36:52]
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """What a histogram has seen: ``counts[i]`` values in (bounds[i-1], bounds[i]]; the last above all bounds."""
+    """What a histogram has seen: ``counts[i]`` values in (bounds[i-1], bounds[i]]; the last above all bounds.
+
+    ``exemplars``: for each of ``counts`` the newest value that was seen in a trace, if any.
+    """
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
     sum: float
+    exemplars: tuple[Exemplar | None, ...]
 
 
 class GaugeCell:
@@ -58,23 +79,27 @@ class CounterCell:
 
 
 class HistogramCell:
-    __slots__ = ("_bounds", "_counts", "_lock", "_sum")
+    __slots__ = ("_bounds", "_counts", "_exemplars", "_lock", "_sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._lock = Lock()
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
+        self._exemplars: list[Exemplar | None] = [None] * len(self._counts)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, traceparent: str = "") -> None:
+        """``traceparent``: of the sampled span that the value was seen in; '' = of none."""
         index = bisect_left(self._bounds, value)
         with self._lock:
             self._counts[index] += 1
             self._sum += value
+            if traceparent:
+                self._exemplars[index] = Exemplar(value, traceparent, time.time())
 
     def read(self) -> Distribution:
         with self._lock:
-            return Distribution(self._bounds, tuple(self._counts), self._sum)
+            return Distribution(self._bounds, tuple(self._counts), self._sum, tuple(self._exemplars))
 
 
 CellT = TypeVar("CellT", GaugeCell, CounterCell, HistogramCell)
@@ -132,8 +157,8 @@ class Counter(Family[CounterCell]):
 class Histogram(Family[HistogramCell]):
     cell_type = HistogramCell
 
-    def observe(self, value: float, **labels: str) -> None:
-        self.labels(**labels).observe(value)
+    def observe(self, value: float, traceparent: str = "", **labels: str) -> None:
+        self.labels(**labels).observe(value, traceparent)
 
 
 class _NullGaugeCell(GaugeCell):
@@ -156,7 +181,7 @@ class _NullCounterCell(CounterCell):
 class _NullHistogramCell(HistogramCell):
     __slots__ = ()
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, traceparent: str = "") -> None:
         pass
 
 
@@ -189,7 +214,7 @@ class _NullHistogram(Histogram):
     def labels(self, **labels: str) -> HistogramCell:
         return self._cell
 
-    def observe(self, value: float, **labels: str) -> None:
+    def observe(self, value: float, traceparent: str = "", **labels: str) -> None:
         pass
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from opentelemetry import trace
 
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 
 _NOISY = ("asyncio", "filelock", "fsspec", "grpc", "opentelemetry", "PIL", "torch", "transformers", "urllib3")
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) != "\t"}

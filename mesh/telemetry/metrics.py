@@ -1,8 +1,9 @@
 """Every metric of the mesh, declared once.
 
 Names and buckets under ``vllm:`` are vLLM's (vllm/v1/metrics/loggers.py), so that its dashboards work; OpenTelemetry
-names are those of the GenAI semantic conventions where they have one. ``starts_on`` lists the roles on which a series
-without labels is exported as 0 from the start; recorded elsewhere it appears with its first value.
+names are those of the GenAI semantic conventions where they have one. ``starts_on`` lists the roles on which a metric
+is exported as 0 from the start, with labels for each of ``series``: a rate over a counter that appears with its first
+value misses that value. Recorded elsewhere it appears with its first value.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ REQUEST_BUCKETS_S = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 STEP_BUCKETS_S = tuple(mantissa * 10.0**exponent for exponent in range(-5, 1) for mantissa in (1, 2, 5))
+REQUEST_TOKEN_BUCKETS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
 TOKEN_COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -52,6 +54,7 @@ class Declared(Generic[FamilyT]):
         unit: str = "1",
         otel: str = "",
         starts_on: Sequence[str] = (),
+        series: Sequence[Sequence[str]] = (),
     ) -> None:
         self.kind: type[FamilyT] = kind
         self.name = name
@@ -63,6 +66,7 @@ class Declared(Generic[FamilyT]):
             "_seconds"
         )
         self.starts_on = tuple(starts_on)
+        self.series = tuple(series) if labels else ((),)
 
     def __set_name__(self, owner: type[Metrics], attribute: str) -> None:
         self.attribute = attribute
@@ -149,7 +153,52 @@ class Metrics:
         Counter, "vllm:generation_tokens", "Tokens generated.", unit="{token}", starts_on=ATTENTION
     )
     request_success = Declared(
-        Counter, "vllm:request_success", "Requests that ended well.", labels=("finished_reason",)
+        Counter,
+        "vllm:request_success",
+        "Requests that ended well.",
+        labels=("finished_reason",),
+        starts_on=ROUTER,
+        series=(("stop",), ("length",), ("abort",)),
+    )
+    request_inference_time_seconds = Declared(
+        Histogram,
+        "vllm:request_inference_time_seconds",
+        "In the prefill and decode phases.",
+        buckets=REQUEST_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    request_time_per_output_token_seconds = Declared(
+        Histogram,
+        "vllm:request_time_per_output_token_seconds",
+        "The mean of a request, its first token left out.",
+        buckets=TOKEN_BUCKETS_S,
+        unit="s",
+        starts_on=ATTENTION,
+    )
+    request_prompt_tokens = Declared(
+        Histogram,
+        "vllm:request_prompt_tokens",
+        "Prompt tokens of a request.",
+        buckets=REQUEST_TOKEN_BUCKETS,
+        unit="{token}",
+        starts_on=ATTENTION,
+    )
+    request_generation_tokens = Declared(
+        Histogram,
+        "vllm:request_generation_tokens",
+        "Tokens generated for a request.",
+        buckets=REQUEST_TOKEN_BUCKETS,
+        unit="{token}",
+        starts_on=ATTENTION,
+    )
+    iteration_tokens = Declared(
+        Histogram,
+        "vllm:iteration_tokens_total",
+        "Tokens of this server in a step.",
+        buckets=TOKEN_COUNT_BUCKETS,
+        unit="{token}",
+        starts_on=ATTENTION,
     )
     num_preemptions = Declared(
         Counter, "vllm:num_preemptions", "Sequences that gave their KV blocks to another.", starts_on=ATTENTION
@@ -256,6 +305,8 @@ class Metrics:
         "expertmesh_rank_migrations",
         "Plans that ended on this rank: committed, aborted, failed, refused, forgotten, superseded, view_ended.",
         labels=("outcome",),
+        starts_on=RANKS,
+        series=(("committed",), ("aborted",), ("failed",)),
     )
     rank_migration_duration_seconds = Declared(
         Histogram,
@@ -264,12 +315,16 @@ class Metrics:
         labels=("phase",),
         buckets=STEP_BUCKETS_S,
         unit="s",
+        starts_on=RANKS,
+        series=(("stage",), ("switch",)),
     )
     migrated_slots = Declared(
         Counter,
         "expertmesh_migrated_slots",
         "Slots that were switched to another expert, by where its weights came from: local, peer, checkpoint.",
         labels=("source",),
+        starts_on=EXPERT,
+        series=(("local",), ("peer",), ("checkpoint",)),
     )
     migrated_bytes = Declared(
         Counter, "expertmesh_migrated_bytes", "Weights that were switched to.", unit="By", starts_on=EXPERT
@@ -279,6 +334,8 @@ class Metrics:
         "expertmesh_migration_fallbacks",
         "Weights from the checkpoint instead of a peer: called_off, broken, checksum.",
         labels=("cause",),
+        starts_on=EXPERT,
+        series=(("called_off",), ("broken",), ("checksum",)),
     )
 
     # Membership.
@@ -289,7 +346,34 @@ class Metrics:
         Gauge, "expertmesh_view_number", "The current view; 0 = none.", starts_on=(*RANKS, *BALANCER)
     )
     view_changes = Declared(
-        Counter, "expertmesh_view_changes", "Views entered (ranks) or published (balancer).", labels=("reason",)
+        Counter,
+        "expertmesh_view_changes",
+        "Views published by the balancer.",
+        labels=("reason",),
+        starts_on=BALANCER,
+        series=(("formation",), ("join",), ("leave",), ("death",), ("broken",)),
+    )
+    balancer_view_change_duration_seconds = Declared(
+        Histogram,
+        "expertmesh_balancer_view_change_duration_seconds",
+        "From the publication of a view until it serves.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+        starts_on=BALANCER,
+    )
+    balancer_interruption_seconds = Declared(
+        Histogram,
+        "expertmesh_balancer_interruption_seconds",
+        "From the first sign of a failure in the view until a view serves.",
+        buckets=(*STEP_BUCKETS_S, 10.0, 20.0, 50.0, 100.0),
+        unit="s",
+        starts_on=BALANCER,
+    )
+    balancer_member_events = Declared(
+        Counter,
+        "expertmesh_balancer_member_events",
+        "What happened to a server: joined, returned, left, lost, fenced, refused.",
+        labels=("member", "event"),
     )
     server_states = Declared(Gauge, "expertmesh_server_states", "Servers by state.", labels=("state",))
     reconcile_duration_seconds = Declared(
@@ -307,12 +391,23 @@ class Metrics:
         "expertmesh_balancer_migrations",
         "Layer migrations that ended: committed, aborted, dropped.",
         labels=("outcome",),
+        starts_on=BALANCER,
+        series=(("committed",), ("aborted",), ("dropped",)),
     )
     balancer_migrations_running = Declared(
         Gauge,
         "expertmesh_balancer_migrations_running",
         "Layer migrations by stage: planned, staging, committing.",
         labels=("stage",),
+        starts_on=BALANCER,
+        series=(("planned",), ("staging",), ("committing",)),
+    )
+    balancer_migration_oldest_seconds = Declared(
+        Gauge,
+        "expertmesh_balancer_migration_oldest_seconds",
+        "Age of the layer migration that has been under way for longest; 0 = there is none.",
+        unit="s",
+        starts_on=BALANCER,
     )
     balancer_migration_stage_seconds = Declared(
         Histogram,
@@ -321,6 +416,8 @@ class Metrics:
         labels=("stage",),
         buckets=STEP_BUCKETS_S,
         unit="s",
+        starts_on=BALANCER,
+        series=(("planned",), ("staging",), ("committing",)),
     )
     balancer_evaluation_duration_seconds = Declared(
         Histogram,
@@ -351,12 +448,40 @@ class Metrics:
         "Distinct nodes that a token visits in a layer, counted since the layer got its placement.",
         labels=("over",),
     )
+    balancer_rank_load = Declared(
+        Gauge,
+        "expertmesh_balancer_rank_load",
+        "Load of an expert rank over all layers / mean load of an expert rank; 1 for all is perfect.",
+        labels=("expert_server",),
+    )
 
     # The router, and what every service has.
+    slo_requests = Declared(
+        Counter,
+        "expertmesh_slo_requests",
+        "Requests by whether they met an objective: served (no failure of ours), ttft, tpot, and all of them.",
+        labels=("objective", "met"),
+        starts_on=ROUTER,
+        series=tuple((objective, met) for objective in ("served", "ttft", "tpot", "all") for met in ("true", "false")),
+    )
+    goodput_tokens = Declared(
+        Counter,
+        "expertmesh_goodput_tokens",
+        "Tokens generated for requests that met all objectives.",
+        unit="{token}",
+        starts_on=ROUTER,
+    )
     router_requests_inflight = Declared(
         Gauge, "expertmesh_router_requests_inflight", "Requests admitted and not finished.", starts_on=ROUTER
     )
-    requests_rejected = Declared(Counter, "expertmesh_requests_rejected", "Requests refused.", labels=("reason",))
+    requests_rejected = Declared(
+        Counter,
+        "expertmesh_requests_rejected",
+        "Requests refused.",
+        labels=("reason",),
+        starts_on=ROUTER,
+        series=(("invalid_argument",), ("resource_exhausted",), ("unavailable",), ("deadline_exceeded",)),
+    )
     replays = Declared(
         Counter, "expertmesh_replays", "Requests continued on another attention server.", starts_on=ROUTER
     )
@@ -383,8 +508,9 @@ class Metrics:
             kind: type[Family[Any]] = declared.kind if enabled else NULL[declared.kind]
             family = kind(declared.name, declared.labels, declared.buckets)
             setattr(self, declared.attribute, family)
-            if role in declared.starts_on and not declared.labels:
-                family.labels()
+            if role in declared.starts_on:
+                for values in declared.series:
+                    family.labels(**dict(zip(declared.labels, values, strict=True)))
 
     def families(self) -> Iterator[tuple[Declared[Any], Family[Any], dict[str, str]]]:
         """Each declaration with its family and the labels that all its series share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -13,12 +14,14 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Tracer
+from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
+from opentelemetry.trace import Link, SpanKind, Tracer, TraceState
+from opentelemetry.util.types import Attributes
 
 import expertmesh
 from expertmesh.mesh.telemetry.metrics import Metrics
 from expertmesh.mesh.telemetry.otlp_metrics import MetricsReader
+from expertmesh.mesh.telemetry.tracing import CONTROL_SPANS
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,36 @@ class IdentityProcessor(SpanProcessor):
         span.set_attributes(self._attributes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleRatios:
+    """Of the traces that begin here: ``requests``, and ``control``: migrations, view changes and failures."""
+
+    requests: float
+    control: float
+
+
+class _RootSampler(Sampler):
+    def __init__(self, ratios: SampleRatios) -> None:
+        self._requests = TraceIdRatioBased(ratios.requests)
+        self._control = TraceIdRatioBased(ratios.control)
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        sampler = self._control if name in CONTROL_SPANS else self._requests
+        return sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+    def get_description(self) -> str:
+        return f"requests {self._requests.get_description()}, control {self._control.get_description()}"
+
+
 class _ReportingSpanExporter(SpanExporter):
     def __init__(self, exporter: SpanExporter, delivery: Delivery) -> None:
         self._exporter = exporter
@@ -150,12 +183,12 @@ def _join_or_abort(thread: threading.Thread, timeout_s: float, shut_exporter: Ca
 
 
 def start_otlp(
-    endpoint: str, role: str, instance: str, sample_ratio: float, metrics: Metrics, metrics_interval_s: float
+    endpoint: str, role: str, instance: str, ratios: SampleRatios, metrics: Metrics, metrics_interval_s: float
 ) -> tuple[Tracer, tuple[Tracing, MetricsExporting]]:
     """Spans in batches, and all metrics every ``metrics_interval_s`` seconds, to the URL ``endpoint``."""
     resource = make_resource(role, instance)
     spans = _ReportingSpanExporter(OTLPSpanExporter(endpoint), Delivery("spans", endpoint))
-    provider = make_provider(resource, role, instance, sample_ratio, BatchSpanProcessor(spans))
+    provider = make_provider(resource, role, instance, ratios, BatchSpanProcessor(spans))
     exporting = MetricsExporting(
         MetricsReader(metrics, resource),
         OTLPMetricExporter(endpoint),
@@ -166,11 +199,11 @@ def start_otlp(
 
 
 def make_provider(
-    resource: Resource, role: str, instance: str, sample_ratio: float, processor: SpanProcessor
+    resource: Resource, role: str, instance: str, ratios: SampleRatios, processor: SpanProcessor
 ) -> TracerProvider:
-    """A request's own trace context decides whether it is sampled; without one ``sample_ratio`` does."""
+    """A request's own trace context decides whether it is sampled; without one ``ratios`` do."""
     provider = TracerProvider(
-        sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+        sampler=ParentBased(_RootSampler(ratios)),
         resource=resource,
         shutdown_on_exit=False,  # it would wait 30 s for a collector that is gone
     )

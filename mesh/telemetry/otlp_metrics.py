@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -92,6 +93,7 @@ class MetricsReader:
                 sum=seen.sum,
                 bucket_counts=seen.counts,
                 explicit_bounds=seen.bounds,
+                exemplars=[_exemplar(exemplar) for exemplar in seen.exemplars if exemplar is not None],
                 # Optional in OTLP; over the life of a process they say little and would cost time at each record.
                 min=None,  # type: ignore[arg-type]
                 max=None,  # type: ignore[arg-type]
@@ -104,3 +106,13 @@ def _attributes(labels: dict[str, str]) -> dict[str, str]:
     return {
         _ATTRIBUTES.get(name, name if "." in name else f"expertmesh.{name}"): value for name, value in labels.items()
     }
+
+
+def _exemplar(seen: instruments.Exemplar) -> Exemplar:
+    return Exemplar(
+        filtered_attributes={},
+        value=seen.value,
+        time_unix_nano=int(seen.unix_s * 1e9),
+        span_id=int(seen.span_id, 16),
+        trace_id=int(seen.trace_id, 16),
+    )

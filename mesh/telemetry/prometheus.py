@@ -11,8 +11,10 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.telemetry import instruments
 from expertmesh.mesh.telemetry.instruments import Counter, Distribution, Gauge
 from expertmesh.mesh.telemetry.metrics import Metrics
 
@@ -46,14 +48,32 @@ class MetricsCollector(Collector):
                 yield metric
 
 
-def _cumulative(seen: Distribution) -> list[tuple[str, float]]:
+def _cumulative(seen: Distribution) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
     bounds = [*(str(bound) for bound in seen.bounds), "+Inf"]
-    return list(zip(bounds, accumulate(seen.counts), strict=True))
+    buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+    for bound, count, exemplar in zip(bounds, accumulate(seen.counts), seen.exemplars, strict=True):
+        buckets.append((bound, count) if exemplar is None else (bound, count, _exemplar(exemplar)))
+    return buckets
+
+
+def _exemplar(seen: instruments.Exemplar) -> Exemplar:
+    """Shown in OpenMetrics only: Prometheus's older text format has no place for it."""
+    return Exemplar({"trace_id": seen.trace_id, "span_id": seen.span_id}, seen.value, seen.unix_s)
+
+
+# prometheus_client writes the colon of `vllm:` as an underscore in OpenMetrics, unless names need no escaping.
+_OPENMETRICS = "application/openmetrics-text"
+_UNESCAPED = f"{_OPENMETRICS};version=1.0.0;escaping=allow-utf-8"
 
 
 class _Handler(MetricsHandler):
     timeout = 10
     """Seconds after which a client that sends or reads nothing loses its thread."""
+
+    def do_GET(self) -> None:
+        if _OPENMETRICS in self.headers.get("Accept", ""):
+            self.headers.replace_header("Accept", _UNESCAPED)
+        super().do_GET()
 
 
 class _Server(ThreadingHTTPServer):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from opentelemetry.trace import NoOpTracer, Tracer
 
 import expertmesh
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.telemetry.metrics import Metrics
 
@@ -97,9 +97,10 @@ def setup_telemetry(config: TelemetryConfig, *, role: str, instance: str, model_
         log.info("metrics on http://%s/metrics", endpoint.address)
     if otlp_endpoint is None:
         return Telemetry(NoOpTracer(), metrics, endpoint=endpoint)
-    from expertmesh.mesh.telemetry.otlp import start_otlp
+    from expertmesh.mesh.telemetry.otlp import SampleRatios, start_otlp
 
-    tracer, exporting = start_otlp(otlp_endpoint, role, instance, config.trace_sample_ratio, metrics, interval_s)
+    ratios = SampleRatios(requests=config.trace_sample_ratio, control=config.control_sample_ratio)
+    tracer, exporting = start_otlp(otlp_endpoint, role, instance, ratios, metrics, interval_s)
     return Telemetry(tracer, metrics, tracing=True, endpoint=endpoint, exporting=exporting)
 
 

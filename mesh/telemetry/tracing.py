@@ -19,6 +19,9 @@ Metadata = Iterable[tuple[str, str | bytes]]
 _PROPAGATOR = TraceContextTextMapPropagator()
 _TRACEPARENT_LENGTH = 55
 
+CONTROL_SPANS = frozenset({"migration", "view_change", "failure"})
+"""Roots of the traces that no request begins; they are sampled by a ratio of their own."""
+
 
 def extract_context(metadata: Metadata | None) -> Context:
     """The caller's context from invocation metadata; an empty one when there is none or it is malformed."""
@@ -69,3 +72,10 @@ def record_span(
     span = tracer.start_span(name, context=context, kind=kind, attributes=attributes, start_time=start_ns)
     span.end(end_ns)
     return span
+
+
+def link_to(span: Span, traceparent: str, what: str, **attributes: AttributeValue) -> None:
+    """Link ``span`` to a sampled span of another trace (or of its own): ``what`` is step, migration or view_change."""
+    if is_sampled(traceparent):
+        other = trace.get_current_span(context_from_traceparent(traceparent)).get_span_context()
+        span.add_link(other, {"expertmesh.link": what, **attributes})

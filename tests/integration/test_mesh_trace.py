@@ -22,7 +22,7 @@ from support.otlp_collector import attributes
 pytestmark = pytest.mark.slow
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 3, 4
-NUM_LAYERS = 8  # of the demo model, all of them with experts
+NUM_LAYERS, TOP_K = 8, 4  # of the demo model, all of them with experts
 EXPORT_TIMEOUT_S = 30.0
 
 
@@ -52,6 +52,10 @@ def servers_of(spans: Iterable[Span]) -> set[str]:
     return {attributes(span.attributes)["expertmesh.instance"] for span in spans}
 
 
+def list_of(span: Span, key: str) -> list[int]:
+    return [value.int_value for value in attributes(span.attributes)[key].values]
+
+
 async def generate_traced(live: LiveMesh, traceparent: str) -> None:
     async with rpc.open_channel(live.router, TlsConfig()) as channel:
         stub = generate_pb2_grpc.GenerationServiceStub(channel)
@@ -70,6 +74,7 @@ async def test_one_trace_through_every_server(live: LiveMesh) -> None:
     steps = NUM_TOKENS * num_ranks
     layers = steps * NUM_LAYERS
     numbers = {"generate": 1, "attention.request": 1, "step": steps, "dispatch": layers, "combine": layers}
+    numbers |= dict.fromkeys(("admission", "tokenise", "choose", "prefill", "decode"), 1) | {"queue": 2}
     numbers["expert_compute"] = NUM_TOKENS * num_experts * NUM_LAYERS
     await asyncio.to_thread(trace.wait_for, numbers)
     assert Counter(span.name.split()[0] for span in trace.spans) == numbers
@@ -82,9 +87,26 @@ async def test_one_trace_through_every_server(live: LiveMesh) -> None:
     experts = set(live.ranks) - set(live.attention_servers)
     assert servers_of(trace.named("step")) == set(live.ranks)
     assert servers_of(trace.named("expert_compute")) == experts
+    assert_phases(trace, router, attention)
     assert_steps(trace, attention)
     assert_request_attributes(attributes(router.attributes))
     assert_request_attributes(attributes(attention.attributes))
+
+
+def assert_phases(trace: Trace, router: Span, attention: Span) -> None:
+    """What the router and the attention server did with the request, one after the other."""
+    parents = {"router": router.span_id, "attention": attention.span_id}
+    order = {
+        "router": ["admission", "tokenise", "queue", "choose attention server"],
+        "attention": ["queue", "prefill chunk", "decode"],
+    }
+    for owner, names in order.items():
+        phases = [span for span in trace.spans if span.parent_span_id == parents[owner] and span.name in names]
+        phases.sort(key=lambda span: (span.start_time_unix_nano, span.end_time_unix_nano))
+        assert [span.name for span in phases] == names
+        assert servers_of(phases) == servers_of([router if owner == "router" else attention])
+    (prefill,) = trace.named("prefill")
+    assert attributes(prefill.attributes)["expertmesh.chunk.tokens"] == NUM_PROMPT_TOKENS
 
 
 def assert_steps(trace: Trace, attention: Span) -> None:
@@ -104,6 +126,12 @@ def assert_steps(trace: Trace, attention: Span) -> None:
         attributes(span.attributes)["expertmesh.expert_rank.tokens"] for span in trace.named("expert_compute")
     )
     assert computed >= (3 + NUM_TOKENS - 1) * NUM_LAYERS, "every token visits at least one expert server in every layer"
+    rows = [list_of(span, "expertmesh.expert.rows") for span in trace.named("expert_compute")]
+    experts = [list_of(span, "expertmesh.expert.ids") for span in trace.named("expert_compute")]
+    assert [len(ids) for ids in experts] == [len(counts) for counts in rows]
+    assert sum(map(sum, rows)) == (NUM_PROMPT_TOKENS + NUM_TOKENS - 1) * NUM_LAYERS * TOP_K, "each choice, once"
+    own = [span.span_id for span in steps.values() if servers_of([span]) == servers_of([attention])]
+    assert sorted(link.span_id for link in attention.links) == sorted(own), "the request leads to its steps"
 
 
 def assert_request_attributes(found: dict[str, Any]) -> None:

@@ -49,7 +49,12 @@ async def test_span_and_metrics_of_a_request(stand: Observed) -> None:
         async for _ in stub.Generate(request, metadata=(("traceparent", TRACEPARENT),)):
             pass
     await stand.close()
-    (span,) = stand.spans.get_finished_spans()
+    *phases, span = stand.spans.get_finished_spans()
+    assert [phase.name for phase in phases] == ["admission", "tokenise", "queue", "choose attention server"]
+    assert all(phase.parent == span.context for phase in phases)
+    stamps = [span.start_time, *(stamp for phase in phases for stamp in (phase.start_time, phase.end_time))]
+    assert stamps == sorted(stamps, key=lambda stamp: stamp or 0), "one after the other"
+    assert (phases[-1].attributes or {})["expertmesh.server_id"] == "a0"
     assert (span.name, span.kind) == ("generate expertmesh-demo", SpanKind.SERVER)
     assert span.context is not None
     assert f"{span.context.trace_id:032x}" == TRACE_ID
@@ -71,6 +76,10 @@ async def test_span_and_metrics_of_a_request(stand: Observed) -> None:
     assert sum(stand.metrics.time_to_first_token_seconds.labels().read().counts) == 1
     assert sum(stand.metrics.inter_token_latency_seconds.labels().read().counts) == 3
     assert stand.metrics.request_success.labels(finished_reason="length").read() == 1
+    assert stand.metrics.slo_requests.labels(objective="all", met="true").read() == 1
+    assert stand.metrics.goodput_tokens.labels().read() == 4
+    (exemplar,) = [e for e in stand.metrics.time_to_first_token_seconds.labels().read().exemplars if e is not None]
+    assert (exemplar.trace_id, exemplar.span_id) == (TRACE_ID, f"{span.context.span_id:016x}")
     assert stand.metrics.router_requests_inflight.labels().read() == 0
 
 
@@ -85,9 +94,11 @@ async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed) ->
         await client.complete(build_request([5]), timeout_s=0.2)
     await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator, declared by what callers need of it
     await stand.close()
-    refused, late = stand.spans.get_finished_spans()
+    refused, late = [span for span in stand.spans.get_finished_spans() if span.kind is SpanKind.SERVER]
     assert refused.status.status_code is late.status.status_code is StatusCode.ERROR
     assert (refused.attributes or {})["error.type"] == "INVALID_ARGUMENT"
     assert (late.attributes or {})["error.type"] == "DEADLINE_EXCEEDED"
     assert stand.metrics.requests_rejected.labels(reason="invalid_argument").read() == 1
+    judged = {met: stand.metrics.slo_requests.labels(objective="served", met=met).read() for met in ("true", "false")}
+    assert judged == {"true": 0, "false": 1}, "late is ours, a bad request and a client that went away are not"
     assert stand.metrics.router_requests_inflight.labels().read() == 0

@@ -9,7 +9,7 @@ import time
 import pytest
 from opentelemetry import trace
 
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.telemetry import record_span, setup_telemetry
 from support.otlp_collector import attributes, running_collector
 

@@ -85,18 +85,23 @@ class RecordedEffects:
         self.secrets += 1
         return f"secret-{self.secrets}".encode()
 
-    def view_published(self, reason: str) -> None:
+    def view_published(self, view: mesh_pb2.View, reason: str) -> str:
         self.published.append(reason)
+        return f"view {view.number}"
 
     def evaluate(self, job: Job) -> None:
         self.jobs.append(job)
         self.job_sizes.append(len(job.layers))
 
-    def migration_stage(self, stage: str, seconds: float) -> None:
+    def migration_planned(self, plan: mesh_pb2.MigrationPlan, why: str) -> str:
+        assert plan.id, "it was issued"
+        return f"migration {plan.id}"
+
+    def migration_stage(self, plan_id: int, stage: str, seconds: float) -> None:
         assert seconds >= 0
         self.stages.append(stage)
 
-    def migration_ended(self, outcome: str) -> None:
+    def migration_ended(self, plan_id: int, outcome: str, reason: str) -> None:
         self.outcomes.append(outcome)
 
 

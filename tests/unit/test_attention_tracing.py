@@ -62,11 +62,15 @@ def test_request_leaves_a_span_and_steps_are_sampled(
             engine.forward()
             engine.half.finish()
             engine.now[0] += 0.6
-    (span,) = spans.get_finished_spans()
+    queue, chunk, decode, span = spans.get_finished_spans()
+    assert [queue.name, chunk.name, decode.name] == ["queue", "prefill chunk", "decode"]
+    assert all(child.parent is not None and child.parent == span.context for child in (queue, chunk, decode))
+    assert queue.end_time <= chunk.end_time <= decode.start_time <= decode.end_time  # type: ignore[operator]  # they ended
+    assert chunk.attributes == {"expertmesh.chunk.start": 0, "expertmesh.chunk.tokens": 3}
     assert span.name == "attention.request"
     assert span.context is not None
     assert f"{span.context.trace_id:032x}" == TRACE_ID
-    assert [event.name for event in span.events] == ["queued", "prefill", "first token"]
+    assert [event.name for event in span.events] == ["first token"]
     assert span.attributes is not None
     assert span.attributes["gen_ai.usage.input_tokens"] == 3
     assert span.attributes["gen_ai.usage.output_tokens"] == 4

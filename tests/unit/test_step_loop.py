@@ -29,6 +29,12 @@ class Attention:
     def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
         return torch.zeros(3, HIDDEN), Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
 
+    def rides_in(self, traceparent: str) -> None:
+        pass
+
+    def touched_by(self, traceparent: str, what: str) -> None:
+        pass
+
     def while_dispatched(self, layer: int) -> None:
         self._log.append(f"shared experts {layer}")
 
@@ -78,7 +84,7 @@ def loop(routing: RoutingTables, plane: Plane) -> StepLoop:
         attention=Attention(plane.log),
         experts=None,
         plane=plane,
-        migrations=SimpleNamespace(switch=lambda ids, step: None, view=view),
+        migrations=SimpleNamespace(switch=lambda ids, step: [], view=view),
         routing=routing,
         observer=None,
         moe_layers=LAYERS,

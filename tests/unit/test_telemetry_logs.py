@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from opentelemetry import context
 
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.telemetry import context_from_traceparent, setup_logging
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"

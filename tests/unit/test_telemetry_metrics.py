@@ -24,7 +24,9 @@ VLLM_NAMES = (
     "num_requests_running num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds "
     "inter_token_latency_seconds e2e_request_latency_seconds request_queue_time_seconds "
     "request_prefill_time_seconds request_decode_time_seconds prompt_tokens generation_tokens request_success "
-    "num_preemptions prefix_cache_queries prefix_cache_hits"
+    "num_preemptions prefix_cache_queries prefix_cache_hits request_inference_time_seconds "
+    "request_time_per_output_token_seconds request_prompt_tokens request_generation_tokens iteration_tokens_total "
+    "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens"
 )
 
 
@@ -98,7 +100,43 @@ def test_openmetrics_for_scrapers_that_ask_for_it(metrics: Metrics, endpoint: Me
     content_type, text = scrape(endpoint.address, "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     names = {sample.name for family in parse_openmetrics(text) for sample in family.samples}  # type: ignore[no-untyped-call]  # has none
-    assert "expertmesh_replays_total" in names
+    assert {"expertmesh_replays_total", "vllm:num_requests_running"} <= names, "names are the same in both formats"
+
+
+TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def test_exemplars_lead_from_a_bucket_to_a_trace(metrics: Metrics, endpoint: MetricsEndpoint) -> None:
+    metrics.time_to_first_token_seconds.observe(0.003, f"00-{TRACE_ID}-{SPAN_ID}-01")
+    metrics.time_to_first_token_seconds.observe(0.3)
+    _, text = scrape(endpoint.address, "application/openmetrics-text; version=1.0.0")
+    shown = {
+        sample.labels["le"]: sample.exemplar
+        for family in parse_openmetrics(text)  # type: ignore[no-untyped-call]  # has none
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    assert list(shown) == ["0.005"]
+    assert shown["0.005"].labels == {"trace_id": TRACE_ID, "span_id": SPAN_ID}
+    assert shown["0.005"].value == 0.003
+    assert TRACE_ID not in scrape(endpoint.address)[1], "the older format has no exemplars"
+    (point,) = otlp_histogram(metrics, "gen_ai.server.time_to_first_token")
+    (exemplar,) = point.exemplars
+    assert (f"{exemplar.trace_id:032x}", f"{exemplar.span_id:016x}") == (TRACE_ID, SPAN_ID)
+    encode_metrics(MetricsReader(metrics, make_resource("attention", "attention-0")).read())
+
+
+def otlp_histogram(metrics: Metrics, name: str) -> list[HistogramDataPoint]:
+    data = MetricsReader(metrics, make_resource("attention", "attention-0")).read()
+    (metric,) = [m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics if m.name == name]
+    assert isinstance(metric.data, Histogram)
+    return list(metric.data.data_points)
+
+
+def test_a_labelled_counter_starts_at_zero_where_its_role_is() -> None:
+    started = {values["outcome"] for values, _ in make_metrics("balancer").balancer_migrations.series()}
+    assert started == {"committed", "aborted", "dropped"}
+    assert not make_metrics("router").balancer_migrations.series()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.telemetry import setup_telemetry
 
@@ -62,7 +62,7 @@ def test_opentelemetrys_own_switch_turns_export_off(monkeypatch: pytest.MonkeyPa
 def test_disabled_telemetry_imports_neither_sdk_nor_exporters() -> None:
     program = """
 import sys
-from expertmesh.mesh.config import TelemetryConfig
+from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.telemetry import setup_telemetry
 telemetry = setup_telemetry(TelemetryConfig(), role="expert", instance="expert-0")
 with telemetry.tracer.start_as_current_span("x"):

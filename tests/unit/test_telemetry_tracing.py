@@ -18,20 +18,22 @@ from expertmesh.mesh.telemetry import (
     extract_context,
     inject_metadata,
     is_sampled,
+    link_to,
     record_span,
     traceparent_of,
 )
-from expertmesh.mesh.telemetry.otlp import Delivery, make_provider, make_resource
+from expertmesh.mesh.telemetry.otlp import Delivery, SampleRatios, make_provider, make_resource
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 SAMPLED = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 UNSAMPLED = f"00-{TRACE_ID}-b7ad6b7169203331-00"
 
 
-def make_tracer(sample_ratio: float = 1.0) -> tuple[Tracer, InMemorySpanExporter]:
+def make_tracer(requests: float = 1.0, control: float = 1.0) -> tuple[Tracer, InMemorySpanExporter]:
     exporter = InMemorySpanExporter()
     resource = make_resource("router", "router-0")
-    provider = make_provider(resource, "router", "router-0", sample_ratio, SimpleSpanProcessor(exporter))
+    ratios = SampleRatios(requests=requests, control=control)
+    provider = make_provider(resource, "router", "router-0", ratios, SimpleSpanProcessor(exporter))
     return provider.get_tracer("test"), exporter
 
 
@@ -78,11 +80,30 @@ def test_any_text_for_a_traceparent_is_harmless(text: str) -> None:
 
 
 def test_the_callers_decision_goes_before_the_ratio() -> None:
-    tracer, exporter = make_tracer(sample_ratio=0.0)
+    tracer, exporter = make_tracer(requests=0.0)
     tracer.start_span("own").end()
     tracer.start_span("unsampled", context=context_from_traceparent(UNSAMPLED)).end()
     tracer.start_span("sampled", context=context_from_traceparent(SAMPLED)).end()
     assert [span.name for span in exporter.get_finished_spans()] == ["sampled"]
+
+
+def test_requests_and_control_traces_are_sampled_apart() -> None:
+    for requests, control, kept in ((0.0, 1.0, ["migration", "failure"]), (1.0, 0.0, ["generate m"])):
+        tracer, exporter = make_tracer(requests, control)
+        for name in ("generate m", "migration", "failure"):
+            tracer.start_span(name).end()
+        assert [span.name for span in exporter.get_finished_spans()] == kept
+
+
+def test_links_lead_to_sampled_spans_only() -> None:
+    tracer, exporter = make_tracer()
+    span = tracer.start_span("request")
+    for traceparent in (SAMPLED, UNSAMPLED, "", "nonsense"):
+        link_to(span, traceparent, "step")
+    span.end()
+    (link,) = exporter.get_finished_spans()[0].links
+    assert f"{link.context.trace_id:032x}" == TRACE_ID
+    assert dict(link.attributes or {}) == {"expertmesh.link": "step"}
 
 
 def test_spans_name_role_and_instance_beside_the_resource() -> None:

@@ -236,6 +236,7 @@ class ServerStatus(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     LAST_HEARTBEAT_S_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     incarnation: _builtins.str
     role: _mesh_pb2.Role.ValueType
@@ -248,6 +249,10 @@ class ServerStatus(_message.Message):
     """in the current view"""
     last_heartbeat_s: _builtins.float
     """seconds ago"""
+    @_builtins.property
+    def load(self) -> _mesh_pb2.ServerLoad:
+        """as its last heartbeat had it; of attention halves and routers"""
+
     def __init__(
         self,
         *,
@@ -261,10 +266,11 @@ class ServerStatus(_message.Message):
         num_slots: _builtins.int = ...,
         rank: _builtins.int | None = ...,
         last_heartbeat_s: _builtins.float = ...,
+        load: _mesh_pb2.ServerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "load", b"load", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "address", b"address", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "rank", b"rank", "role", b"role", "server_id", b"server_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "address", b"address", "incarnation", b"incarnation", "last_heartbeat_s", b"last_heartbeat_s", "load", b"load", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "rank", b"rank", "role", b"role", "server_id", b"server_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015

@@ -319,6 +319,11 @@ class ServerLoad(_message.Message):
     MAX_NUM_REQUESTS_FIELD_NUMBER: _builtins.int
     KV_CACHE_USAGE_FIELD_NUMBER: _builtins.int
     TOKEN_S_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATION_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUESTS_ENDED_FIELD_NUMBER: _builtins.int
+    REQUESTS_FAILED_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     num_requests_waiting: _builtins.int
     """for a place in a batch; on a router for an attention server"""
@@ -328,6 +333,16 @@ class ServerLoad(_message.Message):
     """0 .. 1"""
     token_s: _builtins.float
     """between two tokens of a request, the mean since the heartbeat before; 0 = there were none"""
+    ttft_s: _builtins.float
+    """from arrival to the first token, likewise; of routers"""
+    prompt_tokens: _builtins.int
+    """computed since the process started; of attention halves"""
+    generation_tokens: _builtins.int
+    """likewise"""
+    requests_ended: _builtins.int
+    """with their output, since the process started; of routers"""
+    requests_failed: _builtins.int
+    """likewise, refused or with an error"""
     def __init__(
         self,
         *,
@@ -336,10 +351,15 @@ class ServerLoad(_message.Message):
         max_num_requests: _builtins.int = ...,
         kv_cache_usage: _builtins.float = ...,
         token_s: _builtins.float = ...,
+        ttft_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        generation_tokens: _builtins.int = ...,
+        requests_ended: _builtins.int = ...,
+        requests_failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "max_num_requests", b"max_num_requests", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "token_s", b"token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_tokens", b"generation_tokens", "kv_cache_usage", b"kv_cache_usage", "max_num_requests", b"max_num_requests", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prompt_tokens", b"prompt_tokens", "requests_ended", b"requests_ended", "requests_failed", b"requests_failed", "token_s", b"token_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -567,6 +587,7 @@ class View(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     STORE_ADDRESS_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     slots_per_rank: _builtins.int
     """Slots that every expert rank has in the global numbering: global slot = expert-rank index * slots_per_rank + local slot."""
@@ -574,6 +595,8 @@ class View(_message.Message):
     """the rendezvous store; keys under view/<number>/"""
     secret: _builtins.bytes
     """proves membership on the lockstep links"""
+    traceparent: _builtins.str
+    """of the trace of this view change, '' = it is not sampled"""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]: ...
     @_builtins.property
@@ -587,10 +610,11 @@ class View(_message.Message):
         placement: _abc.Iterable[Global___LayerPlacement] | None = ...,
         store_address: _builtins.str = ...,
         secret: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "placement", b"placement", "ranks", b"ranks", "secret", b"secret", "slots_per_rank", b"slots_per_rank", "store_address", b"store_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "placement", b"placement", "ranks", b"ranks", "secret", b"secret", "slots_per_rank", b"slots_per_rank", "store_address", b"store_address", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -794,11 +818,14 @@ class MigrationPlan(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """unique in the mesh"""
     view_number: _builtins.int
     """valid in this view only"""
     timeout_s: _builtins.float
+    traceparent: _builtins.str
+    """of the trace of this migration, '' = it is not sampled"""
     @_builtins.property
     def placement(self) -> Global___LayerPlacement:
         """the layer as it will be, with its new version"""
@@ -813,10 +840,11 @@ class MigrationPlan(_message.Message):
         placement: Global___LayerPlacement | None = ...,
         transfers: _abc.Iterable[Global___SlotTransfer] | None = ...,
         timeout_s: _builtins.float = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "placement", b"placement", "timeout_s", b"timeout_s", "transfers", b"transfers", "view_number", b"view_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "placement", b"placement", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "transfers", b"transfers", "view_number", b"view_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
