@@ -323,8 +323,17 @@ class Engine:
         sequence.fill(token)
         self._metrics.token(sequence, now)
         finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
-        if token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens:
+        ends = token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens
+        matcher = sequence.matcher
+        if matcher is not None and not ends:
+            matcher.accept(token)
+        if matcher is not None and matcher.problem:
+            self._end(sequence, grpc.StatusCode.INVALID_ARGUMENT, matcher.problem)
+            return True
+        if ends:
             finish, matched_id = generate_pb2.FINISH_REASON_STOP, token
+        elif matcher is not None and matcher.must_end:
+            finish = generate_pb2.FINISH_REASON_STOP
         elif sequence.num_tokens == len(sequence.tokens) and not sequence.num_pending:
             finish = generate_pb2.FINISH_REASON_LENGTH
         self._outputs.append(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from expertmesh.attention_server.sampler import Feature, Logprobs, Sampler, keep_likely
+from expertmesh.attention_server.sampler import Feature, Logprobs, Sampler, forbid_ends, keep_likely
 from expertmesh.kernels.sampler import gumbel_argmax
 
 _SIMPLE = int(Feature.RANDOM)
@@ -98,8 +98,11 @@ class GpuSampler(Sampler):
         return token_S, self._device_logprobs(logprobs_SV, token_S, special, wants, rows)
 
     def _forbid(self, logits_SV: torch.Tensor, rows: np.ndarray, position: np.ndarray, features: np.ndarray) -> None:
+        if (features & Feature.CONSTRAINT).any():
+            self._constrain(logits_SV, rows, features)
         for index in np.flatnonzero((features & Feature.MIN_TOKENS) & (position < self._min_tokens_R[rows])).tolist():
-            logits_SV[index].index_fill_(0, self._there(self._end_ids[int(rows[index])]), float("-inf"))
+            row = int(rows[index])
+            forbid_ends(logits_SV[index], self._there(self._end_ids[row]), may_have_to=row in self._matchers)
         for index in np.flatnonzero(features & Feature.BIAS).tolist():
             ids, values = self._bias[int(rows[index])]
             logits_SV[index].index_add_(0, self._there(ids), self._there(values))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 
 from expertmesh.attention_server.tracing import RequestTrace
 from expertmesh.v1 import attention_pb2
+
+if TYPE_CHECKING:
+    from expertmesh.attention_server.constraint import Matcher
 
 Order = tuple[int, float, int]
 
@@ -78,6 +82,7 @@ class Sequence:
     deadline_s: float = float("inf")
     timeout_s: float = 0.0
     trace: RequestTrace | None = None
+    matcher: Matcher | None = None  # of its constraint, after the output that is known
 
     num_tokens: int = 0
     num_pending: int = 0
@@ -185,7 +190,9 @@ def parse_submit(
 
 def _sampling(submit: attention_pb2.Submit) -> Sampling:
     params = submit.sampling_params
-    eos_ids = () if params.ignore_eos else submit.eos_token_ids
+    # A constrained output ends where it must, which is what end-of-sequence is allowed for then.
+    ends = not params.ignore_eos or params.WhichOneof("constraint") is not None
+    eos_ids = submit.eos_token_ids if ends else ()
     return Sampling(
         max_tokens=params.max_tokens,
         temperature=params.temperature,

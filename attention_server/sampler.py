@@ -1,7 +1,7 @@
 """From logits to tokens, for all sequences of a step at once.
 
-Order, as vLLM's: log probabilities of the raw logits; minimum length; logit bias; penalties; then greedy, or
-temperature, min_p, top_k, top_p and a draw. Work for an option is done only when a sequence of the batch uses it.
+Order, as vLLM's: log probabilities of the raw logits; constraints; minimum length; logit bias; penalties; then greedy,
+or temperature, min_p, top_k, top_p and a draw. Work for an option is done only when a sequence of the batch uses it.
 
 Dimensions: R rows of the table, S sequences to sample, V vocabulary.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from expertmesh.attention_server.constraint import Matcher, TokenMasks
 from expertmesh.attention_server.penalties import PenaltyState
 from expertmesh.attention_server.request import Sampling, Sequence
 from expertmesh.attention_server.uniform import uniform
@@ -29,6 +30,7 @@ class Feature(enum.IntFlag):
     BIAS = 8
     MIN_TOKENS = 16
     LOGPROBS = 32
+    CONSTRAINT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Sampler:
     """Keeps the options of running sequences by table row."""
 
     def __init__(self, vocab_size: int, num_rows: int, device: torch.device | None = None) -> None:
-        """``device``: where penalties are kept; None = the CPU."""
+        """``device``: where logits are and penalties are kept; None = the CPU."""
         self._features_R = np.zeros(num_rows, np.uint8)
         self._seed_R = np.zeros(num_rows, np.uint64)
         self._temperature_R = np.ones(num_rows, np.float32)
@@ -69,12 +71,17 @@ class Sampler:
         self._end_ids: dict[int, np.ndarray] = {}
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._penalties = PenaltyState(vocab_size, device)
+        self._matchers: dict[int, Matcher] = {}
+        self._masks = TokenMasks(vocab_size, device)
         self._vocab_size = vocab_size
 
     def open(self, row: int, sequence: Sequence) -> None:
         """A sequence starts to run in a row."""
         params = sequence.sampling
         features = _features(params)
+        if sequence.matcher is not None:
+            features |= Feature.CONSTRAINT
+            self._matchers[row] = sequence.matcher
         self._features_R[row] = features
         self._seed_R[row] = np.uint64(params.seed & 0xFFFFFFFFFFFFFFFF)
         self._temperature_R[row] = params.temperature
@@ -96,6 +103,7 @@ class Sampler:
         """The sequence of a row stopped running."""
         self._end_ids.pop(row, None)
         self._bias.pop(row, None)
+        self._matchers.pop(row, None)
         if self._features_R[row] & Feature.PENALTY:
             self._penalties.close(int(self._place_R[row]))
         self._features_R[row] = 0
@@ -133,6 +141,8 @@ class Sampler:
             return Sampled(logits_SV.argmax(-1).numpy(), {})
         wants_logprobs = np.flatnonzero(features_S & Feature.LOGPROBS)
         logprobs_SV = logits_SV[torch.from_numpy(wants_logprobs)].log_softmax(-1) if len(wants_logprobs) else None
+        if used & Feature.CONSTRAINT:
+            self._constrain(logits_SV, rows_S, features_S, drafted_S)
         if used & Feature.MIN_TOKENS:
             self._forbid_ends(logits_SV, rows_S, position_S, features_S)
         if used & Feature.BIAS:
@@ -147,12 +157,27 @@ class Sampler:
             return Sampled(tokens_S, {})
         return Sampled(tokens_S, self._report(logprobs_SV, wants_logprobs, rows_S, tokens_S))
 
+    def _constrain(
+        self,
+        logits_SV: torch.Tensor,
+        rows_S: np.ndarray,
+        features_S: np.ndarray,
+        drafted_S: List[tuple[int, ...]] | None = None,
+    ) -> None:
+        constrained: list[tuple[int, Matcher]] = []
+        for index in np.flatnonzero(features_S & Feature.CONSTRAINT).tolist():
+            matcher = self._matchers[int(rows_S[index])]
+            drafted = () if drafted_S is None else drafted_S[index]
+            constrained.append((index, matcher.after(drafted) if drafted else matcher))
+        self._masks.apply(logits_SV, constrained)
+
     def _forbid_ends(
         self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray, features_S: np.ndarray
     ) -> None:
         wants = (features_S & Feature.MIN_TOKENS).astype(bool) & (position_S < self._min_tokens_R[rows_S])
         for index in np.flatnonzero(wants).tolist():
-            logits_SV[index].index_fill_(0, torch.from_numpy(self._end_ids[int(rows_S[index])]), float("-inf"))
+            row = int(rows_S[index])
+            forbid_ends(logits_SV[index], torch.from_numpy(self._end_ids[row]), may_have_to=row in self._matchers)
 
     def _add_bias(self, logits_SV: torch.Tensor, rows_S: np.ndarray, features_S: np.ndarray) -> None:
         for index in np.flatnonzero(features_S & Feature.BIAS).tolist():
@@ -228,6 +253,13 @@ def _pairs(drafted_S: List[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
     """Every token with the number of its row."""
     row_N = np.repeat(np.arange(len(drafted_S)), [len(drafted) for drafted in drafted_S])
     return row_N, np.array([token for drafted in drafted_S for token in drafted], np.int64)
+
+
+def forbid_ends(logits_V: torch.Tensor, end_ids: torch.Tensor, *, may_have_to: bool) -> None:
+    """Set the logits of end tokens to −inf, in place; ``may_have_to``: not where nothing else would be left."""
+    if may_have_to and not logits_V.index_fill(0, end_ids, float("-inf")).isfinite().any():
+        return
+    logits_V.index_fill_(0, end_ids, float("-inf"))
 
 
 def _features(params: Sampling) -> Feature:

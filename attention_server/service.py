@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
 
+from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.attention_server.engine import Abort, Engine, Load, Output, Unlink
-from expertmesh.attention_server.request import RefusedError, parse_submit
+from expertmesh.attention_server.request import RefusedError, Sequence, parse_submit
 from expertmesh.attention_server.tracing import trace_request
+from expertmesh.mesh.constraint import Constraint, constraint_of
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.v1 import attention_pb2, attention_pb2_grpc, generate_pb2
@@ -52,6 +56,9 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         self._clock = clock
         self._links: dict[int, RouterLink] = {}
         self._numbers = itertools.count(1)
+        self._constraints = ConstraintCompiler(spec.path / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="constraint")
+        self._compiling: dict[tuple[int, int], asyncio.Task[None]] = {}  # by link and handle
         self.draining = False
         self.changed = asyncio.Event()
         """Set whenever the engine published something."""
@@ -77,7 +84,10 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
                 link.changed.set()
 
     def close(self) -> None:
-        """End all links after what waits for them."""
+        """End all links after what waits for them. Constraints that compile are given up."""
+        for task in self._compiling.values():
+            task.cancel()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         for link in self._links.values():
             link.closed = True
             link.changed.set()
@@ -138,7 +148,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
                 if kind == "submit":
                     self._submit(message.submit, link)
                 elif kind == "abort":
-                    self._engine.post(Abort(link.number, message.abort.handle))
+                    self._abort(message.abort.handle, link)
                 else:
                     log.warning("router %s sent %s on a link that is set up", link.router_id, kind or "nothing")
         finally:
@@ -157,16 +167,58 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
                 max_model_len=self._spec.max_model_len,
             )
         except RefusedError as refusal:
-            link.outputs.append(Output(link.number, submit.handle, code=refusal.code, message=str(refusal)))
-            link.changed.set()
+            _refuse(link, submit.handle, refusal)
             return
         sequence.trace = trace_request(self._telemetry, submit, model=self._spec.name)
+        constraint = constraint_of(submit.sampling_params)
+        if constraint is None:
+            self._engine.post(sequence)
+            return
+        compiling = self._constrain(sequence, link, constraint, ignore_eos=submit.sampling_params.ignore_eos)
+        key = (link.number, submit.handle)
+        task = self._compiling[key] = asyncio.create_task(compiling, name=f"constraint of {submit.request_id}")
+        task.add_done_callback(functools.partial(self._compiled, link, submit.handle))
+
+    def _compiled(self, link: RouterLink, handle: int, task: asyncio.Task[None]) -> None:
+        del self._compiling[(link.number, handle)]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a constraint could not be compiled", exc_info=task.exception())
+            _refuse(link, handle, RefusedError(grpc.StatusCode.INTERNAL, "the constraint could not be compiled"))
+
+    async def _constrain(
+        self, sequence: Sequence, link: RouterLink, constraint: Constraint, *, ignore_eos: bool
+    ) -> None:
+        """Post the sequence once its constraint is compiled: milliseconds that no step waits for, a second at most."""
+        output = sequence.tokens[sequence.num_prompt : sequence.num_tokens].tolist()
+        make = functools.partial(self._constraints.matcher, constraint, output, ignore_eos=ignore_eos)
+        try:
+            sequence.matcher = await asyncio.get_running_loop().run_in_executor(self._compiler, make)
+            if self.draining:
+                raise RefusedError(grpc.StatusCode.UNAVAILABLE, "this attention server is draining")
+        except RefusedError as refusal:
+            _refuse(link, sequence.handle, refusal)
+            return
         self._engine.post(sequence)
+
+    def _abort(self, handle: int, link: RouterLink) -> None:
+        compiling = self._compiling.get((link.number, handle))
+        if compiling is not None:
+            compiling.cancel()
+        else:
+            self._engine.post(Abort(link.number, handle))
 
     def _unlink(self, link: RouterLink) -> None:
         if self._links.pop(link.number, None) is not None:
             log.info("router %s unlinked", link.router_id)
+            for (number, _), compiling in self._compiling.items():
+                if number == link.number:
+                    compiling.cancel()
             self._engine.post(Unlink(link.number))
+
+
+def _refuse(link: RouterLink, handle: int, refusal: RefusedError) -> None:
+    link.outputs.append(Output(link.number, handle, code=refusal.code, message=str(refusal)))
+    link.changed.set()
 
 
 def _take_response(link: RouterLink) -> attention_pb2.LinkResponse | None:

@@ -18,6 +18,7 @@ import uvloop
 
 from expertmesh.cli.addresses import router_address
 from expertmesh.cli.connection import door_tls
+from expertmesh.cli.constraint_options import CONSTRAINT_KEYS, constraint_options, line_constraint
 from expertmesh.mesh.client import Completion, GenerateClient, build_request, status_line
 from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import TlsConfig, load_config
@@ -41,6 +42,7 @@ _LINE_KEYS: dict[str, type] = {
     "stop": list,
     "ignore_eos": bool,
     "logprobs": int,
+    **CONSTRAINT_KEYS,
 }
 
 
@@ -63,6 +65,17 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Alternatives reported per token; with --json.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is JSON that fits this schema; - = stdin.")
+    ] = None,
+    json_object: Annotated[bool, typer.Option("--json-object", help="The output is a JSON object.")] = False,
+    regex: Annotated[str | None, typer.Option(help="The output matches this regular expression as a whole.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is a sentence of this grammar (Lark); - = stdin.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The output is this text, or that of another --choice.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
     prompts_file: Annotated[
         Path | None,
@@ -94,6 +107,9 @@ def generate(
         "stop": stop or None,
         "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
+        **constraint_options(
+            json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar, choice=choice
+        ),
     }
     jobs = [_job(f"PROMPT {number}", text, model, options) for number, text in enumerate(prompts or [], start=1)]
     if prompts_file is not None:
@@ -239,7 +255,7 @@ def _parse_line(source: str, line: str, model: str, options: dict[str, Any]) -> 
     given: dict[str, Any] = {}
     for name, value in entry.items():
         if name in _LINE_KEYS and value is not None:
-            given[name] = _typed(source, name, value)
+            given[name] = line_constraint(name, _typed(source, name, value))
     return _job(source, prompt, model, options | given)
 
 

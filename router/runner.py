@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import grpc
 
 from expertmesh.mesh.config import RouterConfig
+from expertmesh.mesh.constraint import constraint_of
 from expertmesh.mesh.gate import ANYBODY, Principal
 from expertmesh.router import validation
 from expertmesh.router.admission import Admission
+from expertmesh.router.constraint_check import ConstraintChecker
 from expertmesh.router.detokenizer import Detokenizer
 from expertmesh.router.errors import Refusal, invalid
 from expertmesh.router.generation import Generation
@@ -56,6 +58,9 @@ class Runner:
             max_requests_per_tenant=config.max_requests_per_tenant,
             clock=time.monotonic,
             backlog=lambda: pool.num_waiting,
+        )
+        self.constraints = ConstraintChecker(
+            model.spec.path / "tokenizer.json", model.spec.vocab_size, model.spec.eos_token_ids
         )
         self._config = config
         self._model = model
@@ -126,6 +131,9 @@ class Runner:
             num_prompt_tokens=len(prompt_token_ids),
             choose_seed=lambda: secrets.randbits(63),
         )
+        constraint = constraint_of(sampling)
+        if constraint is not None:
+            await self.constraints.check(constraint)
         return Generation(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,

@@ -101,6 +101,7 @@ class Router:
         if self._server is not None:
             await self._server.stop(_STOP_GRACE_S)
         await self.pool.close()
+        await self.runner.constraints.close()
         self.model.tokenizer.close()
 
     def _on_capacity_change(self) -> None:

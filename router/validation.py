@@ -133,7 +133,8 @@ def resolve_sampling(
     _resolve_lengths(resolved, params, limits.max_model_len - num_prompt_tokens)
     _check_stops(params, limits)
     _check_logprobs_and_bias(params, limits)
-    _check_constraint(params)
+    if params.WhichOneof("constraint") == "json_object" and not params.json_object:
+        resolved.ClearField("json_object")
     resolved.seed = params.seed if params.HasField("seed") else choose_seed()
     resolved.skip_special_tokens = params.skip_special_tokens if params.HasField("skip_special_tokens") else True
     resolved.ignore_eos = params.ignore_eos
@@ -248,15 +249,6 @@ def _check_logprobs_and_bias(params: generate_pb2.SamplingParams, limits: ModelL
                 f"is {bias:g}",
                 f"use a value in [-{MAX_LOGIT_BIAS_VALUE:g}, {MAX_LOGIT_BIAS_VALUE:g}]",
             )
-
-
-def _check_constraint(params: generate_pb2.SamplingParams) -> None:
-    kind = params.WhichOneof("constraint")
-    if kind is not None:
-        raise Refusal(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"sampling_params.{kind}: constraints are not enforced here yet; leave it out",
-        )
 
 
 def _check_token_id(field: str, token_id: int, limits: ModelLimits) -> None:
