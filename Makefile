@@ -17,13 +17,15 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test lint format gen gen-check unit chaos bench bench-balancer clean
+.PHONY: slurm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
 
 help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
 	@echo "make test      everything the CI runs: lint, gen-check, all tests"
 	@echo "make unit      the fast tests only"
+	@echo "make security-test  try to get in: certificates, keys, limits, malformed input"
 	@echo "make chaos     kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
+	@echo "make slurm-test  the job script of deploy/slurm on a real Slurm of several nodes on this machine"
 	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
 	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
 	@echo "make bench     measure serving (benchmarks/results/)"
@@ -38,6 +40,9 @@ test: lint gen-check $(VENV)/.etcd tools
 
 unit: $(VENV)/.installed-dev
 	$(PY) -m pytest tests/unit -m "not slow"
+
+security-test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m security
 
 SEED ?= 1
 chaos: $(VENV)/.installed-dev $(VENV)/.etcd

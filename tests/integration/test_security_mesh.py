@@ -1,0 +1,280 @@
+"""A whole mesh with certificates and keys: it generates what it should, and nobody else gets anything from it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from unittest import mock
+
+import grpc
+import psutil
+import pytest
+import yaml
+
+from expertmesh.cli.certs import make_certificates
+from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.mesh import rpc
+from expertmesh.mesh.client import Completion, GenerateClient, build_request
+from expertmesh.mesh.client_key import key_interceptors
+from expertmesh.mesh.config import TlsConfig
+from expertmesh.mesh.model.demo import demo_model_path
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc, attention_pb2, attention_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from support import reference
+from support.mesh import demo_prompts, mesh_config, start_mesh
+from support.otlp_collector import Collector, running_collector
+from support.secure_server import TIMEOUT_S, Keys, refusal, tls_as
+
+pytestmark = [pytest.mark.security, pytest.mark.slow]
+
+NUM_TOKENS = 24
+IDS = ("balancer", "router-0", "attention-0", "expert-0", "expert-1", "operator", "client")
+Code = grpc.StatusCode
+
+
+class SecureMesh:
+    """1 attention and 2 expert servers, mutual TLS with a certificate for each server, keys and TLS at the doors."""
+
+    def __init__(self, folder: Path, collector: Collector) -> None:
+        self.folder, self.collector = folder, collector
+        self.tls = folder / "tls"
+        make_certificates(self.tls, IDS)
+        make_certificates(self.tls / "other", ["expert-0", "operator"])
+        (self.tls / "expired").mkdir()
+        for name in ("ca.pem", "ca.key"):
+            (self.tls / "expired" / name).write_bytes((self.tls / name).read_bytes())
+        make_certificates(self.tls / "expired", ["operator"], days=-1)
+        make_certificates(folder / "door", ["client"], hosts=["127.0.0.1"])
+        self.keys = Keys(folder / "keys.json")
+        self.generate = self.keys.add("app", "generate")
+        self.read = self.keys.add("eye", "read")
+        self.admin = self.keys.add("ops", "read", "admin")
+        self.audit = folder / "audit.jsonl"
+        config = mesh_config(
+            attention__servers=1,
+            expert__servers=2,
+            telemetry__otlp_endpoint=collector.address,
+            telemetry__log_level="debug",
+            tls__cert_file=self.tls / "{id}.pem",
+            tls__key_file=self.tls / "{id}.key",
+            tls__ca_file=self.tls / "ca.pem",
+            api__cert_file=folder / "door" / "client.pem",
+            api__key_file=folder / "door" / "client.key",
+            api__ca_file=folder / "door" / "ca.pem",
+            api__keys_file=self.keys.path,
+            api__audit_file=self.audit,
+        )
+        self.config_file = folder / "mesh.yaml"
+        self.config_file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+        with mock.patch.dict(os.environ, EXPERTMESH_API_KEY=self.read):
+            self.mesh: LocalMesh = start_mesh(folder / "state", config)
+
+    def as_(self, name: str) -> TlsConfig:
+        return tls_as(self.tls, name)
+
+    @asynccontextmanager
+    async def balancer(self, tls: TlsConfig, key: str | None = None) -> AsyncIterator[grpc.aio.Channel]:
+        address, keys = self.mesh.balancer, key_interceptors(key)
+        async with rpc.open_channel(address, tls, role="balancer", interceptors=keys) as channel:
+            yield channel
+
+    async def ask(self, key: str | None, prompt: Sequence[int]) -> Completion:
+        door = TlsConfig(ca_file=self.folder / "door" / "ca.pem")
+        request = build_request(prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+        async with GenerateClient(self.mesh.router, door, key) as client:
+            return await client.complete(request, timeout_s=TIMEOUT_S)
+
+    def command(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **({"EXPERTMESH_API_KEY": key} if key else {})}
+        command = [sys.executable, "-P", "-m", "expertmesh.cli.main", *arguments, "--config", str(self.config_file)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureMesh]:
+    with running_collector() as collector:
+        running = SecureMesh(tmp_path_factory.mktemp("secure"), collector)
+        yield running
+        running.mesh.stop()
+
+
+PROMPTS = tuple(reference.encode(demo_model_path(), prompt.text)[:32] for prompt in demo_prompts()[:4])
+
+
+async def test_the_reference_tokens_over_mutual_tls_with_a_key(secure: SecureMesh) -> None:
+    answers = await asyncio.gather(*(secure.ask(secure.generate, prompt) for prompt in PROMPTS))
+    expected = reference.greedy(demo_model_path(), PROMPTS, NUM_TOKENS, None)
+    assert [tuple(answer.token_ids) for answer in answers] == list(expected)
+
+
+def test_the_commands_connect_with_what_the_configuration_and_the_environment_say(secure: SecureMesh) -> None:
+    said = secure.command(
+        "generate", "Hello", "--max-tokens", "4", "--json", "--router", secure.mesh.router, key=secure.generate
+    )
+    assert len(json.loads(said.stdout)["token_ids"]) <= 4, said.stderr
+    refused = secure.command("generate", "Hello", "--router", secure.mesh.router)
+    assert (refused.returncode, "UNAUTHENTICATED" in refused.stderr) == (1, True)
+    status = secure.command("balancer", "status", "--json", "--balancer", secure.mesh.balancer)
+    assert json.loads(status.stdout)["serving"], status.stderr
+
+
+async def test_the_router_refuses_who_has_no_right_key(secure: SecureMesh) -> None:
+    for key, code in (
+        (None, Code.UNAUTHENTICATED),
+        ("emk.app.x", Code.UNAUTHENTICATED),
+        (secure.read, Code.PERMISSION_DENIED),
+    ):
+        assert (await refusal(secure.ask(key, PROMPTS[0]))).code() is code
+    async with GenerateClient(secure.mesh.router, None, secure.generate) as plaintext:
+        assert (await refusal(plaintext.model_info(timeout_s=TIMEOUT_S))).code() is Code.UNAVAILABLE
+
+
+async def test_the_balancer_asks_for_a_certificate_and_for_the_scope(secure: SecureMesh) -> None:
+    strangers = (
+        TlsConfig(),
+        TlsConfig(ca_file=secure.tls / "ca.pem"),
+        tls_as(secure.tls / "other", "operator", secure.tls / "ca.pem"),
+        tls_as(secure.tls / "expired", "operator"),
+    )
+    for tls in strangers:
+        async with secure.balancer(tls, secure.admin) as channel:
+            assert (await refusal(_status(channel))).code() is Code.UNAVAILABLE, tls
+    for name, key, reads, writes in (
+        ("client", None, Code.UNAUTHENTICATED, Code.UNAUTHENTICATED),
+        ("client", secure.generate, Code.PERMISSION_DENIED, Code.PERMISSION_DENIED),
+        ("client", secure.read, Code.OK, Code.PERMISSION_DENIED),
+        ("client", secure.admin, Code.OK, Code.OK),
+        ("operator", None, Code.OK, Code.OK),
+        ("expert-0", secure.admin, Code.PERMISSION_DENIED, Code.PERMISSION_DENIED),
+    ):
+        async with secure.balancer(secure.as_(name), key) as channel:
+            assert (await _code(_status(channel)), await _code(_set_mode(channel))) == (reads, writes), name
+
+
+async def _status(channel: grpc.aio.Channel) -> admin_pb2.GetStatusResponse:
+    return await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+
+
+async def _set_mode(channel: grpc.aio.Channel) -> admin_pb2.SetModeResponse:
+    request = admin_pb2.SetModeRequest(mode="static")
+    return await admin_pb2_grpc.AdminServiceStub(channel).SetMode(request, timeout=TIMEOUT_S)
+
+
+async def _code(awaited: object) -> grpc.StatusCode:
+    try:
+        await awaited  # type: ignore[misc]  # a coroutine
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return Code.OK
+
+
+async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secure: SecureMesh) -> None:
+    async with secure.balancer(secure.as_("operator")) as channel:
+        before = await _status(channel)
+    known = next(server for server in before.servers if server.server_id == "expert-0")
+    of_expert = _registration("expert-0", mesh_pb2.ROLE_EXPERT, known.incarnation)
+    of_expert.fingerprint = before.fingerprint
+    attempts = {
+        "an attention server as an expert": ("attention-0", _registration("attention-0", mesh_pb2.ROLE_EXPERT)),
+        "an attention server as another one": ("attention-0", _registration("attention-9", mesh_pb2.ROLE_ATTENTION)),
+        "an expert as a router": ("expert-0", _registration("expert-0", mesh_pb2.ROLE_ROUTER)),
+        "a client": ("client", of_expert),
+        "an operator": ("operator", of_expert),
+        "a neighbour that replays a registration": ("expert-1", of_expert),
+        # Incarnations are no secret: every server reads them in the view.
+        "a thief of the certificate who replays the registration": ("expert-0", of_expert),
+    }
+    for what, (name, registration) in attempts.items():
+        async with secure.balancer(secure.as_(name)) as channel:
+            join = mesh_pb2_grpc.MembershipServiceStub(channel).Join(timeout=TIMEOUT_S)
+            # Who is not let in at all is told before they can say anything.
+            if await _code(join.write(mesh_pb2.JoinRequest(registration=registration))) is Code.OK:
+                await _code(join.read())
+            assert await join.code() is Code.PERMISSION_DENIED, what
+    async with secure.balancer(secure.as_("operator")) as channel:
+        after = await _status(channel)
+    assert after.serving
+    assert after.view_number == before.view_number
+    assert {(s.server_id, s.incarnation, s.pid) for s in after.servers} == {
+        (s.server_id, s.incarnation, s.pid) for s in before.servers
+    }
+    assert len((await secure.ask(secure.generate, PROMPTS[0])).token_ids) == NUM_TOKENS
+
+
+def _registration(
+    server_id: str, role: mesh_pb2.Role.ValueType, incarnation: str = "impostor"
+) -> mesh_pb2.Registration:
+    shape = mesh_pb2.ModelShape(name="m", family="f", num_experts=8, moe_layers=[0], bytes_per_expert=1)
+    return mesh_pb2.Registration(
+        server_id=server_id,
+        incarnation=incarnation,
+        role=role,
+        grpc_address="127.0.0.1:1",
+        rank_address="127.0.0.1:1",
+        num_slots=8,
+        fingerprint="f",
+        model=shape,
+    )
+
+
+async def test_only_a_router_links_to_an_attention_server(secure: SecureMesh) -> None:
+    address = secure.mesh.servers["attention-0"].address
+    assert address is not None
+    hello = attention_pb2.LinkRequest(hello=attention_pb2.LinkHello(router_id="r"))
+    for name, code in (("expert-0", Code.PERMISSION_DENIED), ("router-0", Code.FAILED_PRECONDITION)):
+        async with rpc.open_channel(address, secure.as_(name), role="attention") as channel:
+            link = attention_pb2_grpc.AttentionServiceStub(channel).Link(iter([hello]), timeout=TIMEOUT_S)
+            assert (await refusal(link.read())).code() is code
+
+
+async def test_a_rotated_key_is_the_only_one_within_a_moment(secure: SecureMesh) -> None:
+    old = secure.keys.add("temp", "generate")
+    await _until(secure, old, Code.OK)
+    new = secure.keys.add("temp", "generate")
+    await _until(secure, new, Code.OK)
+    assert (await refusal(secure.ask(old, PROMPTS[0][:2]))).code() is Code.UNAUTHENTICATED
+
+
+async def _until(secure: SecureMesh, key: str, wanted: grpc.StatusCode) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while await _code(secure.ask(key, PROMPTS[0][:2])) is not wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_what_happened_is_in_the_audit_file(secure: SecureMesh) -> None:
+    async with secure.balancer(secure.as_("client"), secure.admin) as channel:
+        await _set_mode(channel)
+    async with secure.balancer(secure.as_("client"), secure.read) as channel:
+        await refusal(_set_mode(channel))
+    lines = [json.loads(line) for line in secure.audit.read_text().splitlines()]
+    did = [line for line in lines if line["event"] == "admin" and line["who"].get("key") == "ops"][-1]
+    assert (did["outcome"], did["method"], did["request"]) == (
+        "OK",
+        "/expertmesh.v1.AdminService/SetMode",
+        {"mode": "static"},
+    )
+    assert (did["server"], did["who"]["certificate"]) == ("balancer", "CN=client")
+    denied = lines[-1]
+    assert (denied["event"], denied["outcome"], denied["who"]["key"]) == ("denied", "PERMISSION_DENIED", "eye")
+
+
+async def test_no_secret_is_in_logs_spans_command_lines_or_environments(secure: SecureMesh) -> None:
+    await secure.ask(secure.generate, PROMPTS[0])
+    await asyncio.to_thread(secure.collector.wait_for, lambda: bool(secure.collector.spans))
+    secrets = [key.rpartition(".")[2] for key in (secure.generate, secure.read, secure.admin)]
+    secrets += [line for path in secure.tls.glob("*.key") for line in path.read_text().splitlines()[1:-1]]
+    places = {str(path): path.read_bytes() for path in secure.mesh.state_dir.rglob("*") if path.is_file()}
+    places["audit"] = secure.audit.read_bytes()
+    places["spans"] = "\n".join(str(span) for span in secure.collector.spans).encode()
+    for server in secure.mesh.servers.values():
+        process = psutil.Process(server.pid)
+        places[f"{server.id} command line"] = " ".join(process.cmdline()).encode()
+        places[f"{server.id} environment"] = str(process.environ()).encode()
+    assert any("router-0.log" in place and text for place, text in places.items())
+    found = [place for place, text in places.items() for secret in secrets if secret.encode() in text]
+    assert found == []
