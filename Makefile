@@ -49,6 +49,9 @@ chaos: $(VENV)/.installed-dev $(VENV)/.etcd
 	$(PY) -m expertmesh.balancer.solver.warm_up
 	PYTHONPATH=tests $(PY) -m chaos --seed $(SEED) --json benchmarks/results/chaos.json
 
+slurm-test: $(VENV)/.installed-dev
+	$(PY) -m pytest tests/integration/test_slurm.py tests/unit/test_slurm.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -38,6 +38,7 @@ SUB_COMMANDS = {
     "serve": SubCommand(
         target="expertmesh.cli.serve:serve", summary="Run one service: what Slurm, Kubernetes and `up` start."
     ),
+    "slurm": SubCommand(target="expertmesh.cli.slurm:app", summary="Run a mesh as a Slurm job: see docs/slurm.md."),
     "place": SubCommand(target="expertmesh.cli.place:place", summary="Write a placement file from recorded routing."),
     "inspect": SubCommand(
         target="expertmesh.cli.inspect_model:inspect_model",

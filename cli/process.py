@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from expertmesh.cli.rolling_log import LogSize, opened
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ class ServiceProcess:
     Args:
         command: gives the command line; asked again at every start.
         on_event: called from the keeper's thread.
+        log_size: after how much the log is rolled; None = never.
+        stop_signal: what asks the process to end.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class ServiceProcess:
         log_file: Path,
         on_event: Callable[[ProcessEvent], None],
         restart: bool = True,
+        log_size: LogSize | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
     ) -> None:
         self.role = role
         self.id = server_id
@@ -71,6 +77,8 @@ class ServiceProcess:
         self._command = command
         self._environment = dict(environment)
         self._on_event = on_event
+        self._log_size = log_size
+        self._stop_signal = stop_signal
         self._process: subprocess.Popen[str] | None = None
         self.established = False
         """Set by the owner once the service has done its work: from then on it is never given up for dying."""
@@ -109,9 +117,9 @@ class ServiceProcess:
         self._may_start.set()
 
     def begin_stop(self) -> None:
-        """SIGTERM, and no restart."""
+        """Ask it to end, and no restart."""
         self.stop_restarting()
-        self.kill(signal.SIGTERM)
+        self.kill(self._stop_signal)
 
     def finish_stop(self, timeout_s: float) -> bool:
         """Wait for the end that ``begin_stop`` asked for, then SIGKILL the group; False when it had to be killed."""
@@ -135,8 +143,8 @@ class ServiceProcess:
         failed_starts = 0
         while not self._stopping.is_set():
             started_s = time.monotonic()
-            with self.log_file.open("a", encoding="utf-8") as stderr:
-                log_offset = stderr.tell()
+            log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
+            with opened(self.log_file, self._log_size) as stderr:
                 exit_code = self._run_once(stderr)
             if self._stopping.is_set():
                 break
@@ -155,7 +163,7 @@ class ServiceProcess:
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
         self._tell("stopped", "stopped")
 
-    def _run_once(self, stderr: IO[str]) -> int:
+    def _run_once(self, stderr: IO[Any]) -> int:
         with self._lock:
             if self._stopping.is_set():
                 return 0
@@ -186,7 +194,8 @@ class ServiceProcess:
 
     def _last_words(self, log_offset: int, exit_code: int) -> str:
         with self.log_file.open(encoding="utf-8", errors="replace") as lines:
-            lines.seek(log_offset)
+            rolled = self.log_file.stat().st_size < log_offset
+            lines.seek(0 if rolled else log_offset)
             words = lines.read().strip().splitlines()
         said = [line.removeprefix("error: ") for line in words if line.startswith("error: ")]
         return said[-1] if said else f"{_described(exit_code)}; {self.log_file} ends with:\n" + "\n".join(words[-20:])

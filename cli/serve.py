@@ -48,7 +48,12 @@ def serve(
         int | None,
         typer.Option(min=0, help="Which GPU a rank computes on; unset = SLURM_LOCALID, LOCAL_RANK or the first."),
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of this machine, as others reach it; overrides every host that is set."),
+    ] = None,
     stop_with_stdin: Annotated[bool, typer.Option(hidden=True, help="Stop when stdin ends.")] = False,
+    ignore_sigterm: Annotated[bool, typer.Option(hidden=True, help="Only SIGINT stops it.")] = False,
 ) -> None:
     """Run one service until SIGTERM or SIGINT; it drains, then exits with 0. A second signal exits at once.
 
@@ -56,12 +61,12 @@ def serve(
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
-    config = _with_overrides(load_config(config_file), role, balancer, node, port)
+    config = _with_overrides(_with_host(load_config(config_file), host), role, balancer, node, port)
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     config = config.model_copy(update={"tls": config.tls.for_service(role.value, identity)})
     status = 0
     try:
-        uvloop.run(_run(config, role, identity, gpu))
+        uvloop.run(_run(config, role, identity, gpu, ignore_sigterm))
     except DeviceLostError as error:
         log.error("%s exits with status %d, to be started again: %s", identity, EXIT_DEVICE_LOST, error)
         status = EXIT_DEVICE_LOST
@@ -92,6 +97,15 @@ def _with_overrides(
     )
 
 
+def _with_host(config: MeshConfig, host: str | None) -> MeshConfig:
+    """The configuration with everything listening on ``host``."""
+    if host is None:
+        return config
+    changes = {"router": "host", "balancer": "host", "dataplane": "interface_host", "telemetry": "metrics_host"}
+    update = {name: getattr(config, name).model_copy(update={key: host}) for name, key in changes.items()}
+    return config.model_copy(update=update)
+
+
 def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
     if role not in (ServiceRole.ROUTER, ServiceRole.BALANCER):
         raise UserError("--port", f"{port} is given for a rank, which picks its ports", "leave it out")
@@ -101,12 +115,14 @@ def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
     return config.model_copy(update={role.value: section})
 
 
-async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None) -> None:
+async def _run(
+    config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None, ignore_sigterm: bool
+) -> None:
     from expertmesh.mesh.model.spec import load_spec
     from expertmesh.mesh.telemetry import setup_logging, setup_telemetry
 
     stop = asyncio.Event()
-    _stop_on_signals(stop)
+    _stop_on_signals(stop, ignore_sigterm)
     setup_logging(config.telemetry, role.value, server_id)
     model_name = load_spec(config.model).name if role is not ServiceRole.BALANCER else ""
     telemetry = setup_telemetry(config.telemetry, role=role.value, instance=server_id, model_name=model_name)
@@ -135,7 +151,12 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
     log.info("%s %s stopped", role.value, server_id)
 
 
-def _stop_on_signals(stop: asyncio.Event) -> None:
+def _stop_on_signals(stop: asyncio.Event, ignore_sigterm: bool) -> None:
+    """
+    Args:
+        ignore_sigterm: a batch system sends it to all processes of a job at once, and the supervisor of this one says
+            in its turn, with SIGINT, when it should stop.
+    """
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
@@ -146,14 +167,17 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
         log.info("%s: draining", number.name)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGINT, on_signal, signal.SIGINT)
+    if ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        loop.add_signal_handler(signal.SIGTERM, on_signal, signal.SIGTERM)
 
 
 def _stop_when_stdin_ends() -> None:
     """The launcher holds the other end of stdin: when it dies, however it dies, this process stops too."""
     while os.read(0, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait(ORPHAN_GRACE_S)
     os._exit(1)
