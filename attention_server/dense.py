@@ -19,6 +19,7 @@ from expertmesh.attention_server.host import MAX_TOKENS, HostLayer
 from expertmesh.attention_server.latent import LatentAttention
 from expertmesh.attention_server.linear import Linear
 from expertmesh.attention_server.mlp import Mlp
+from expertmesh.attention_server.mtp import MtpParts
 from expertmesh.attention_server.norm import RmsNorm
 from expertmesh.attention_server.paged import PagedKvCache, StepIndex
 from expertmesh.attention_server.rope import Rotations
@@ -58,9 +59,11 @@ class DenseModel:
         self._norm = RmsNorm(tensors["norm"], spec.rms_norm_eps)
         self._lm_head = Linear(tensors.get("lm_head", self._embed_VH))
         self._layers = [
-            _load_layer(spec, layer, checkpoint.layer_tensors(spec, layer), kv_cache)
-            for layer in range(spec.num_layers)
+            _load_layer(spec, layer, checkpoint.layer_tensors(spec, layer), kv_cache) for layer in spec.layers
         ]
+        self._mtp = None
+        if spec.mtp_layer is not None:
+            self._mtp = MtpParts(checkpoint.mtp_tensors(spec), spec.rms_norm_eps)
         self._rotations = Rotations(spec)
         self._shared_input_TH = torch.empty(0)
 
@@ -127,9 +130,23 @@ class DenseModel:
         """The residual stream with a block's output added, in x's memory."""
         return x_TH.add_(out_TH, alpha=self._spec.multipliers.residual)
 
-    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """float32 logits [T, V] of rows of the residual stream after the last layer."""
-        logits_TV = self._lm_head(self._norm(x_TH)).float()
+    def hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What the head reads of the residual stream after the model's last layer, in new memory."""
+        return self._norm(x_TH)
+
+    def mtp_input(self, token_T: torch.Tensor, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the layer of multi-token prediction, from hidden states and the tokens after."""
+        assert self._mtp is not None, "the layer is not served"
+        return self._mtp.input(self.embed(token_T), hidden_TH)
+
+    def mtp_hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What the head reads of the residual stream after that layer."""
+        assert self._mtp is not None, "the layer is not served"
+        return self._mtp.norm(x_TH)
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """float32 logits [T, V]."""
+        logits_TV = self._lm_head(hidden_TH).float()
         factor = self._spec.multipliers.logits
         return logits_TV if factor == 1.0 else logits_TV.mul_(factor)
 

@@ -24,7 +24,7 @@ class NgramDrafter:
     """Prompt lookup; see ``kernels.host_ngram``."""
 
     def __init__(self, config: SpeculationConfig) -> None:
-        self._num_tokens = config.num_speculative_tokens
+        self._num_tokens = config.max_tokens
         self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
 
     def draft(self, sequence: Sequence, limit: int) -> Draft:
@@ -34,6 +34,19 @@ class NgramDrafter:
         return ()
 
 
+class ProposalDrafter:
+    """What the last step that sampled for a sequence has proposed."""
+
+    def draft(self, sequence: Sequence, limit: int) -> Draft:
+        return sequence.proposal[:limit] if sequence.proposal_at == sequence.num_tokens else ()
+
+
 def open_drafter(config: SpeculationConfig) -> Drafter | None:
     """None = no drafts."""
-    return NgramDrafter(config) if config.method == "ngram" else None
+    match config.method:
+        case "off":
+            return None
+        case "ngram":
+            return NgramDrafter(config)
+        case "mtp":
+            return ProposalDrafter()

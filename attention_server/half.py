@@ -21,7 +21,7 @@ from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
 from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.attention_server.scheduler import Chunk
-from expertmesh.attention_server.verification import accept_drafts, prefixes
+from expertmesh.attention_server.verification import Verified, prefixes, verify
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.halves import Routes
@@ -38,7 +38,8 @@ class Step:
     """The prepared batch as tensors. ``sampled_S`` indexes the tokens of T whose logits are needed, None = all.
 
     ``drafts``: of each sequence whose next token is sampled; None = nobody has any. S counts a sequence once, and once
-    more for each token of its draft.
+    more for each token of its draft. ``next_T``: the token after each of T, where it is known; only for the layer of
+    multi-token prediction.
     """
 
     chunks: list[Chunk]
@@ -49,6 +50,7 @@ class Step:
     sampled_rows_S: np.ndarray
     sampled_position_S: np.ndarray
     drafts: list[Draft] | None
+    next_T: torch.Tensor | None
     traceparent: str
 
 
@@ -81,7 +83,7 @@ class ServingHalf(HalfBase):
         num_bytes = HOST_CACHE_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
         num_blocks = num_kv_blocks(config, spec, num_bytes, "attention.kv_cache_bytes")
         cache = PagedKvCache(
-            num_layers=spec.num_layers,
+            num_layers=len(spec.layers),
             num_blocks=num_blocks,
             block_size=config.block_size,
             dtype=spec.dtype,
@@ -103,6 +105,7 @@ class ServingHalf(HalfBase):
         self._step: Step | None = None
         self._x_TH = torch.empty(0)
         self._shared_TH: torch.Tensor | None = None
+        self._verified: Verified | None = None
 
     def prepare(self) -> int:
         chunks, changed = self.engine.prepare()
@@ -121,6 +124,8 @@ class ServingHalf(HalfBase):
     def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
         if self._step is None:
             return self._nothing()
+        if layer == self._spec.mtp_layer:
+            self._enter_mtp(layer, self._step)
         return self._model.routed_input(layer, self._x_TH)
 
     def while_dispatched(self, layer: int) -> None:
@@ -132,32 +137,59 @@ class ServingHalf(HalfBase):
             if self._shared_TH is not None:
                 self._model.add(self._x_TH, self._shared_TH)
             self._model.add(self._x_TH, out_TH)
-            self._advance(layer + 1)
+            if layer != self._spec.mtp_layer:
+                self._advance(layer + 1)
 
     def finish(self) -> None:
         step = self._step
         if step is None:
             return
-        if len(step.sampled_rows_S):
-            x_SH = self._x_TH if step.sampled_S is None else self._x_TH.index_select(0, step.sampled_S)
-            logits_SV = self._model.logits(x_SH)
-            sampled = self._sample(step, logits_SV)
+        if self._spec.mtp_layer is None:
+            verified = self._verify(step, self._model.hidden(_pick(self._x_TH, step.sampled_S)))
         else:
-            sampled = no_samples()
-        self._finish(step, sampled)
+            assert self._verified is not None, "the layer of multi-token prediction comes before the end of a step"
+            verified = self._verified
+            self._propose(step, verified)
+        self._sampler.accept(step.sampled_rows_S[verified.kept], verified.sampled.tokens)
+        self._finish(step, verified.sampled)
 
-    def _sample(self, step: Step, logits_SV: torch.Tensor) -> Sampled:
-        """The tokens of every sequence, those of its draft that were right among them."""
-        rows_S, position_S = step.sampled_rows_S, step.sampled_position_S
-        if step.drafts is None:
-            return self._sampler.sample(logits_SV, rows_S, position_S)
-        chosen = self._sampler.choose(logits_SV, rows_S, position_S, prefixes(step.drafts))
-        sampled, kept = accept_drafts(chosen, step.drafts)
-        self._sampler.accept(rows_S[kept], sampled.tokens)
-        return sampled
+    def _verify(self, step: Step, hidden_SH: torch.Tensor) -> Verified:
+        """The tokens of every sequence, those of its draft that were right among them; changes nothing."""
+        if not len(step.sampled_rows_S):
+            return verify(no_samples(), None)
+        before = None if step.drafts is None else prefixes(step.drafts)
+        logits_SV = self._model.logits(hidden_SH)
+        chosen = self._sampler.choose(logits_SV, step.sampled_rows_S, step.sampled_position_S, before)
+        return verify(chosen, step.drafts)
+
+    def _enter_mtp(self, layer: int, step: Step) -> None:
+        """From the model's last layer into the one of multi-token prediction, which needs the tokens of this step."""
+        hidden_TH = self._model.hidden(self._x_TH)
+        verified = self._verified = self._verify(step, _pick(hidden_TH, step.sampled_S))
+        assert step.next_T is not None, "steps are built for the layer"
+        next_T, chosen_S = step.next_T.clone(), torch.from_numpy(verified.chosen_S)
+        if step.sampled_S is None:
+            next_T = chosen_S
+        else:
+            next_T.index_copy_(0, step.sampled_S, chosen_S)
+        x_TH = self._model.mtp_input(next_T, hidden_TH)
+        self._x_TH = self._model.attention(layer, x_TH, step.context)
+
+    def _propose(self, step: Step, verified: Verified) -> None:
+        """Note for every sequence what may follow the tokens of this step, sampled as its next token will be."""
+        last_C = verified.last_C
+        if not len(last_C):
+            return
+        row_C = torch.from_numpy(last_C) if step.sampled_S is None else step.sampled_S[torch.from_numpy(last_C)]
+        logits_CV = self._model.logits(self._model.mtp_hidden(self._x_TH.index_select(0, row_C)))
+        chosen = self._sampler.choose(logits_CV, step.sampled_rows_S[last_C], step.sampled_position_S[last_C] + 1)
+        completing = [chunk.sequence for chunk in step.chunks if chunk.completes]
+        counts = verified.sampled.counts or (1,) * len(completing)
+        for sequence, token, count in zip(completing, chosen.tokens.tolist(), counts, strict=True):
+            sequence.proposal, sequence.proposal_at = (token,), sequence.num_tokens + count
 
     def _finish(self, step: Step, sampled: Sampled) -> None:
-        self._step = None
+        self._step = self._verified = None
         if step.traceparent:
             self._last_trace_s = self._clock()
         self.engine.complete(step.chunks, sampled)
@@ -205,6 +237,7 @@ class ServingHalf(HalfBase):
             sampled_rows_S=rows[sequence_S],
             sampled_position_S=positions[sequence_S] + behind_S,
             drafts=drafts if any(drafts) else None,
+            next_T=None if self._spec.mtp_layer is None else torch.from_numpy(np.concatenate([*map(_next, chunks)])),
             traceparent=self._due_trace(chunks),
         )
 
@@ -218,6 +251,16 @@ def _tokens(chunk: Chunk) -> np.ndarray:
     start = chunk.sequence.num_computed
     tokens = chunk.sequence.tokens[start : start + chunk.count]
     return np.concatenate([tokens, np.array(chunk.draft, np.int64)]) if chunk.draft else tokens
+
+
+def _next(chunk: Chunk) -> np.ndarray:
+    """The token after each row; what follows a sequence's last token nobody knows yet."""
+    start = chunk.sequence.num_computed + 1
+    return np.concatenate([chunk.sequence.tokens[start : start + chunk.count], np.zeros(len(chunk.draft), np.int64)])
+
+
+def _pick(rows_TH: torch.Tensor, index_S: torch.Tensor | None) -> torch.Tensor:
+    return rows_TH if index_S is None else rows_TH.index_select(0, index_S)
 
 
 def _kv_layout(arch: Architecture) -> dict[str, Any]:

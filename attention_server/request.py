@@ -97,6 +97,8 @@ class Sequence:
     cached_tokens: int = 0
     in_batch: bool = False  # of the prepared step
     dropped: bool = False  # ended while in the batch
+    proposal: tuple[int, ...] = ()  # tokens that may follow, where it has ``proposal_at`` tokens
+    proposal_at: int = 0
     was_admitted: bool = False
     queued_s: float = 0.0  # moments of the engine's clock; 0 = not yet
     admitted_s: float = 0.0

@@ -14,6 +14,7 @@ not only distributed as without drafts, it is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,27 +27,48 @@ def prefixes(drafts: Sequence[Draft]) -> list[Draft]:
     return [draft[:length] for draft in drafts for length in range(len(draft) + 1)]
 
 
-def accept_drafts(sampled: Sampled, drafts: Sequence[Draft]) -> tuple[Sampled, np.ndarray]:
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a step has chosen. ``chosen_S``: a token for each row that was sampled, int64.
+
+    ``sampled``: those that are right, with the ``counts`` of each sequence. ``kept``: which of S they are, int64.
+    """
+
+    chosen_S: np.ndarray
+    sampled: Sampled
+    kept: np.ndarray
+
+    @property
+    def last_C(self) -> np.ndarray:
+        """The row of S that gave each sequence's last token."""
+        if self.sampled.counts is None:
+            return self.kept
+        last_C: np.ndarray = self.kept[np.cumsum(self.sampled.counts) - 1]
+        return last_C
+
+
+def verify(chosen: Sampled, drafts: Sequence[Draft] | None) -> Verified:
     """Of each sequence's tokens, those that are right.
 
     Args:
-        sampled: one token for each of ``prefixes(drafts)``.
-
-    Returns: the tokens kept with the ``counts`` of each sequence, and which of ``sampled.tokens`` they are, int64.
+        chosen: one token for each of ``prefixes(drafts)``.
+        drafts: of each sequence; None = there are none.
     """
-    tokens = sampled.tokens.tolist()
+    if drafts is None:
+        return Verified(chosen.tokens, chosen, np.arange(len(chosen.tokens)))
+    tokens = chosen.tokens.tolist()
     kept: list[int] = []
     counts: list[int] = []
     first = 0
     for draft in drafts:
         count = 1
-        for drafted, chosen in zip(draft, tokens[first:], strict=False):
-            if drafted != chosen:
+        for drafted, token in zip(draft, tokens[first:], strict=False):
+            if drafted != token:
                 break
             count += 1
         kept.extend(range(first, first + count))
         counts.append(count)
         first += len(draft) + 1
-    logprobs = {new: sampled.logprobs[old] for new, old in enumerate(kept) if old in sampled.logprobs}
+    logprobs = {new: chosen.logprobs[old] for new, old in enumerate(kept) if old in chosen.logprobs}
     index = np.array(kept, np.int64)
-    return Sampled(sampled.tokens[index], logprobs, tuple(counts)), index
+    return Verified(chosen.tokens, Sampled(chosen.tokens[index], logprobs, tuple(counts)), index)

@@ -55,7 +55,7 @@ async def serve_rank(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     torch.set_num_threads(config.expert.num_threads if role == "expert" else config.attention.num_threads)
     started_s = time.monotonic()
-    spec = load_spec(config.model)
+    spec = load_spec(config.model, mtp=config.speculation.method == "mtp")
     device = resolve_device(config, gpu)
     checkpoint = open_checkpoint(config.model, spec, device, telemetry.metrics.checkpoint_read_bytes.add)
     checkpoint.log_unused(spec)

@@ -12,12 +12,14 @@ from expertmesh.mesh.config_section import Section
 class SpeculationConfig(Section):
     """Keys are named as vLLM's ``speculative_config`` names them."""
 
-    method: Literal["off", "ngram"] = Field(
+    method: Literal["off", "ngram", "mtp"] = Field(
         "off",
-        description="where drafts come from: ngram = the request's own tokens, for every model; "
-        "CPU only, see docs/speculation.md",
+        description="where drafts come from: ngram = the request's own tokens, for every model; mtp = the checkpoint's "
+        "layer of multi-token prediction (DeepSeek-V3, GLM-4.5); CPU only, see docs/speculation.md",
     )
-    num_speculative_tokens: int = Field(4, ge=1, le=16, description="tokens that a draft has, at most")
+    num_speculative_tokens: int | None = Field(
+        None, ge=1, le=16, description="tokens that a draft has, at most; unset = 4, with mtp 1"
+    )
     prompt_lookup_min: int = Field(2, ge=1, le=64, description="ngram: so many last tokens must have occurred before")
     prompt_lookup_max: int = Field(4, ge=1, le=64, description="ngram: and so many are looked for first")
 
@@ -35,3 +37,17 @@ class SpeculationConfig(Section):
                 f"{self.prompt_lookup_min}: raise it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_layer_drafts_one_token(self) -> SpeculationConfig:
+        if self.method == "mtp" and (self.num_speculative_tokens or 1) > 1:
+            raise ValueError(
+                f"num_speculative_tokens is {self.num_speculative_tokens} and method is mtp, whose layer drafts one "
+                "token a step: set it to 1, or leave it out"
+            )
+        return self
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a draft."""
+        return self.num_speculative_tokens or (1 if self.method == "mtp" else 4)

@@ -54,13 +54,16 @@ class RouterModel:
         )
 
 
-def load_router_model(config: ModelConfig) -> RouterModel:
+def load_router_model(config: ModelConfig, *, mtp: bool = False) -> RouterModel:
     """Read the spec and the tokenizer; does not import torch.
+
+    Args:
+        mtp: as in ``load_spec``: servers and routers of a mesh agree on it.
 
     Raises:
         UserError: the checkpoint folder cannot be used.
     """
-    spec = load_spec(config)
+    spec = load_spec(config, mtp=mtp)
     tokenizer = load_tokenizer(spec.path)
     limits = ModelLimits(
         name=spec.name,

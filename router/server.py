@@ -42,7 +42,7 @@ class Router:
         self.config = config
         self.server_id = server_id
         self.telemetry = telemetry
-        self.model: RouterModel = load_router_model(config.model)
+        self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
         self.pool = LinkPool(
             hello=attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint),
             tls=config.tls,

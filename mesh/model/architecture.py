@@ -164,7 +164,8 @@ class Architecture:
     Counts and sizes are in elements. ``intermediate_size`` is the dense MLP's width, ``moe_intermediate_size`` one
     expert's. ``top_k`` experts are chosen for each token in each layer of ``moe_layers`` (ascending); all other layers
     have a dense MLP. ``max_model_len`` bounds prompt + output tokens. ``eos_token_ids`` may be empty. With latent
-    attention ``head_dim`` is a query head's and ``num_kv_heads`` = ``num_heads``.
+    attention ``head_dim`` is a query head's and ``num_kv_heads`` = ``num_heads``. ``mtp_layer``: where the layer of
+    multi-token prediction is served it is ``num_layers``, and the last of ``moe_layers``.
     """
 
     vocab_size: int
@@ -191,6 +192,12 @@ class Architecture:
     expert: ExpertVariant = ExpertVariant()
     shared: Shared | None = None
     multipliers: Multipliers = Multipliers()
+    mtp_layer: int | None = None
+
+    @property
+    def layers(self) -> range:
+        """All decoder layers that are served."""
+        return range(self.num_layers + (self.mtp_layer is not None))
 
     @property
     def expert_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ import torch
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.load_progress import LoadProgress
+from expertmesh.mesh.model.mtp import mtp_tensors
 from expertmesh.mesh.model.quantisation.dequantise import dequantise_fp8, dequantise_ints, dequantise_mxfp4
 from expertmesh.mesh.model.quantisation.storage import Fp8Blocks, Mxfp4, PackedInts, Plain, find_storage, stored_bytes
 from expertmesh.mesh.model.reader import TORCH_DTYPES, TensorReader
@@ -60,9 +61,11 @@ class Checkpoint:
         find_unused(family_by_name(spec.family), spec, self._index).log_for(self._index)
 
     def dense_bytes(self, spec: ModelSpec) -> int:
-        """Bytes that ``model_tensors`` and ``layer_tensors`` of all layers read."""
+        """Bytes that ``model_tensors``, ``layer_tensors`` of all layers and ``mtp_tensors`` read."""
         family = family_by_name(spec.family)
-        parts = [family.model_tensors(spec), *(family.layer_tensors(spec, layer) for layer in range(spec.num_layers))]
+        parts = [family.model_tensors(spec), *(family.layer_tensors(spec, layer) for layer in spec.layers)]
+        if spec.mtp_layer is not None:
+            parts.append(mtp_tensors(spec))
         return sum(stored_bytes(self._index, named) for part in parts for named in part.values())
 
     def expert_bytes(self, spec: ModelSpec, layer: int, expert: int) -> int:
@@ -96,6 +99,10 @@ class Checkpoint:
     def layer_tensors(self, spec: ModelSpec, layer: int) -> dict[str, torch.Tensor]:
         """The dense tensors of a layer by the part names of ``families.base.Family``."""
         return self._read_all(family_by_name(spec.family).layer_tensors(spec, layer), spec.dtype)
+
+    def mtp_tensors(self, spec: ModelSpec) -> dict[str, torch.Tensor]:
+        """Of the layer of multi-token prediction, by the part names of ``mesh.model.mtp``."""
+        return self._read_all(mtp_tensors(spec), spec.dtype)
 
     def expert(self, spec: ModelSpec, layer: int, expert: int) -> tuple[torch.Tensor, ...]:
         """One expert's tensors of ``spec.expert_shapes`` in ``spec.dtype``, gate first; errors as ``tensor``."""

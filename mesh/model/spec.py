@@ -21,6 +21,7 @@ from expertmesh.mesh.model.families import find_family
 from expertmesh.mesh.model.families.base import Family, FusedExpertTensors, NamedTensor, stored_experts
 from expertmesh.mesh.model.fields import Fields, read_fields
 from expertmesh.mesh.model.hub import fetch_repo
+from expertmesh.mesh.model.mtp import mtp_tensors, with_mtp_layer
 from expertmesh.mesh.model.quantisation.storage import find_storage
 from expertmesh.mesh.model.tensors import TensorIndex, read_tensor_index
 
@@ -56,8 +57,8 @@ class ModelSpec(Architecture):
     """The architecture and what the configuration makes of it.
 
     ``path`` also holds the tokenizer's files. ``dtype_name`` is what the mesh computes in, not what the file stores.
-    ``fingerprint`` is equal on two servers exactly when config.json, the tensors' names, shapes, dtypes and sizes, and
-    the compute dtype are; it does not read the weights.
+    ``fingerprint`` is equal on two servers exactly when config.json, the tensors' names, shapes, dtypes and sizes, the
+    compute dtype and the layers that are served are; it does not read the weights.
     """
 
     name: str
@@ -81,22 +82,28 @@ class ModelSpec(Architecture):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the KV cache for a token in all layers."""
-        return self.num_layers * self.kv_values_per_token * DTYPE_BYTES[self.dtype_name]
+        return len(self.layers) * self.kv_values_per_token * DTYPE_BYTES[self.dtype_name]
 
 
-def load_spec(config: ModelConfig) -> ModelSpec:
+def load_spec(config: ModelConfig, *, mtp: bool = False) -> ModelSpec:
     """Read and check a checkpoint folder; see ``checkpoint_folder`` for which one.
 
     Every tensor that the architecture needs is looked up in the safetensors headers, so that a server which got its
     spec can read its weights; with ``load_format: dummy`` there need be none.
 
+    Args:
+        mtp: the layer of multi-token prediction is served too.
+
     Raises:
         UserError: config.json, generation_config.json or the weights are missing, damaged, contradictory or of an
-            unsupported kind, or ``model.max_model_len`` is beyond the checkpoint's; the key names file, key or tensor.
+            unsupported kind, ``model.max_model_len`` is beyond the checkpoint's, or it has no such layer; the key names
+            file, key or tensor.
     """
     path = checkpoint_folder(config)
     hf_config = read_fields(path / "config.json")
     family, arch = read_architecture(hf_config)
+    if mtp:
+        arch = with_mtp_layer(family, arch, hf_config)
     arch = replace(arch, max_model_len=_max_model_len(config, arch.max_model_len))
     generation = GenerationDefaults()
     if (path / "generation_config.json").exists():
@@ -116,7 +123,7 @@ def load_spec(config: ModelConfig) -> ModelSpec:
         path=path,
         dtype_name=config.dtype,
         generation=generation,
-        fingerprint=_fingerprint(hf_config.raw, index, config.dtype),
+        fingerprint=_fingerprint(hf_config.raw, index, config.dtype, has_mtp=mtp),
     )
 
 
@@ -173,8 +180,10 @@ def check_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Non
 def needed_tensors(family: Family, arch: Architecture, index: TensorIndex) -> Iterator[NamedTensor]:
     """Every tensor that the mesh reads, experts in the layout that the folder has."""
     yield from family.model_tensors(arch).values()
-    for layer in range(arch.num_layers):
+    for layer in arch.layers:
         yield from family.layer_tensors(arch, layer).values()
+    if arch.mtp_layer is not None:
+        yield from mtp_tensors(arch).values()
     for layer in arch.moe_layers:
         stored = stored_experts(family, arch, layer, index.entries.__contains__)
         for tensors in (stored,) if isinstance(stored, FusedExpertTensors) else stored:
@@ -212,9 +221,9 @@ def _generation_defaults(generation: Fields) -> GenerationDefaults:
     )
 
 
-def _fingerprint(config_json: bytes, index: TensorIndex, dtype_name: str) -> str:
+def _fingerprint(config_json: bytes, index: TensorIndex, dtype_name: str, *, has_mtp: bool) -> str:
     digest = hashlib.sha256(config_json)
     for name, entry in sorted(index.entries.items()):
         digest.update(f"\0{name} {entry.dtype} {entry.shape} {entry.num_bytes}".encode())
-    digest.update(f"\0{dtype_name}".encode())
+    digest.update(f"\0{dtype_name}{' mtp' if has_mtp else ''}".encode())
     return digest.hexdigest()

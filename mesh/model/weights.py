@@ -12,6 +12,7 @@ from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import NamedTensor
+from expertmesh.mesh.model.mtp import mtp_tensors
 from expertmesh.mesh.model.spec import ModelSpec
 
 _STD = 0.02
@@ -47,6 +48,9 @@ class DummyCheckpoint(Checkpoint):
 
     def layer_tensors(self, spec: ModelSpec, layer: int) -> dict[str, torch.Tensor]:
         return self._draw(layer, family_by_name(spec.family).layer_tensors(spec, layer), spec.dtype)
+
+    def mtp_tensors(self, spec: ModelSpec) -> dict[str, torch.Tensor]:
+        return self._draw(-2, mtp_tensors(spec), spec.dtype)
 
     def copy_expert(
         self,

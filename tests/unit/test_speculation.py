@@ -22,7 +22,7 @@ from expertmesh.attention_server.kv_cache import chain_digests
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
-from expertmesh.attention_server.verification import accept_drafts, prefixes
+from expertmesh.attention_server.verification import Verified, prefixes, verify
 from expertmesh.kernels.host_ngram import host_draft
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
@@ -306,10 +306,11 @@ def test_prompt_lookup_against_a_search(tokens: list[int], shortest: int, more: 
 def test_tokens_are_accepted_up_to_the_first_difference() -> None:
     drafts: list[Draft] = [(4, 5), (), (7, 8, 9)]
     assert prefixes(drafts) == [(), (4,), (4, 5), (), (), (7,), (7, 8), (7, 8, 9)]
-    sampled, kept = accept_drafts(Sampled(np.array([4, 6, 1, 2, 7, 8, 9, 3]), {}), drafts)
-    assert sampled.tokens.tolist() == [4, 6, 2, 7, 8, 9, 3]
-    assert sampled.counts == (2, 1, 4)
-    assert kept.tolist() == [0, 1, 3, 4, 5, 6, 7]
+    verified = verify(Sampled(np.array([4, 6, 1, 2, 7, 8, 9, 3]), {}), drafts)
+    assert verified.sampled.tokens.tolist() == [4, 6, 2, 7, 8, 9, 3]
+    assert verified.sampled.counts == (2, 1, 4)
+    assert verified.kept.tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert verified.last_C.tolist() == [1, 3, 7]
 
 
 NUM_SEEDS = 10_000
@@ -328,11 +329,11 @@ def seeded_sampler() -> Sampler:
     return sampler
 
 
-Accept = Callable[[Sampled, Sequence[Draft]], tuple[Sampled, np.ndarray]]
+Verify = Callable[[Sampled, Sequence[Draft]], Verified]
 
 
 def speculate(
-    choose_draft: Callable[[np.ndarray], np.ndarray], accept: Accept = accept_drafts
+    choose_draft: Callable[[np.ndarray], np.ndarray], accept: Verify = verify
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Two tokens of a Markov chain for each of many seeds, the first of them drafted.
 
@@ -345,7 +346,7 @@ def speculate(
     draft_S = choose_draft(p_VV[0])
     previous = np.stack([np.zeros(NUM_SEEDS, np.int64), draft_S], 1).ravel()
     chosen = sampler.choose(logits_VV[previous].float(), np.repeat(rows, 2), np.tile([0, 1], NUM_SEEDS))
-    sampled, _ = accept(chosen, [(token,) for token in draft_S.tolist()])
+    sampled = accept(chosen, [(token,) for token in draft_S.tolist()]).sampled
     assert sampled.counts is not None
     starts = np.cumsum(sampled.counts) - sampled.counts
     first_S = sampled.tokens[starts]
@@ -372,10 +373,10 @@ def test_distribution_of_sampled_output(kind: str) -> None:
 
 
 def test_chi_square_notices_one_draft_of_fifty_that_is_taken_too_easily() -> None:
-    def too_easily(sampled: Sampled, drafts: Sequence[Draft]) -> tuple[Sampled, np.ndarray]:
+    def too_easily(sampled: Sampled, drafts: Sequence[Draft]) -> Verified:
         tokens = sampled.tokens.copy()
         tokens[::100] = [draft[0] for draft in drafts[::50]]
-        return accept_drafts(Sampled(tokens, {}), drafts)
+        return verify(Sampled(tokens, {}), drafts)
 
     counts, expected, _ = speculate(lambda p_V: np.full(NUM_SEEDS, p_V.argmin()), too_easily)
     assert chisquare(counts, expected).pvalue < 1e-6

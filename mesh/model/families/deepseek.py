@@ -1,8 +1,8 @@
 """DeepSeek-V2, DeepSeek-V3/R1 (and Kimi-K2, which is one) and GLM-4.7-Flash, as transformers defines them in
 modeling_deepseek_v2.py, modeling_deepseek_v3.py and modeling_glm4_moe_lite.py.
 
-All have multi-head latent attention, dense first layers and shared experts; V2 has another gate. The layer of
-multi-token prediction that follows the last one in published checkpoints is not read.
+All have multi-head latent attention, dense first layers and shared experts; V2 has another gate. What follows the last
+layer in published checkpoints is in ``mesh.model.mtp``.
 """
 
 from __future__ import annotations
