@@ -129,6 +129,11 @@ class LocalMesh:
         return _known_address(self._servers["router-0"])
 
     @property
+    def http(self) -> str | None:
+        """``host:port`` of the router's HTTP door, once ready; None = it is off."""
+        return self._servers["router-0"].http_address
+
+    @property
     def balancer(self) -> str:
         """``host:port``, once started; several have commas between them."""
         return ",".join(_known_address(server) for server in self._balancer_processes())
@@ -176,7 +181,7 @@ class LocalMesh:
         for server in self._servers.values():
             server.established = True
         if self._run_file is not None:
-            self._run_file.write(self.router, self.balancer)
+            self._run_file.write(self.router, self.balancer, self.http)
 
     def wait_failed(self, timeout_s: float | None = None) -> None:
         """Wait until a service gives up, or for ``timeout_s``.
@@ -378,6 +383,9 @@ class LocalMesh:
             return
         address = _known_address(server)
         update: dict[str, object] = {"port": int(address.rpartition(":")[2])}
+        if server.role == "router" and server.http_address is not None:
+            port = int(server.http_address.rpartition(":")[2])
+            update["http"] = self._config.router.http.model_copy(update={"port": port})
         if server.role == "balancer":
             self._balancers[server.id] = address
             update["address"] = ",".join(self._balancers[name] for name in sorted(self._balancers))

@@ -74,6 +74,7 @@ class ServiceProcess:
         self.restart = restart
         self.starts = 0
         self.address: str | None = None
+        self.http_address: str | None = None
         self._command = command
         self._environment = dict(environment)
         self._on_event = on_event
@@ -186,7 +187,8 @@ class ServiceProcess:
 
     def _read_line(self, line: str) -> None:
         try:
-            self.address = json.loads(line)["address"]
+            said = json.loads(line)
+            self.address, self.http_address = said["address"], said.get("http")
         except (ValueError, KeyError, TypeError):
             log.warning("%s wrote to stdout: %s", self.id, line.rstrip())
             return

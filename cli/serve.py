@@ -57,7 +57,8 @@ def serve(
 ) -> None:
     """Run one service until SIGTERM or SIGINT; it drains, then exits with 0. A second signal exits at once.
 
-    When the gRPC server is up, one line goes to stdout: {"ready": true, "role": ..., "id": ..., "address": ...}.
+    When the gRPC server is up, one line goes to stdout: {"ready": true, "role": ..., "id": ..., "address": ...}, a
+    router's with "http": HOST:PORT too.
     """
     if stop_with_stdin:
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
@@ -127,8 +128,10 @@ async def _run(
     model_name = load_spec(config.model).name if role is not ServiceRole.BALANCER else ""
     telemetry = setup_telemetry(config.telemetry, role=role.value, instance=server_id, model_name=model_name)
 
-    def ready(address: str) -> None:
+    def ready(address: str, *, http: str | None = None) -> None:
         line = {"ready": True, "role": role.value, "id": server_id, "address": address}
+        if http is not None:
+            line["http"] = http
         print(json.dumps(line), flush=True)  # noqa: T201 - the launcher reads it
 
     try:

@@ -73,13 +73,15 @@ class RunFile:
         self._path = path
         self._state_dir = state_dir
 
-    def write(self, router: str, balancer: str) -> None:
+    def write(self, router: str, balancer: str, http: str | None = None) -> None:
         """Write the addresses, unless the file belongs to another mesh that runs."""
         owner = self._owner()
         if owner is not None and owner != self._state_dir and is_held(owner):
             log.warning("%s belongs to the mesh in %s: reach this one with --router %s", self._path, owner, router)
             return
         addresses = {"router": router, "balancer": balancer, "state_dir": str(self._state_dir)}
+        if http is not None:
+            addresses["http"] = http
         write_atomically(self._path, json.dumps(addresses, indent=1) + "\n")
 
     def remove(self) -> None:

@@ -59,8 +59,9 @@ def up(
 ) -> None:
     """Start a local mesh and print `router listening on HOST:PORT` when it can serve.
 
-    Without COMMAND it serves until Ctrl-C or SIGTERM. With COMMAND it runs it with EXPERTMESH_ROUTER and
-    EXPERTMESH_BALANCER set, then stops the mesh and exits with the command's status.
+    Without COMMAND it serves until Ctrl-C or SIGTERM. With COMMAND it runs it with EXPERTMESH_ROUTER,
+    EXPERTMESH_BALANCER and EXPERTMESH_HTTP (a URL: the OpenAI-compatible API is below it, at /v1) set, then stops the
+    mesh and exits with the command's status.
     """
     overrides: dict[str, Any] = {
         "model.repo" if model is not None and is_repo(model) else "model.path": model,
@@ -146,6 +147,8 @@ def _start(mesh: LocalMesh, progress: Progress) -> None:
     progress.say(f"the mesh serves after {time.monotonic() - started_s:.1f} s")
     if config.balancer.page_port is not None:
         progress.say(f"page of the mesh: {asyncio.run(_page(mesh)) or 'see `expertmesh balancer status`'}")
+    if (url := _http_url(mesh)) is not None:
+        progress.say(f"OpenAI-compatible API on {url}/v1")
     typer.echo(f"router listening on {mesh.router}")
 
 
@@ -163,6 +166,11 @@ async def _page(mesh: LocalMesh) -> str:
             return ""
 
 
+def _http_url(mesh: LocalMesh) -> str | None:
+    scheme = "https" if mesh.config.door_tls.cert_file is not None else "http"
+    return f"{scheme}://{mesh.http}" if mesh.http is not None else None
+
+
 def _serve_on(mesh: LocalMesh) -> int:
     mesh.wait_failed()
     return 0
@@ -170,6 +178,8 @@ def _serve_on(mesh: LocalMesh) -> int:
 
 def _run_command(mesh: LocalMesh, command: Sequence[str]) -> int:
     environment = {**os.environ, "EXPERTMESH_ROUTER": mesh.router, "EXPERTMESH_BALANCER": mesh.balancer}
+    if (url := _http_url(mesh)) is not None:
+        environment["EXPERTMESH_HTTP"] = url
     try:
         process = subprocess.Popen(command, env=environment)
     except OSError as error:

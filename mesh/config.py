@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertmesh.mesh.addresses import is_address, split_addresses
+from expertmesh.mesh.config_http import HttpConfig
 from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.config_security import ApiConfig as ApiConfig
@@ -32,6 +33,9 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, min_length=1, description="of repo: a commit, tag or branch; unset = main")
     name: str | None = Field(None, description="name that clients may ask for; unset = repo, or the folder's name")
+    chat_template: Path | None = Field(
+        None, description="a file of Jinja; unset = the checkpoint's own, where it has one"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights, activations and KV cache")
     max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; unset = the checkpoint's")
     load_format: Literal["auto", "dummy"] = Field(
@@ -69,6 +73,7 @@ class RouterConfig(Section):
     no_capacity_timeout_s: float = Field(
         30.0, gt=0, description="how long a request without a deadline waits for a mesh that serves"
     )
+    http: HttpConfig = HttpConfig()
 
 
 class AttentionConfig(Section):

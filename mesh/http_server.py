@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -16,9 +16,29 @@ from expertmesh.mesh.errors import UserError
 START_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 30
 BACKLOG = 1024
+_DATE_INTERVAL_S = 1.0
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """uvicorn's own looks ten times a second whether it should stop."""
+        while not await self.on_tick(0):  # which writes the date that answers carry
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DATE_INTERVAL_S):
+                    await self.stopping.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own waits for connections, though there be none."""
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown(sockets)
+            return
+        for server in self.servers:
+            server.close()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals belong to the process, not to one of its ports."""
@@ -32,25 +52,35 @@ class HttpServer:
         key: of the configuration, named when the port cannot be had.
         tls: made from the configuration's certificates; None = plain HTTP.
         grace_s: how long answers that have begun may take to end at ``stop``.
+        settings: further ones of ``uvicorn.Config``, before those that are made here.
     """
 
     def __init__(
-        self, app: Any, *, host: str, port: int, key: str, tls: ssl.SSLContext | None = None, grace_s: float = 5.0
+        self,
+        app: Any,
+        *,
+        host: str,
+        port: int,
+        key: str,
+        tls: ssl.SSLContext | None = None,
+        grace_s: float = 5.0,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._listening = _bind(host, port, key)
         self._host = host
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            date_header=True,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(grace_s)),
-            backlog=BACKLOG,
-        )
+        defaults = {
+            "log_config": None,
+            "access_log": False,
+            "lifespan": "off",
+            "ws": "none",
+            "server_header": False,
+            "date_header": True,
+            "proxy_headers": False,
+            "timeout_keep_alive": KEEP_ALIVE_S,
+            "timeout_graceful_shutdown": max(1, round(grace_s)),
+            "backlog": BACKLOG,
+        }
+        config = uvicorn.Config(app, **{**defaults, **(settings or {})})
         config.load()
         config.ssl = tls
         self._server = _Server(config)
@@ -82,6 +112,7 @@ class HttpServer:
             self._listening.close()
             return
         self._server.should_exit = True
+        self._server.stopping.set()
         done, _ = await asyncio.wait({self._task}, timeout=self._stop_timeout_s)
         if not done:
             self._task.cancel()

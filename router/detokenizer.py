@@ -41,6 +41,15 @@ class Vocabulary:
             self._bytes_of[token_id] = known
         return known
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """What a token stands for by itself, as lists of log probabilities show it."""
+        if self.is_byte_level:
+            return self.bytes_of(token_id)
+        token = self.tokenizer.id_to_token(token_id) or ""
+        if _is_byte(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
     def token_text(self, *, skip_special_tokens: bool) -> TokenText:
         if self.is_byte_level:
             return ByteLevelText(self, skip_special_tokens=skip_special_tokens)
@@ -84,9 +93,8 @@ class WindowText:
             return ""
         self._held_ids.append(token_id)
         token = self._tokenizer.id_to_token(token_id) or ""
-        is_byte = len(token) == 6 and token.startswith("<0x")
         text = self._held_text()
-        if is_byte or text.endswith("\ufffd") or not text:
+        if _is_byte(token) or text.endswith("\ufffd") or not text:
             return ""
         if self._decode(self._held_ids):
             self._context_ids, self._held_ids = self._held_ids, []
@@ -189,6 +197,11 @@ class Detokenizer:
                 return whole[:start]
         self._held = ""
         return whole
+
+
+def _is_byte(token: str) -> bool:
+    """Of byte fallback: ``<0xE4>``."""
+    return len(token) == 6 and token.startswith("<0x")
 
 
 def _byte_level_bytes(token: str) -> bytes:

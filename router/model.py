@@ -64,7 +64,7 @@ def load_router_model(config: ModelConfig, *, mtp: bool = False) -> RouterModel:
         UserError: the checkpoint folder cannot be used.
     """
     spec = load_spec(config, mtp=mtp)
-    tokenizer = load_tokenizer(spec.path)
+    tokenizer = load_tokenizer(spec.path, config.chat_template)
     limits = ModelLimits(
         name=spec.name,
         vocab_size=spec.vocab_size,

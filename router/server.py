@@ -6,14 +6,17 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from typing import Protocol
 
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.gate import Gate
+from expertmesh.mesh.http_server import HttpServer
 from expertmesh.mesh.membership import MembershipClient
 from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.router.calls import Calls
+from expertmesh.router.http.server import make_http_server
 from expertmesh.router.model import RouterModel, load_router_model
 from expertmesh.router.pool import LinkPool
 from expertmesh.router.runner import Runner
@@ -26,9 +29,16 @@ log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 1.0
+_DRAINING = "the router stops; send the request to another one"
 _LEAVE_TIMEOUT_S = 0.5
 # What a request holds beside its prompt: stop strings, logit_bias.
 _ENVELOPE_BYTES = 256 * 2**10
+
+
+class Ready(Protocol):
+    """Is told where a router listens; ``http``: None where it has no such door."""
+
+    def __call__(self, address: str, *, http: str | None) -> None: ...
 
 
 class Router:
@@ -42,7 +52,7 @@ class Router:
         self.config = config
         self.server_id = server_id
         self.telemetry = telemetry
-        self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
+        self.model: RouterModel = load_router_model(config.model)
         self.pool = LinkPool(
             hello=attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint),
             tls=config.tls,
@@ -57,7 +67,8 @@ class Router:
             model=self.model.limits.name,
             objectives=Objectives(telemetry.metrics, ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s),
         )
-        self.service = GenerationService(self.runner, self.model, self.observer)
+        self.calls = Calls(self.runner, self.model, self.observer)
+        self.service = GenerationService(self.calls)
         self.membership = MembershipClient(
             _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
         )
@@ -65,6 +76,7 @@ class Router:
         self.drain_asked = asyncio.Event()
         self._incarnation = uuid.uuid4().hex
         self._server: rpc.RpcServer | None = None
+        self._http: HttpServer | None = None
         self._view_number = 0
 
     async def start(self) -> str:
@@ -83,13 +95,21 @@ class Router:
             max_concurrent_streams=2 * router.max_queued_requests,
             gate=self.gate,
         )
+        if router.http.enabled:
+            self._http = make_http_server(self.config, self.calls, self.gate, self.telemetry, self._why_not_serving)
+            await self._http.start()
         return self._server.address
+
+    @property
+    def http_address(self) -> str | None:
+        """``host:port``, where there is one."""
+        return self._http.address if self._http is not None else None
 
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish, for ``DRAIN_TIMEOUT_S`` at most."""
         assert self._server is not None
         self._server.set_serving(False)
-        self.runner.admission.close("the router stops; send the request to another one")
+        self.runner.admission.close(_DRAINING)
         try:
             await self.runner.admission.wait_empty(DRAIN_TIMEOUT_S)
         except TimeoutError:
@@ -98,8 +118,11 @@ class Router:
         await self.membership.flush(_LEAVE_TIMEOUT_S)
 
     async def close(self) -> None:
-        if self._server is not None:
-            await self._server.stop(_STOP_GRACE_S)
+        async with asyncio.TaskGroup() as stopping:
+            if self._server is not None:
+                stopping.create_task(self._server.stop(_STOP_GRACE_S))
+            if self._http is not None:
+                stopping.create_task(self._http.stop())
         await self.pool.close()
         await self.runner.constraints.close()
         self.model.tokenizer.close()
@@ -107,6 +130,11 @@ class Router:
     def _on_capacity_change(self) -> None:
         if self._server is not None:
             self._server.set_serving(self.pool.any_serving and not self.runner.admission.closed)
+
+    def _why_not_serving(self) -> str:
+        if self.runner.admission.closed:
+            return _DRAINING
+        return "" if self.pool.any_serving else self.pool.why_not_serving()
 
     def _registration(self) -> mesh_pb2.Registration:
         assert self._server is not None
@@ -156,13 +184,13 @@ async def serve(
     *,
     server_id: str,
     stop: asyncio.Event,
-    ready: Callable[[str], None],
+    ready: Ready,
     telemetry: Telemetry,
 ) -> None:
     """Run a router until ``stop`` is set or the balancer asks it to drain; then drain and return.
 
     Args:
-        ready: called once with ``host:port`` when the server listens; its health says when it can serve.
+        ready: called once when the server listens; its health says when it can serve.
 
     Raises:
         UserError: the configuration or the checkpoint cannot be used, or the port is taken.
@@ -172,10 +200,10 @@ async def serve(
         await _serve(router, stop, ready)
 
 
-async def _serve(router: Router, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
+async def _serve(router: Router, stop: asyncio.Event, ready: Ready) -> None:
     tasks: list[asyncio.Task[object]] = []
     try:
-        ready(await router.start())
+        ready(await router.start(), http=router.http_address)
         membership = asyncio.create_task(router.membership.run(), name="membership")
         stopping = asyncio.create_task(stop.wait(), name="router-stop")
         draining = asyncio.create_task(router.drain_asked.wait(), name="router-drain")

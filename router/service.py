@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -14,10 +13,8 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from expertmesh.mesh.rpc_door import RETRY_AFTER_KEY, principal
+from expertmesh.router.calls import Calls
 from expertmesh.router.errors import Refusal
-from expertmesh.router.model import RouterModel
-from expertmesh.router.runner import Caller, Runner
-from expertmesh.router.spans import RequestObserver, RequestTelemetry
 from expertmesh.v1 import generate_pb2
 
 log = logging.getLogger(__name__)
@@ -38,10 +35,8 @@ class Malformed:
 class GenerationService:
     """The request API of one router."""
 
-    def __init__(self, runner: Runner, model: RouterModel, observer: RequestObserver) -> None:
-        self._runner = runner
-        self._model = model
-        self._observer = observer
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the service to a server; returns its full name."""
@@ -82,34 +77,21 @@ class GenerationService:
         self, request: generate_pb2.AbortRequest | Malformed, context: Context
     ) -> generate_pb2.AbortResponse:
         async with self._answering(context):
-            return generate_pb2.AbortResponse(found=self._runner.cancel(_well_formed(request).request_id, principal()))
+            found = self._calls.runner.cancel(_well_formed(request).request_id, principal())
+            return generate_pb2.AbortResponse(found=found)
 
     async def get_model_info(
         self, request: generate_pb2.GetModelInfoRequest | Malformed, context: Context
     ) -> generate_pb2.GetModelInfoResponse:
         async with self._answering(context):
             _well_formed(request)
-            return self._model.info()
+            return self._calls.model.info()
 
     async def _run(self, request: generate_pb2.GenerateRequest, context: Context, emit: Callable[[Any], Any]) -> None:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        telemetry = RequestTelemetry(
-            self._observer,
-            operation="chat" if request.WhichOneof("input") == "chat" else "text_completion",
-            metadata=context.invocation_metadata(),
-        )
-        try:
-            caller = Caller(deadline_s=deadline_s, telemetry=telemetry, principal=principal())
-            await self._runner.run(request, caller, emit)
-        except Refusal as refusal:
-            telemetry.refused(refusal.code, refusal.message)
-            raise
-        except (asyncio.CancelledError, grpc.aio.InternalError):
-            telemetry.abandoned(deadline_passed=deadline_s is not None and time.monotonic() >= deadline_s)
-            raise
-        finally:
-            telemetry.end()
+        metadata = context.invocation_metadata()
+        await self._calls.run(request, emit, metadata=metadata, deadline_s=deadline_s, principal=principal())
 
     @contextlib.asynccontextmanager
     async def _answering(self, context: Context) -> AsyncIterator[None]:

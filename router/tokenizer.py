@@ -6,21 +6,18 @@ Short prompts are tokenised on the event loop; long ones on a thread, so that ot
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
 from expertmesh.mesh.errors import UserError
+from expertmesh.router.chat_template import ChatTemplate
 from expertmesh.router.errors import Refusal, invalid
 from expertmesh.router.validation import ModelLimits, check_prompt_length
 from expertmesh.v1 import generate_pb2
@@ -28,46 +25,6 @@ from expertmesh.v1 import generate_pb2
 INLINE_CHARS = 2048  # about half a millisecond of tokenising
 _NUM_THREADS = 2
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-
-class ChatTemplate:
-    """A model's chat template, rendered in a sandbox as transformers does.
-
-    Args:
-        source: Jinja.
-        special_tokens: ``bos_token`` and the like, which templates may name.
-
-    Raises:
-        UserError: the template is not valid Jinja.
-    """
-
-    def __init__(self, source: str, special_tokens: dict[str, str], *, origin: str) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._special_tokens = special_tokens
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(origin, f"the chat template is not valid ({error})", "mend it or remove it") from None
-
-    def render(self, messages: Sequence[generate_pb2.ChatMessage]) -> str:
-        """The prompt that asks for the assistant's next message.
-
-        Raises:
-            Refusal: INVALID_ARGUMENT when the template rejects the messages.
-        """
-        try:
-            return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise invalid(
-                "chat.messages", f"the model's chat template rejects them ({error})", "send roles in its order"
-            ) from None
 
 
 class PromptTokenizer:
@@ -92,17 +49,18 @@ class PromptTokenizer:
 
         Raises:
             Refusal: FAILED_PRECONDITION without a chat template; INVALID_ARGUMENT without messages, when the template
-                rejects them, or when they are too long.
+                rejects them or their tools, or when they are too long.
         """
         if self.chat_template is None:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"chat: the model {limits.name!r} has no chat template; send `text`,"
-                " or add chat_template.jinja to the checkpoint folder",
+                f"chat: the model {limits.name!r} has no chat template: send a plain text,"
+                " add chat_template.jinja to the checkpoint folder, or set model.chat_template",
+                field="chat",
             )
         if not chat.messages:
             raise invalid("chat.messages", "is empty", "send at least one message")
-        return await self._encode("chat", self.chat_template.render(chat.messages), limits, special_tokens=False)
+        return await self._encode("chat", self.chat_template.render(chat), limits, special_tokens=False)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -123,8 +81,11 @@ class PromptTokenizer:
         return ids
 
 
-def load_tokenizer(folder: Path) -> PromptTokenizer:
+def load_tokenizer(folder: Path, chat_template: Path | None = None) -> PromptTokenizer:
     """Read ``tokenizer.json``, and the chat template from ``chat_template.jinja`` or ``tokenizer_config.json``.
+
+    Args:
+        chat_template: a file to read instead of the folder's own.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -138,10 +99,10 @@ def load_tokenizer(folder: Path) -> PromptTokenizer:
         raise UserError(str(path), f"cannot be read ({error})", "download the file again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return PromptTokenizer(tokenizer, _load_chat_template(folder))
+    return PromptTokenizer(tokenizer, _load_chat_template(folder, chat_template))
 
 
-def _load_chat_template(folder: Path) -> ChatTemplate | None:
+def _load_chat_template(folder: Path, instead: Path | None) -> ChatTemplate | None:
     settings = _read_settings(folder / "tokenizer_config.json")
     special_tokens = {}
     for name in _SPECIAL_TOKENS:
@@ -149,8 +110,8 @@ def _load_chat_template(folder: Path) -> ChatTemplate | None:
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
             special_tokens[name] = content
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+    file = instead or folder / "chat_template.jinja"
+    if instead is not None or file.is_file():
         try:
             return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin=str(file))
         except (OSError, UnicodeDecodeError) as error:
@@ -185,16 +146,3 @@ def _longest_token_bytes(tokenizer: Tokenizer) -> int:
         return 0
     # A byte-level token has one character a byte; an added one stands as it is.
     return max(len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True))
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Not Jinja's own: that one escapes HTML characters."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)

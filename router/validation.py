@@ -63,6 +63,7 @@ def check_model(model: str, limits: ModelLimits) -> None:
         raise Refusal(
             grpc.StatusCode.NOT_FOUND,
             f"model: {model[:MAX_NAME_CHARS]!r} is not served here; ask for {limits.name!r} or leave the field empty",
+            field="model",
         )
 
 

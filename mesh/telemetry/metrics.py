@@ -482,6 +482,13 @@ class Metrics:
         starts_on=ROUTER,
         series=(("invalid_argument",), ("resource_exhausted",), ("unavailable",), ("deadline_exceeded",)),
     )
+    http_requests = Declared(
+        Counter,
+        "expertmesh_http_requests",
+        "Answered by the router's HTTP door, by path and status; 499: the client went away.",
+        labels=("route", "code"),
+        unit="{request}",
+    )
     replays = Declared(
         Counter, "expertmesh_replays", "Requests continued on another attention server.", starts_on=ROUTER
     )

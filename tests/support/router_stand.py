@@ -28,6 +28,7 @@ class Stand:
         self.servers: list[FakeAttention] = []
         self.stop = asyncio.Event()
         self.address = ""
+        self.http: str | None = None
         self.task: asyncio.Task[None] | None = None
         self.clients: list[GenerateClient] = []
 
@@ -44,18 +45,23 @@ class Stand:
 
     async def _start_router(self, settings: dict[str, Any]) -> GenerateClient:
         config = parse_config({"router": settings, "balancer": {"address": self.balancer.address}})
-        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def ready(address: str, *, http: str | None) -> None:
+            self.http = http
+            listening.set_result(address)
+
         self.task = asyncio.create_task(
             serve(
                 config,
                 server_id="router-0",
                 stop=self.stop,
-                ready=ready.set_result,
+                ready=ready,
                 telemetry=self.telemetry,
             )
         )
         async with asyncio.timeout(TIMEOUT_S):
-            self.address = await ready
+            self.address = await listening
         return self.client()
 
     def client(self) -> GenerateClient:
