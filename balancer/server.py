@@ -68,7 +68,7 @@ async def serve(
                 gate=gate,
                 ready=ready,
             )
-            async with _page(config, office):
+            async with _page(config, office, gate):
                 while not stop.is_set():
                     await office.take_turn(opening, stopping)
         finally:
@@ -79,14 +79,14 @@ async def serve(
 
 
 @asynccontextmanager
-async def _page(config: MeshConfig, office: Office) -> AsyncIterator[None]:
+async def _page(config: MeshConfig, office: Office, gate: Gate) -> AsyncIterator[None]:
     """The page, where one is wanted: only then the web server is imported."""
     if config.balancer.page_port is None:
         yield
         return
     from expertmesh.balancer.page.server import open_page
 
-    async with open_page(config, office.admin) as office.page:
+    async with open_page(config, office.admin, gate) as office.page:
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import ApiConfig, TlsConfig
+from expertmesh.mesh.http_tls import server_context
 from support.secure_server import (
     ADMIN,
     GENERATION,
@@ -94,7 +96,7 @@ async def test_scopes_of_keys(tmp_path: Path) -> None:
     async with guarded(api=api) as address, rpc.open_channel(address, TlsConfig()) as channel:
         for key, method in ((generate, GENERATE), (read, READ), (admin, READ), (admin, WRITE)):
             assert await call(channel, method, key) == b"hello"
-        for key, method, code in (
+        refused: tuple[tuple[str | None, str, grpc.StatusCode], ...] = (
             (None, GENERATE, Code.UNAUTHENTICATED),
             ("emk.gen.wrong", GENERATE, Code.UNAUTHENTICATED),
             (expired, GENERATE, Code.UNAUTHENTICATED),
@@ -102,8 +104,9 @@ async def test_scopes_of_keys(tmp_path: Path) -> None:
             (generate, READ, Code.PERMISSION_DENIED),
             (read, WRITE, Code.PERMISSION_DENIED),
             (generate, WRITE, Code.PERMISSION_DENIED),
-        ):
-            assert (await refusal(call(channel, method, key))).code() is code, (key, method)
+        )
+        for presented, method, code in refused:
+            assert (await refusal(call(channel, method, presented))).code() is code, (presented, method)
         twice = (("authorization", f"Bearer {generate}"), ("authorization", f"Bearer {read}"))
         assert (await refusal(call(channel, GENERATE, metadata=twice))).code() is Code.UNAUTHENTICATED
     text = audit.read_text()
@@ -181,7 +184,8 @@ async def test_a_call_that_sends_nothing_ends(method: str) -> None:
 
 
 async def _nothing() -> Any:
-    for message in ():
+    none: tuple[bytes, ...] = ()
+    for message in none:
         yield message
 
 
@@ -265,6 +269,22 @@ async def test_a_new_certificate_is_used_without_a_restart(authority: Path, tmp_
         (tmp_path / "door.pem").write_text("half a cert")
         async with rpc.open_channel(address, trusting) as channel:
             assert await call(channel, GENERATE) == b"hello"
+
+
+async def test_other_doors_use_a_new_certificate_too(authority: Path, tmp_path: Path) -> None:
+    _install(authority / "expired", "router", tmp_path)
+    context = server_context(TlsConfig(cert_file=tmp_path / "door.pem", key_file=tmp_path / "door.key"))
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    trusting = ssl.create_default_context(cafile=authority / "door" / "ca.pem")
+    async with server:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        _install(authority / "door", "client", tmp_path)
+        for _ in range(2):
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+            writer.close()
+            (tmp_path / "door.pem").write_text("half a certificate")
 
 
 def _install(folder: Path, name: str, into: Path) -> None:

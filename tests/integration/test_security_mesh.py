@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +25,7 @@ from expertmesh.cli.certs import make_certificates
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh import rpc
 from expertmesh.mesh.client import Completion, GenerateClient, build_request
-from expertmesh.mesh.client_key import key_interceptors
+from expertmesh.mesh.client_key import key_interceptors, key_metadata
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, attention_pb2, attention_pb2_grpc, mesh_pb2, mesh_pb2_grpc
@@ -43,7 +47,7 @@ class SecureMesh:
     def __init__(self, folder: Path, collector: Collector) -> None:
         self.folder, self.collector = folder, collector
         self.tls = folder / "tls"
-        make_certificates(self.tls, IDS)
+        make_certificates(self.tls, IDS, hosts=["127.0.0.1"])
         make_certificates(self.tls / "other", ["expert-0", "operator"])
         (self.tls / "expired").mkdir()
         for name in ("ca.pem", "ca.key"):
@@ -60,6 +64,7 @@ class SecureMesh:
             expert__servers=2,
             telemetry__otlp_endpoint=collector.address,
             telemetry__log_level="debug",
+            balancer__page_port=0,
             tls__cert_file=self.tls / "{id}.pem",
             tls__key_file=self.tls / "{id}.key",
             tls__ca_file=self.tls / "ca.pem",
@@ -171,6 +176,23 @@ async def _code(awaited: object) -> grpc.StatusCode:
     except grpc.aio.AioRpcError as error:
         return error.code()
     return Code.OK
+
+
+async def test_the_page_shows_nothing_of_the_mesh_without_a_key(secure: SecureMesh) -> None:
+    (url,) = re.findall(r"page on (https://\S+)", (secure.mesh.state_dir / "balancer.log").read_text())
+    trusting = ssl.create_default_context(cafile=secure.tls / "ca.pem")
+
+    def get(path: str, key: str | None = None) -> int:
+        request = urllib.request.Request(f"{url}{path}", headers=dict(key_metadata(key)))
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trusting) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for key, status in ((None, 401), (secure.generate, 401), (secure.read, 200)):
+        assert await asyncio.to_thread(get, "/api/status", key) == status
+    assert await asyncio.to_thread(get, "/") == 200
 
 
 async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secure: SecureMesh) -> None:

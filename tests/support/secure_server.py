@@ -87,7 +87,7 @@ async def _stream(request: bytes, context: Any) -> None:
 
 
 def _register(server: grpc.aio.Server) -> Sequence[str]:
-    unary = grpc.unary_unary_rpc_method_handler(_echo)
+    unary: Any = grpc.unary_unary_rpc_method_handler(_echo)
     for service, methods in ((GENERATION, ("GenerateUnary",)), (ADMIN, ("GetStatus", "Drain"))):
         handlers: dict[str, Any] = dict.fromkeys(methods, unary)
         handlers["Generate"] = grpc.unary_stream_rpc_method_handler(_stream)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from expertmesh.balancer.members import find_mistake
 from expertmesh.cli import keys as keys_command
 from expertmesh.mesh.access import rule_for
 from expertmesh.mesh.api_keys import ApiKey, KeyStore, Limits, digest, dump_key_file, new_secret, read_key_file
@@ -21,8 +22,10 @@ from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import MeshConfig, TlsConfig, parse_config
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.identity import identity_of, peer_identity
+from expertmesh.mesh.telemetry.logs import TextFormatter
 from expertmesh.mesh.token_bucket import TokenBucket
-from expertmesh.v1 import admin_pb2
+from expertmesh.v1 import admin_pb2, mesh_pb2
+from support.balancer_world import registration
 
 pytestmark = pytest.mark.security
 
@@ -65,7 +68,8 @@ def test_the_tokens_of_one_request_are_waited_for_by_the_next() -> None:
     assert limits.take_request() == ("", 0.0)
     limits.charge(90)
     name, wait_s = limits.take_request()
-    assert (name, wait_s) == ("tokens_per_min", pytest.approx(31.0))
+    assert name == "tokens_per_min"
+    assert wait_s == pytest.approx(31.0)
     clock.now_s += 31.0
     assert limits.take_request() == ("", 0.0)
 
@@ -208,7 +212,7 @@ def test_every_method_of_the_contracts_has_its_rule() -> None:
         assert (rule.scope, rule.writes) == (("admin", True) if method.name in writes else ("read", False)), method.name
     assert rule_for("/expertmesh.v1.GenerationService/Generate").scope == "generate"
     assert rule_for("/somebody.Else/Does").scope == "admin"
-    assert rule_for("/expertmesh.v1.AttentionService/Link").roles == {"router"}
+    assert rule_for("/expertmesh.v1.AttentionService/Link").roles == frozenset({"router"})
     assert rule_for("/grpc.health.v1.Health/Check").scope is None
 
 
@@ -265,3 +269,22 @@ def test_each_service_has_files_of_its_own() -> None:
         Path("tls/expert-3.key"),
         Path("ca.pem"),
     )
+
+
+@pytest.mark.parametrize("field", ["server_id", "incarnation", "node", "grpc_address", "rank_address", "fingerprint"])
+def test_names_that_would_forge_a_line_are_no_registration(field: str) -> None:
+    good = registration("e1")
+    assert find_mistake(good) is None
+    for value in ("x\nINFO forged", "x\r", "\x1b[2J", "y" * 300):
+        bad = mesh_pb2.Registration()
+        bad.CopyFrom(good)
+        setattr(bad, field, value)
+        assert field in (find_mistake(bad) or "")
+
+
+def test_a_log_line_that_quotes_a_client_is_one_line_and_steers_no_terminal() -> None:
+    record = logging.LogRecord("n", logging.INFO, "f", 1, "said %s", ("a\r\nINFO forged\x1b[31m\x9b",), None)
+    lines = TextFormatter("router-0").format(record).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("  ")
+    assert all(line.isprintable() for line in lines)
