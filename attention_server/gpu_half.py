@@ -25,6 +25,7 @@ from expertmesh.attention_server.gpu_step import HostStep, SampleInputs, StepMem
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.sampler import Sampled
 from expertmesh.attention_server.scheduler import LaunchedChunk
+from expertmesh.kernels.paged_prefill import queries_a_piece
 from expertmesh.kernels.sampler import gumbel_argmax
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.device_routing import DeviceRouting
@@ -92,11 +93,13 @@ class GpuHalf(HalfBase):
             step_sample_interval_s=step_sample_interval_s,
             clock=clock,
         )
+        self._queries_a_piece = queries_a_piece(spec.num_heads, spec.num_kv_heads)
         self._memory = StepMemory(
             max_tokens=max(config.max_num_batched_tokens, num_samples),
             max_seqs=num_samples,
             spare_row=config.max_num_seqs,
             table_width=self._blocks_RB.shape[1],
+            queries_a_piece=self._queries_a_piece,
             device=device,
         )
         self._flights: deque[_Flight] = deque()
@@ -135,7 +138,9 @@ class GpuHalf(HalfBase):
             self._step = None
             if chunks:
                 self._write_table(chunks)
-                self._step = build_step(chunks, self._blocks_RB, self._block_size, self._due_trace(chunks))
+                self._step = build_step(
+                    chunks, self._blocks_RB, self._block_size, self._due_trace(chunks), self._queries_a_piece
+                )
         return self._step.num_tokens if self._step is not None else 0
 
     def traceparent(self) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from expertmesh.attention_server.gpu_model import GpuContext
 from expertmesh.attention_server.scheduler import Chunk
-from expertmesh.kernels.paged_prefill import QUERIES, prefill_pieces
+from expertmesh.kernels.paged_prefill import prefill_pieces
 
 _ALIGNMENT = 4
 """Words: Triton compiles a kernel once more for addresses that are no multiples of 16 bytes."""
@@ -53,7 +53,9 @@ class HostStep:
         return len(self.sampled_Z) == self.num_tokens
 
 
-def build_step(chunks: list[Chunk], blocks_RW: np.ndarray, block_size: int, traceparent: str) -> HostStep:
+def build_step(
+    chunks: list[Chunk], blocks_RW: np.ndarray, block_size: int, traceparent: str, queries_a_piece: int
+) -> HostStep:
     """The arrays of a batch whose chunks come with their counts ascending."""
     sequences = [chunk.sequence for chunk in chunks]
     row_S = np.array([sequence.row for sequence in sequences])
@@ -83,7 +85,7 @@ def build_step(chunks: list[Chunk], blocks_RW: np.ndarray, block_size: int, trac
         length_S=length_S,
         table_SW=table_SW,
         num_decodes=num_decodes,
-        pieces_C4=_pieces(count_S[num_decodes:], start_S[num_decodes:], num_decodes),
+        pieces_C4=_pieces(count_S[num_decodes:], start_S[num_decodes:], num_decodes, queries_a_piece),
         sampled_Z=last_S[completes_S],
         row_Z=row_S[completes_S],
         output_Z=np.array([sequence.num_output for sequence in sequences])[completes_S],
@@ -91,9 +93,9 @@ def build_step(chunks: list[Chunk], blocks_RW: np.ndarray, block_size: int, trac
     )
 
 
-def _pieces(count_S: np.ndarray, start_S: np.ndarray, num_decodes: int) -> np.ndarray:
+def _pieces(count_S: np.ndarray, start_S: np.ndarray, num_decodes: int, queries: int) -> np.ndarray:
     """Of the sequences behind the decodes."""
-    pieces_C4 = prefill_pieces(count_S, start_S)
+    pieces_C4 = prefill_pieces(count_S, start_S, queries)
     pieces_C4[:, :2] += num_decodes
     return pieces_C4
 
@@ -113,11 +115,18 @@ class StepMemory:
     """Where inputs lie on the device, and the pinned memory that they come from."""
 
     def __init__(
-        self, *, max_tokens: int, max_seqs: int, spare_row: int, table_width: int, device: torch.device
+        self,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        spare_row: int,
+        table_width: int,
+        queries_a_piece: int,
+        device: torch.device,
     ) -> None:
         """``max_tokens``, ``max_seqs``: padding included, whose samples go to row ``spare_row``."""
         self._spare_row = spare_row
-        most_pieces = max_tokens // QUERIES + max_seqs
+        most_pieces = max_tokens // queries_a_piece + max_seqs
         most_arrays = 12
         size = 11 * max_tokens + max_seqs + 4 * most_pieces + max_seqs * table_width + most_arrays * _ALIGNMENT
         self._words = torch.zeros(size, dtype=torch.int32, device=device)

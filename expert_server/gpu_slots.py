@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from expertmesh.expert_server.filling import EMPTY, check_placement
-from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
+from expertmesh.expert_server.gpu_weights import Fp8, make_weights
 from expertmesh.mesh.halves import ExpertWeights, SlotChange, StagingFullError
 from expertmesh.mesh.model.checkpoint import READERS, Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
@@ -30,7 +30,7 @@ _NAN_ROW = 0
 
 
 class GpuSlots:
-    """An ``ExpertHalf`` over ``gate_up[A, 2I, H]`` and ``down[A, H, I]``, allocated once."""
+    """An ``ExpertHalf`` over one arena, allocated once; ``gpu_weights`` says what lies in it."""
 
     def __init__(
         self,
@@ -41,18 +41,22 @@ class GpuSlots:
         device: torch.device,
         *,
         spare: int,
+        fp8: Fp8 = "off",
     ) -> None:
-        """``slots_loaded`` counts slots that were filled from the checkpoint. ``spare``: rows for migrations."""
+        """``slots_loaded`` counts slots that were filled from the checkpoint. ``spare``: rows for migrations.
+
+        Raises:
+            UserError: ``fp8`` is not for this checkpoint; see ``make_weights``.
+        """
         self._spec = spec
         self._checkpoint = checkpoint
         self._num_slots = num_slots
         self._slots_loaded = slots_loaded
-        num_layers, hidden, width = len(spec.moe_layers), spec.hidden_size, spec.moe_intermediate_size
+        num_layers = len(spec.moe_layers)
         num_rows = 1 + num_layers * num_slots + spare
-        self._gate_up_AFH = torch.empty(num_rows, 2 * width, hidden, dtype=spec.dtype, device=device)
-        self._down_AHI = torch.empty(num_rows, hidden, width, dtype=spec.dtype, device=device)
-        self._gate_up_AFH[_NAN_ROW].fill_(torch.nan)
-        self._down_AHI[_NAN_ROW].fill_(torch.nan)
+        self._weights = make_weights(spec, checkpoint, num_rows, device, fp8)
+        for part in self._arena_row(_NAN_ROW):
+            part.fill_(torch.nan)
         self._table_LS = torch.full((num_layers, num_slots), _NAN_ROW, dtype=torch.int32, device=device)
         self._layer_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._held = {layer: [EMPTY] * num_slots for layer in spec.moe_layers}
@@ -95,7 +99,7 @@ class GpuSlots:
         finally:
             for layer in placement:
                 self._write_table(layer)
-        size_mb = len(missing) * self._spec.bytes_per_expert / 1e6
+        size_mb = len(missing) * sum(part.nbytes for part in self._arena_row(_NAN_ROW)) / 1e6
         log.info("loaded %d experts (%.1f MB) in %.3f s", len(missing), size_mb, time.monotonic() - started)
 
     def compute(
@@ -109,13 +113,11 @@ class GpuSlots:
         factor_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The experts' MLP on rows grouped by slot; see ``grouped_expert_mlp_gpu``. Returns y[N, H]."""
-        return grouped_expert_mlp_gpu(
+        return self._weights.compute(
             rows_NH,
             counts_S,
-            self._gate_up_AFH,
-            self._down_AHI,
+            self._table_LS[self._layer_index[layer]],
             starts_S=starts_S,
-            table_S=self._table_LS[self._layer_index[layer]],
             factor_N=factor_N,
             expected_rows=expected_rows,
         )
@@ -126,7 +128,7 @@ class GpuSlots:
                 raise StagingFullError(f"{num_experts} experts to stage, but {self._spare_left} rows are spare")
             self._spare_left -= num_experts
             rows = [self._free.pop() for _ in range(num_experts)]
-            staged: list[ExpertWeights] = [(self._gate_up_AFH[row], self._down_AHI[row]) for row in rows]
+            staged = [self._arena_row(row) for row in rows]
             self._staged |= {weights[0].data_ptr(): row for weights, row in zip(staged, rows, strict=True)}
         return staged
 
@@ -138,13 +140,12 @@ class GpuSlots:
             self._spare_left += len(staged)
 
     def read(self, layer: int, slot: int) -> ExpertWeights:
-        """``(gate_up[2I, H], down[H, I])`` of a slot, in the arena."""
-        row = self._row[layer][slot]
-        return self._gate_up_AFH[row], self._down_AHI[row]
+        """An expert's tensors of a slot, in the arena."""
+        return self._arena_row(self._row[layer][slot])
 
     def fetch(self, layer: int, expert: int, into: ExpertWeights) -> None:
         """Read an expert into memory of ``reserve``; see ``Checkpoint.copy_expert`` for errors."""
-        self._checkpoint.copy_expert(self._spec, layer, expert, *into)
+        self._weights.fetch(layer, expert, into)
 
     def commit(self, layer: int, changes: Sequence[SlotChange]) -> None:
         """Point the slots at what was staged for them; emptied ones at NaN."""
@@ -161,6 +162,9 @@ class GpuSlots:
                     self._staged[address] = old
                 held[change.slot] = change.expert
         self._write_table(layer)
+
+    def _arena_row(self, row: int) -> ExpertWeights:
+        return tuple(part[row] for part in self._weights.parts)
 
     def _write_table(self, layer: int) -> None:
         self._table_LS[self._layer_index[layer]].copy_(torch.tensor(self._row[layer], dtype=torch.int32))
@@ -180,7 +184,7 @@ class GpuSlots:
         with self._lock:
             row = self._free.pop()
         try:
-            self._checkpoint.copy_expert(self._spec, layer, expert, self._gate_up_AFH[row], self._down_AHI[row])
+            self._weights.fetch(layer, expert, self._arena_row(row))
         except BaseException:
             with self._lock:
                 self._free.append(row)

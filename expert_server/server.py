@@ -9,6 +9,7 @@ import torch
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.halves import ExpertHalf
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
@@ -22,7 +23,8 @@ class ExpertServer:
     """Owns the expert half of a rank.
 
     Raises:
-        UserError: the configured slots cannot hold the model's experts; see ``MeshConfig.slots_per_server``.
+        UserError: the configured slots cannot hold the model's experts; see ``MeshConfig.slots_per_server``; or
+            ``expert.fp8`` is not for this device or checkpoint.
     """
 
     def __init__(
@@ -37,6 +39,12 @@ class ExpertServer:
         layers = max(1, config.balancer.layer_updates_per_iter)
         self.slots: Slots | GpuSlots
         if device.type == "cpu":
+            if config.expert.fp8 != "off":
+                raise UserError(
+                    "expert.fp8",
+                    f"is {config.expert.fp8}, and experts are on the CPU",
+                    "set device: cuda, or expert.fp8: off",
+                )
             self.slots = Slots(spec, checkpoint, num_slots, loaded, layers_at_a_time=layers)
             return
         # Imported here: Triton, which it needs, is there only where a GPU is.
@@ -44,7 +52,7 @@ class ExpertServer:
 
         is_bounded = config.balancer.policy == "solver"
         spare = layers * (min(num_slots, config.balancer.max_slots_per_update) if is_bounded else num_slots)
-        self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=spare)
+        self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=spare, fp8=config.expert.fp8)
 
     @property
     def half(self) -> ExpertHalf:

@@ -15,11 +15,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.kernels.grouped_mlp_tiles import ODD, Tile, Tiles, tiles_for
+from expertmesh.kernels.grouped_tile_place import count_tiles, place_tile, swiglu
 from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors
 
 BULK_COPY_ALIGNMENT_BYTES = 16
 LINE_ELEMENTS = tl.constexpr(64)  # bfloat16 numbers in a line of the L2 cache
-_GROUP_ROW_BLOCKS = 16  # row blocks whose tiles are neighbours: their rows stay in the L2 cache from column to column
 
 
 def grouped_expert_mlp_gpu(
@@ -126,7 +126,6 @@ def grouped_matmul(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
-        GROUP_M=_GROUP_ROW_BLOCKS,
         STAGES=tile.stages,
         IS_GATED=is_gated,
         HAS_STARTS=starts_S is not None,
@@ -134,6 +133,7 @@ def grouped_matmul(
         HAS_FACTORS=factor_N is not None,
         WEIGHTS_FIRST=tile.weights_first,
         LOOPS=tile.programs_per_sm > 0,
+        FLATTENS=tile.flattens and not IS_INTERPRETED,
         IS_BULK=tile.bulk,
         IS_PAIRED=tile.is_paired and is_gated,
         PRECISION="ieee" if x_NK.dtype == torch.float32 else "tf32",
@@ -211,7 +211,6 @@ def _compute_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -223,25 +222,10 @@ def _compute_tile(
     WIDENS: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(num_columns, BLOCK_N)
-    slot = tl.sum((end_S * column_blocks <= tile).to(tl.int32), 0)
-    is_it = slot_S == slot
-    count = tl.sum(tl.where(is_it, count_S, 0), 0)
-    blocks = tl.sum(tl.where(is_it, blocks_S, 0), 0)
-    # Blocks of rows run fastest, so that tiles which share weights run at the same time, but no more than GROUP_M of
-    # them before the next columns, so that their rows are still in the cache.
-    local = tile - tl.sum(tl.where(slot_S < slot, blocks_S, 0), 0) * column_blocks
-    first_block = local // (GROUP_M * column_blocks) * GROUP_M
-    group_size = tl.minimum(blocks - first_block, GROUP_M)
-    in_group = local - first_block * column_blocks
-    block = first_block + in_group % group_size
-    column = in_group // group_size * BLOCK_N
-    if HAS_STARTS:
-        start = tl.load(starts + slot).to(tl.int32)
-    else:
-        start = tl.sum(tl.where(slot_S < slot, count_S, 0), 0)
+    start, count, home, block, column = place_tile(
+        tile, starts, slot_S, count_S, blocks_S, end_S, home_S, num_columns, BLOCK_N, HAS_STARTS
+    )
     row = start + block * BLOCK_M
-    home = tl.sum(tl.where(is_it, home_S, 0), 0)
     if IS_GATED:
         weight_row = home * (2 * num_columns) + column
     else:
@@ -272,10 +256,7 @@ def _compute_tile(
     if IS_PAIRED:
         acc, acc_up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
     if IS_GATED:
-        # Rounded where torch rounds: each product, silu, the result.
-        gate = acc.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        acc = silu * acc_up.to(dtype).to(tl.float32)
+        acc = swiglu(acc, acc_up, dtype)
     row_M = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if HAS_FACTORS:
         factor_M = tl.load(factors + start + row_M, mask=row_M < count, other=0.0)
@@ -309,7 +290,6 @@ def _grouped_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -317,6 +297,7 @@ def _grouped_matmul_kernel(
     HAS_FACTORS: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     LOOPS: tl.constexpr,
+    FLATTENS: tl.constexpr,
     IS_BULK: tl.constexpr,
     IS_PAIRED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -326,29 +307,24 @@ def _grouped_matmul_kernel(
 ):
     if SIGNALS:
         tl.extra.cuda.gdc_launch_dependents()
-    slot_S = tl.arange(0, SLOTS)
-    count_S = tl.load(counts + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
-    home_S = slot_S
-    if HAS_TABLE:
-        home_S = tl.load(table + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
-    blocks_S = tl.cdiv(count_S, BLOCK_M)
-    end_S = tl.cumsum(blocks_S, 0)
-    num_tiles = tl.sum(blocks_S, 0) * tl.cdiv(num_columns, BLOCK_N)
+    slot_S, count_S, blocks_S, end_S, home_S, num_tiles = count_tiles(
+        counts, table, num_slots, num_columns, SLOTS, BLOCK_M, BLOCK_N, HAS_TABLE
+    )
     pid = tl.program_id(0)
     if WAITS:
         if pid >= num_tiles:
             # A launch must not be complete before the one it follows: who comes next relies on both.
             tl.extra.cuda.gdc_wait()
     if LOOPS:
-        for tile in range(pid, num_tiles, tl.num_programs(0)):
+        for tile in tl.range(pid, num_tiles, tl.num_programs(0), flatten=FLATTENS):
             _compute_tile(
                 tile, x, weight, weight_RK, out, starts, factors, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
-                num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
+                num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
                 WEIGHTS_FIRST, IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
             )  # fmt: skip
     elif pid < num_tiles:
         _compute_tile(
             pid, x, weight, weight_RK, out, starts, factors, count_S, blocks_S, end_S, slot_S, home_S, num_rows,
-            num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
+            num_columns, depth, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, IS_GATED, HAS_STARTS, HAS_FACTORS,
             WEIGHTS_FIRST, IS_BULK, IS_PAIRED, PRECISION, WIDENS, WAITS,
         )  # fmt: skip

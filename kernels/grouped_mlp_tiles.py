@@ -16,6 +16,7 @@ class Tile:
     operand has 64 rows at least. ``programs_per_sm`` 0 = one program a tile, else programs loop over tiles.
     ``bulk``: loads go through the bulk tensor copy engine, which needs rows that start at multiples of 16 bytes.
     ``is_paired``, with both: one load and one product serve ``columns`` of gate and as many of up.
+    ``flattens``, of programs that loop: a tile's first loads are under way before the tile before it is stored.
     """
 
     rows: int
@@ -27,6 +28,7 @@ class Tile:
     programs_per_sm: int = 0
     bulk: bool = True
     is_paired: bool = False
+    flattens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ HOPPER: tuple[Tiles, ...] = (
     Tiles(
         float("inf"),
         Tile(128, 128, 64, 4, 8),
-        Tile(128, 256, 64, 4, 8, weights_first=False, programs_per_sm=1),
+        Tile(128, 128, 64, 3, 4, weights_first=False, programs_per_sm=2, flattens=True),
+        overlap=False,
     ),
 )
 """Of an H200."""
@@ -62,3 +65,26 @@ HOPPER: tuple[Tiles, ...] = (
 def tiles_for(mean_rows: float) -> Tiles:
     """The first row of the table that serves this mean number of rows a slot."""
     return next(tiles for tiles in HOPPER if mean_rows <= tiles.rows)
+
+
+FP8: tuple[Tiles, ...] = (
+    Tiles(8, Tile(16, 32, 128, 3, 4), Tile(16, 64, 128, 3, 4)),
+    Tiles(16, Tile(32, 32, 128, 3, 4), Tile(32, 64, 128, 3, 4)),
+    Tiles(32, Tile(64, 32, 128, 3, 4), Tile(64, 64, 128, 3, 4)),
+    Tiles(float("inf"), Tile(128, 32, 128, 3, 4), Tile(128, 64, 128, 3, 4)),
+)
+"""Of ``grouped_mlp_fp8`` with rows in bfloat16: depth 128 is the block of a scale, gate and up are always paired."""
+
+FP8_ROUNDED: tuple[Tiles, ...] = (
+    Tiles(1, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 3, 4)),
+    Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 4)),
+    Tiles(16, Tile(32, 64, 128, 4, 4), Tile(32, 128, 128, 3, 4)),
+    Tiles(32, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 3, 4)),
+    Tiles(float("inf"), Tile(128, 32, 128, 3, 4), Tile(128, 64, 128, 3, 4)),
+)
+"""The same with rows in float8."""
+
+
+def fp8_tiles_for(mean_rows: float, rounds_rows: bool) -> Tiles:
+    """As ``tiles_for``, of ``grouped_mlp_fp8``."""
+    return next(tiles for tiles in (FP8_ROUNDED if rounds_rows else FP8) if mean_rows <= tiles.rows)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors
+from expertmesh.kernels.triton_support import IS_INTERPRETED, block_of, dot, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
 _LEAST_QUERIES = 16  # rows of the tensor cores' left operand
@@ -24,16 +24,21 @@ _ADDED_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """``programs_per_sm`` shares of the batch a multiprocessor; a program's positions at a time, warps and stages."""
+    """``programs_per_sm`` shares of the batch a multiprocessor; a program's positions at a time, warps and stages.
+
+    ``least_tokens``: no context is cut into parts of fewer positions than that.
+    """
 
     programs_per_sm: int
     block_tokens: int
     warps: int
     stages: int
+    least_tokens: int = 0
 
 
-TUNING = Tuning(2, 128, 4, 2)
-"""Measured by ``benchmarks/gpu/kernels.py --sweep``."""
+FEW, MANY, FEW_SEQS = Tuning(2, 64, 4, 3), Tuning(4, 64, 2, 2, least_tokens=256), 4
+"""For up to ``FEW_SEQS`` sequences, and for more: as many parts as run at once, or more of them, which even out
+contexts of unequal lengths. Measured by ``benchmarks/gpu/kernels.py --sweep``."""
 
 
 def paged_decode_attention_reference(
@@ -78,14 +83,14 @@ class DecodePlan:
         num_kv_heads: int,
         head_dim: int,
         device: torch.device,
-        tuning: Tuning = TUNING,
+        tuning: Tuning | None = None,
     ) -> None:
-        """For batches of up to ``max_seqs`` sequences. ``tuning``: the default is the measured one."""
+        """For batches of up to ``max_seqs`` sequences. ``tuning``: for every batch; the default is the measured one."""
         self.max_seqs = max_seqs
-        self.tuning = tuning
-        self.num_shares = max(1, tuning.programs_per_sm * num_multiprocessors(device) // num_kv_heads)
-        # Every sequence may have one part that is not full.
-        num_parts, queries = self.num_shares + max_seqs, num_heads // num_kv_heads
+        self._tuning = tuning
+        self._programs_at_once = num_multiprocessors(device) / num_kv_heads
+        queries = num_heads // num_kv_heads
+        num_parts = max(self.num_parts(num_seqs) for num_seqs in (max_seqs, min(max_seqs, FEW_SEQS)))
         self.entries = torch.empty(num_parts, _ENTRY_INTS, dtype=torch.int32, device=device)
         self.sums = torch.empty(num_kv_heads * num_parts, queries, head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(num_kv_heads * num_parts, 2, queries, dtype=torch.float32, device=device)
@@ -102,18 +107,27 @@ class DecodePlan:
             self.entries,
             self.first_parts,
             num_seqs,
-            self.num_shares,
+            self.num_shares(num_seqs),
             num_parts,
             SEQS=triton.next_power_of_2(self.max_seqs),  # one kernel for all batches
             PARTS=_PLANNED_AT_ONCE,
-            BLOCK_L=self.tuning.block_tokens,
+            BLOCK_L=self.tuning(num_seqs).block_tokens,
+            LEAST=self.tuning(num_seqs).least_tokens,
             ENTRY=_ENTRY_INTS,
             num_warps=4,
         )
 
+    def tuning(self, num_seqs: int) -> Tuning:
+        """Of a batch of so many sequences."""
+        return self._tuning or (FEW if num_seqs <= FEW_SEQS else MANY)
+
+    def num_shares(self, num_seqs: int) -> int:
+        """Parts that the batch's tokens are cut into, if all contexts fill theirs."""
+        return max(1, int(self.tuning(num_seqs).programs_per_sm * self._programs_at_once))
+
     def num_parts(self, num_seqs: int) -> int:
-        """The most parts that so many sequences can have."""
-        return self.num_shares + num_seqs
+        """The most parts that so many sequences can have: each may have one that is not full."""
+        return self.num_shares(num_seqs) + num_seqs
 
 
 def paged_decode_attention(
@@ -157,7 +171,7 @@ def paged_decode_attention(
             device=q_SHD.device,
         )
         plan.update(lengths_S)
-    queries = num_heads // num_kv_heads
+    queries, tuning = num_heads // num_kv_heads, plan.tuning(num_seqs)
     _paged_decode_kernel[(num_kv_heads, plan.num_parts(num_seqs))](
         q_SHD,
         key_BPKD,
@@ -177,13 +191,13 @@ def paged_decode_attention(
         QUERIES_2=max(_LEAST_QUERIES, triton.next_power_of_2(queries)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        BLOCK_L=plan.tuning.block_tokens,
-        STAGES=plan.tuning.stages,
+        BLOCK_L=tuning.block_tokens,
+        STAGES=tuning.stages,
         ENTRY=_ENTRY_INTS,
         PRECISION="ieee" if q_SHD.dtype == torch.float32 else "tf32",
         WIDENS=IS_INTERPRETED,
         SIGNALS=not IS_INTERPRETED,
-        num_warps=plan.tuning.warps,
+        num_warps=tuning.warps,
     )
     # Its programs are in place when the last part is done (programmatic dependent launch).
     _add_parts_kernel[(num_heads, num_seqs)](
@@ -205,13 +219,14 @@ def paged_decode_attention(
 @triton.jit(do_not_specialize=["num_seqs", "num_parts"])
 def _plan_kernel(
     lengths, entries, first_parts, num_seqs, num_shares, num_parts,
-    SEQS: tl.constexpr, PARTS: tl.constexpr, BLOCK_L: tl.constexpr, ENTRY: tl.constexpr,
+    SEQS: tl.constexpr, PARTS: tl.constexpr, BLOCK_L: tl.constexpr, LEAST: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Entries: sequence (-1 = nothing to do), first and last + 1 position, parts of the sequence."""
     s_S = tl.arange(0, SEQS)
     length_S = tl.load(lengths + s_S, mask=s_S < num_seqs, other=0).to(tl.int32)
     # Whole steps of the loop over a context, so that only a last part has a ragged end.
     share = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length_S, 0), num_shares), BLOCK_L), 1) * BLOCK_L
+    share = tl.maximum(share, LEAST)
     parts_S = tl.where(s_S < num_seqs, tl.maximum(tl.cdiv(length_S, share), 1), 0)
     end_S = tl.cumsum(parts_S, 0)
     if tl.program_id(0) == 0:
@@ -271,13 +286,6 @@ def _add_parts_kernel(
 
 
 @triton.jit
-def _place(table, position_L, stride_b, stride_p, BLOCK_SIZE: tl.constexpr):
-    """Offsets of positions in the cache."""
-    block_L = tl.load(table + position_L // BLOCK_SIZE).to(tl.int64)
-    return block_L * stride_b + (position_L % BLOCK_SIZE) * stride_p
-
-
-@triton.jit
 def _paged_decode_kernel(
     q,
     key,
@@ -334,13 +342,16 @@ def _paged_decode_kernel(
         q_RD = tl.load(
             q + seq.to(tl.int64) * q_stride_s + head_R1 * q_stride_h + d_D[None, :], mask=is_query_R1, other=0.0
         )
+        # Blocks are looked up a round ahead, so that no round waits for an address.
+        block_L = block_of(table, start + l_L, end, BLOCK_SIZE, WIDENS)
         for first in tl.range(start, end, BLOCK_L, num_stages=STAGES):
             # The tail reads the last position again and gives it no weight: no load needs a mask.
-            read_L = tl.minimum(first + l_L, end - 1)
-            at_L = _place(table, read_L, key_stride_b, key_stride_p, BLOCK_SIZE)
+            within_L = tl.minimum(first + l_L, end - 1) % BLOCK_SIZE
+            at_L = block_L * key_stride_b + within_L * key_stride_p
             key_LD = tl.load(key + at_L[:, None] + d_D[None, :])
-            at_L = _place(table, read_L, value_stride_b, value_stride_p, BLOCK_SIZE)
+            at_L = block_L * value_stride_b + within_L * value_stride_p
             value_LD = tl.load(value + at_L[:, None] + d_D[None, :])
+            block_L = block_of(table, first + BLOCK_L + l_L, end, BLOCK_SIZE, WIDENS)
             score_RL = dot(q_RD, tl.trans(key_LD), tl.zeros((QUERIES_2, BLOCK_L), tl.float32), PRECISION, WIDENS)
             score_RL = tl.where((first + l_L < end)[None, :], score_RL * scale, float("-inf"))
             new_top_R = tl.maximum(top_R, tl.max(score_RL, 1))

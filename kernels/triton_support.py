@@ -26,3 +26,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDENS: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_aside(pointers, INTERPRETED: tl.constexpr):
+    """32- or 64-bit integers that nothing writes meanwhile. The compiler's pipeliner does not know that it is a load.
+
+    For addresses that a loop looks up a round ahead: a load that feeds the address of a pipelined one would halve its
+    stages, and one carried from round to round ends the pipelining (Triton 3.6).
+    """
+    if INTERPRETED:
+        return tl.load(pointers)
+    elif pointers.dtype.element_ty.primitive_bitwidth == 64:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b64 $0, [$1];", "=l,l", [pointers], dtype=tl.int64, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def block_of(table, position_L, end, BLOCK_SIZE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """int64 blocks of positions in a paged cache. Those behind the last one count as it: no load needs a mask."""
+    return load_aside(table + tl.minimum(position_L, end - 1) // BLOCK_SIZE, INTERPRETED).to(tl.int64)

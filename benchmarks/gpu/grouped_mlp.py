@@ -24,6 +24,7 @@ Mlp = Callable[..., torch.Tensor]
 TOKENS = (8, 32, 64, 128, 256, 512, 1024, 4096)
 _SETS = 2
 _TOLERANCE = 2e-2
+_COMPILED_TOKENS = 128  # any number
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ def candidates(mean_rows: float, *, is_gated: bool) -> list[Tile]:
         found += [Tile(*size, weights_first=False) for size in (_GATED_ROWS_FIRST if is_gated else _DOWN_ROWS_FIRST)]
     if mean_rows >= 48:
         found += [replace(tile, programs_per_sm=1) for tile in found if tile.warps == 8]
+        found += [replace(tile, flattens=True) for tile in found if tile.programs_per_sm]
+        found += [Tile(*size, programs_per_sm=2, flattens=flattens, weights_first=False)
+                  for size in _TWO_A_MULTIPROCESSOR for flattens in (False, True)]  # fmt: skip
     return found
 
 
@@ -117,6 +121,7 @@ _DOWN_SIZES = ((64, 128, 4, 4), (64, 256, 3, 4), (64, 128, 6, 4), (128, 128, 2, 
                (128, 128, 5, 4), (128, 64, 4, 4), (128, 64, 6, 4), (256, 64, 4, 8))  # fmt: skip
 # rows, columns, depth, stages, warps
 _GATED_ROWS_FIRST = ((64, 128, 64, 4, 4), (128, 128, 64, 3, 8), (128, 128, 64, 4, 8))
+_TWO_A_MULTIPROCESSOR = ((128, 128, 64, 3, 4),)
 _DOWN_ROWS_FIRST = ((64, 128, 64, 4, 4), (128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8))
 
 
@@ -139,7 +144,8 @@ def _operands(shape: Shape, tokens: int, is_gated: bool) -> tuple[torch.Tensor, 
 
 def sweep(limits: dict[str, float]) -> Iterator[Row]:
     """Every candidate of both products, alone; then the best of both together, with and without overlap."""
-    kinds = {(shape, tile, gated): (shape, TOKENS[3], tile, gated) for shape in SHAPES for tokens in TOKENS
+    kinds: dict[tuple[Shape, Tile, bool], tuple[Shape, int, Tile, bool]]
+    kinds = {(shape, tile, gated): (shape, _COMPILED_TOKENS, tile, gated) for shape in SHAPES for tokens in TOKENS
              for gated in (True, False)
              for tile in candidates(tokens * shape.top_k / shape.experts, is_gated=gated)}  # fmt: skip
     problems = {(job[0], job[2], job[3]): text for job, text in compile_all(_compile, list(kinds.values())).items()}
@@ -166,7 +172,7 @@ def tile_words(tile: Tile) -> str:
     return (
         f"{tile.rows}x{tile.columns}x{tile.depth} s{tile.stages} w{tile.warps}"
         f"{' weights' if tile.weights_first else ' rows'} p{tile.programs_per_sm}"
-        f"{'' if tile.bulk else ' pointers'}{' paired' if tile.is_paired else ''}"
+        f"{'' if tile.bulk else ' pointers'}{' paired' if tile.is_paired else ''}{' flat' if tile.flattens else ''}"
     )
 
 

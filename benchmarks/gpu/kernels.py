@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grouped_mlp
+import grouped_mlp_fp8
 import measure
 import paged_decode
+import paged_prefill
 import step_kernels
 from measure import Row
 
@@ -23,10 +25,17 @@ Part = Callable[[dict[str, float]], Iterator[Row]]
 
 MEASURED: dict[str, Part] = {
     "grouped_mlp": lambda limits: grouped_mlp.measure(grouped_mlp.SHAPES, limits),
+    "grouped_mlp_fp8": grouped_mlp_fp8.measure,
     "paged_decode": paged_decode.measure,
+    "paged_prefill": paged_prefill.measure,
     "step_kernels": step_kernels.measure,
 }
-SWEPT: dict[str, Part] = {"paged_decode": paged_decode.sweep, "grouped_mlp": grouped_mlp.sweep}
+SWEPT: dict[str, Part] = {
+    "paged_prefill": paged_prefill.sweep,
+    "paged_decode": paged_decode.sweep,
+    "grouped_mlp": grouped_mlp.sweep,
+    "grouped_mlp_fp8": grouped_mlp_fp8.sweep,
+}
 
 
 def main() -> int:

@@ -140,18 +140,34 @@ def matmul_ceiling() -> float:
     return 2 * _MATMUL_SIZE**3 / time_graph([lambda: torch.mm(a, b, out=out)], budget_ms=50) * 1e6
 
 
+def fp8_matmul_ceiling() -> float:
+    """The same of float8 numbers, with one scale a matrix."""
+    a, b = (torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    call = partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return 2 * _MATMUL_SIZE**3 / time_graph([call], budget_ms=50) * 1e6
+
+
 def ceilings() -> dict[str, float]:
-    """Both ceilings, in bytes and operations a second."""
-    found = {"read": read_ceiling(), "bf16_matmul": matmul_ceiling()}
+    """All ceilings, in bytes and operations a second."""
+    found = {"read": read_ceiling(), "bf16_matmul": matmul_ceiling(), "fp8_matmul": fp8_matmul_ceiling()}
     torch.cuda.empty_cache()
     return found
 
 
 def row(
-    kernel: str, shape: Row, microseconds: float, *, num_bytes: float, operations: float, limits: dict[str, float]
+    kernel: str,
+    shape: Row,
+    microseconds: float,
+    *,
+    num_bytes: float,
+    operations: float,
+    limits: dict[str, float],
+    unit: str = "bf16_matmul",
 ) -> Row:
-    """A result: the floor is the larger of both times at the machine's ceilings; ``fraction`` = floor / measured."""
-    bytes_us, operations_us = num_bytes / limits["read"] * 1e6, operations / limits["bf16_matmul"] * 1e6
+    """A result: the floor is the larger of both times at the machine's ceilings, operations at that of ``unit``;
+    ``fraction`` = floor / measured."""
+    bytes_us, operations_us = num_bytes / limits["read"] * 1e6, operations / limits[unit] * 1e6
     floor = max(bytes_us, operations_us)
     return {
         "kernel": kernel,

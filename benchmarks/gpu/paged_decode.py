@@ -14,7 +14,7 @@ import torch
 from measure import Row, compile_all, compile_only, row, time_graph
 
 from expertmesh.kernels import paged_decode as kernel_module
-from expertmesh.kernels.paged_decode import TUNING, DecodePlan, Tuning, paged_decode_attention
+from expertmesh.kernels.paged_decode import DecodePlan, Tuning, paged_decode_attention
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 CASES = ((1, 1024), (1, 65536), (8, 8192), (16, 4096), (64, 256), (64, 1024), (128, 512), (256, 256), (256, 1024),
@@ -41,7 +41,7 @@ class Inputs:
         self.blocks = torch.randperm(num_blocks, device="cuda").view(batch, blocks_a_seq).to(torch.int32)
         self.q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
-    def plan(self, tuning: Tuning) -> DecodePlan:
+    def plan(self, tuning: Tuning | None) -> DecodePlan:
         plan = DecodePlan(
             max_seqs=self.batch,
             num_heads=HEADS,
@@ -59,7 +59,7 @@ class Inputs:
         key, value = cache[:, :, :KV_HEADS], cache[:, :, KV_HEADS:]
         return paged_decode_attention(self.q, key, value, self.blocks, self.lengths, plan=plan)
 
-    def time(self, tuning: Tuning, *, budget_ms: float = 12.0) -> float:
+    def time(self, tuning: Tuning | None, *, budget_ms: float = 12.0) -> float:
         plan = self.plan(tuning)
         return time_graph([partial(self.call, cache, plan) for cache in self.caches], budget_ms=budget_ms)
 
@@ -73,7 +73,7 @@ def measure(limits: dict[str, float]) -> Iterator[Row]:
         operations = inputs.bytes / 2 / KV_HEADS * HEADS * 2
         where = {"batch": batch, "context": context, "lengths": "equal" if equal else "±25 %",
                  "block": "head, position" if heads_first else "position, head"}  # fmt: skip
-        yield row("paged_decode", where, inputs.time(TUNING), num_bytes=moved, operations=operations, limits=limits)
+        yield row("paged_decode", where, inputs.time(None), num_bytes=moved, operations=operations, limits=limits)
 
 
 def _compile(job: tuple[int, int, int]) -> None:
@@ -83,13 +83,13 @@ def _compile(job: tuple[int, int, int]) -> None:
 
 
 def sweep(limits: dict[str, float]) -> Iterator[Row]:
-    tunings = [(32, 1, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2)]
+    tunings = [(32, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 2, 2), (128, 4, 1), (128, 4, 2), (128, 8, 2)]
     compile_all(_compile, tunings)
     for (batch, context), equal in (((1, 65536), True), ((8, 8192), True), ((64, 256), True), ((64, 1024), True),
                                     ((64, 1024), False), ((256, 1024), True), ((64, 4096), False)):  # fmt: skip
         inputs = Inputs(batch, context, equal=equal)
         floor = inputs.bytes / limits["read"] * 1e6
-        for (tokens, warps, stages), a_sm in product(tunings, (1, 2, 3, 4, 6, 8)):
+        for (tokens, warps, stages), a_sm in product(tunings, (2, 3, 4)):
             microseconds = inputs.time(Tuning(a_sm, tokens, warps, stages), budget_ms=4)
             yield {"sweep": "paged_decode", "batch": batch, "context": context, "equal": equal,
                    "us": round(microseconds, 2), "fraction": round(floor / microseconds, 3), "block_tokens": tokens,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.families.base import ExpertTensors, FusedExpertTensors, NamedTensor
 from expertmesh.mesh.model.load_progress import LoadProgress
@@ -127,6 +128,45 @@ class Checkpoint:
         own = family_by_name(spec.family).expert_tensors(spec, layer, expert)
         assert own is not None, "a family names an expert's tensors in one way at least"
         self._copy_own(own, gate_up, down)
+
+    def stores_fp8_experts(self, spec: ModelSpec) -> bool:
+        """Whether each expert has tensors of its own, all in float8 with scales by blocks (looks at one a layer)."""
+        return all(self._fp8_parts(spec, layer, 0) is not None for layer in spec.moe_layers)
+
+    def copy_fp8_expert(
+        self,
+        spec: ModelSpec,
+        layer: int,
+        expert: int,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_scale: torch.Tensor,
+        down_scale: torch.Tensor,
+    ) -> None:
+        """As ``copy_expert``, as it is stored: float8 [2I, H] and [H, I], float32 scales [2, ⌈I/128⌉, ⌈H/128⌉] and
+        [⌈H/128⌉, ⌈I/128⌉].
+
+        Raises:
+            UserError: it is stored otherwise, or cannot be read.
+        """
+        parts = self._fp8_parts(spec, layer, expert)
+        if parts is None:
+            raise UserError(
+                "expert.fp8", f"is on, and expert {expert} of layer {layer} is not stored in FP8", "set expert.fp8: off"
+            )
+        targets = zip((*gate_up.chunk(2), down), (*gate_up_scale, down_scale), strict=True)
+        for storage, (weight, scale) in zip(parts, targets, strict=True):
+            self._reader.copy(storage.weight, weight)
+            self._reader.copy(storage.scale, scale)
+
+    def _fp8_parts(self, spec: ModelSpec, layer: int, expert: int) -> list[Fp8Blocks] | None:
+        """Gate, up and down; None where one is stored otherwise."""
+        own = family_by_name(spec.family).expert_tensors(spec, layer, expert)
+        if own is None or self._fused(spec, layer) is not None:
+            return None
+        stored = [find_storage(self._index, named) for named in (own.gate, own.up, own.down)]
+        parts = [storage for storage in stored if isinstance(storage, Fp8Blocks)]
+        return parts if len(parts) == len(stored) else None
 
     def _fused(self, spec: ModelSpec, layer: int) -> FusedExpertTensors | None:
         """The tensors of all experts of a layer; None where each has its own."""

@@ -66,6 +66,27 @@ class DummyCheckpoint(Checkpoint):
             for part in (gate_up, down, *biases):
                 part.normal_(0, _STD, generator=self._generator)
 
+    def stores_fp8_experts(self, spec: ModelSpec) -> bool:
+        return True
+
+    def copy_fp8_expert(
+        self,
+        spec: ModelSpec,
+        layer: int,
+        expert: int,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_scale: torch.Tensor,
+        down_scale: torch.Tensor,
+    ) -> None:
+        with self._lock:
+            self._generator.manual_seed(hash((self._seed, layer, expert)))
+            for part in (gate_up, down):
+                drawn = torch.empty(part.shape, device=self._device).normal_(generator=self._generator)
+                part.copy_(drawn)
+        for scale in (gate_up_scale, down_scale):
+            scale.fill_(_STD)
+
     def _draw(self, layer: int, named: Mapping[str, NamedTensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn: dict[str, torch.Tensor] = {}
         with self._lock:

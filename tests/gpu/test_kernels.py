@@ -8,9 +8,9 @@ import torch
 from expertmesh.kernels.gate import Gate
 from expertmesh.kernels.grouped_mlp import grouped_expert_mlp, library_expert_mlp
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
-from expertmesh.kernels.grouped_mlp_tiles import HOPPER, Tiles
+from expertmesh.kernels.grouped_mlp_tiles import FP8, FP8_ROUNDED, HOPPER, Tiles
 from expertmesh.kernels.paged_decode import (
-    TUNING,
+    MANY,
     DecodePlan,
     Tuning,
     paged_decode_attention,
@@ -23,6 +23,7 @@ from support.kernel_checks import (
     check_add_rms_norm,
     check_fp8_rows,
     check_grouped_mlp,
+    check_grouped_mlp_fp8,
     check_gumbel_argmax,
     check_paged_decode,
     check_rope_append,
@@ -69,6 +70,30 @@ def test_mlp_of_large_experts() -> None:
     check_grouped_mlp("cuda", routed_counts(32, 64, 8), 7168, 2048, BF16)
 
 
+@pytest.mark.parametrize(
+    ("rounds_rows", "tiles"),
+    [*((False, tiles) for tiles in FP8), *((True, tiles) for tiles in FP8_ROUNDED)],
+    ids=lambda value: f"up to {value.rows}" if isinstance(value, Tiles) else f"rounds {value}",
+)
+@pytest.mark.parametrize(
+    "counts",
+    [[0] * 16, [0] * 15 + [3000], [2500] + [0] * 15, [1] * 16, [129, 0, 1, 63, 64, 65, 0, 127, 128, 2, 300]],
+    ids=["none", "all to the last", "all to the first", "one each", "ragged"],
+)
+def test_fp8_mlp_with_every_row_of_the_tables(counts: list[int], rounds_rows: bool, tiles: Tiles) -> None:
+    check_grouped_mlp_fp8("cuda", counts, 2048, 768, rounds_rows=rounds_rows, tiles=tiles, spare=3)
+    check_grouped_mlp_fp8("cuda", counts, 384, 128, rounds_rows=rounds_rows, tiles=tiles, gap=5, has_factors=True)
+    if not rounds_rows:
+        check_grouped_mlp_fp8("cuda", counts, 272, 144, rounds_rows=False, tiles=tiles)
+
+
+@pytest.mark.parametrize("rounds_rows", [False, True])
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_fp8_mlp_of_routed_tokens(top_k: int, rounds_rows: bool) -> None:
+    for num_tokens in (1, 13, 200):
+        check_grouped_mlp_fp8("cuda", routed_counts(32, num_tokens, top_k), 512, 256, rounds_rows=rounds_rows)
+
+
 def test_mlp_in_a_graph_follows_the_counts() -> None:
     """Captured once; replayed with other counts in the same memory, it computes those."""
     draw = Draw(5, "cuda")
@@ -104,7 +129,7 @@ def test_mlp_of_a_row_is_the_same_whatever_the_others_are(tiles: Tiles) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tuning", [TUNING, Tuning(1, 32, 2, 2), Tuning(16, 16, 1, 3)], ids=str)
+@pytest.mark.parametrize("tuning", [None, MANY, Tuning(1, 32, 2, 2), Tuning(16, 16, 1, 3)], ids=str)
 @pytest.mark.parametrize("lengths", [[1], [1000], [0, 17, 4000, 1, 255, 256, 257], list(range(0, 640, 10))], ids=len)
 def test_paged_decode(lengths: list[int], tuning: Tuning, dtype: torch.dtype) -> None:
     check_paged_decode(

@@ -10,9 +10,12 @@ import torch
 from expertmesh.kernels.embed import embed, embed_reference
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
 from expertmesh.kernels.paged_prefill import (
+    TUNING,
+    Tuning,
     paged_prefill_attention,
     paged_prefill_attention_reference,
     prefill_pieces,
+    queries_a_piece,
 )
 from expertmesh.kernels.row_groups import combine_rows, combine_rows_reference, group_rows, group_rows_reference
 from support.kernel_checks import Draw, assert_near, poisoned
@@ -57,6 +60,7 @@ def check_paged_prefill(
     kv_heads: int,
     head_dim: int,
     block_size: int,
+    tuning: Tuning = TUNING,
 ) -> None:
     """Chunks of ``counts`` tokens behind ``starts`` cached ones; what nobody may read holds NaN."""
     draw = Draw(sum(counts) + heads, device)
@@ -68,10 +72,11 @@ def check_paged_prefill(
         beyond = torch.arange(end, width * block_size, device=device)
         cache[blocks_SW[s, beyond // block_size].long(), beyond % block_size] = float("nan")
     q_THD = draw.normal(sum(counts), heads, head_dim, dtype=dtype)
-    pieces = torch.from_numpy(prefill_pieces(np.array(counts), np.array(starts))).to(device)
+    queries = queries_a_piece(heads, kv_heads, tuning)
+    pieces = torch.from_numpy(prefill_pieces(np.array(counts), np.array(starts), queries)).to(device)
     key, value = cache[:, :, :kv_heads], cache[:, :, kv_heads:]
     out_THD = torch.full_like(q_THD, float("nan"))
-    paged_prefill_attention(q_THD, key, value, blocks_SW, pieces, out_THD)
+    paged_prefill_attention(q_THD, key, value, blocks_SW, pieces, out_THD, tuning=tuning)
     assert_near(out_THD, paged_prefill_attention_reference(q_THD, key, value, blocks_SW, pieces), dtype)
 
 

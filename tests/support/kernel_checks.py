@@ -18,11 +18,16 @@ from expertmesh.kernels.fp8_rows import (
     quantize_rows_reference,
 )
 from expertmesh.kernels.gate import Gate, ReplicaPrices, RoutingTotals, SlotTables, route, route_reference
+from expertmesh.kernels.grouped_mlp_fp8 import (
+    Fp8Experts,
+    grouped_expert_mlp_fp8,
+    grouped_expert_mlp_fp8_reference,
+    scale_shapes,
+)
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
 from expertmesh.kernels.grouped_mlp_tiles import Tiles
 from expertmesh.kernels.norm import add_rms_norm, add_rms_norm_reference
 from expertmesh.kernels.paged_decode import (
-    TUNING,
     DecodePlan,
     Tuning,
     paged_decode_attention,
@@ -62,16 +67,17 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """In the mean and at the worst element; NaN fails."""
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, *, slack: float = 1) -> None:
+    """In the mean and at the worst element, within ``slack`` times what is usual; NaN fails."""
+    tolerance = slack * TOLERANCE[dtype]
     assert actual.shape == expected.shape
     if not actual.numel():
         return
     difference, expected = actual.double() - expected.double(), expected.double()
     error = difference.norm() / expected.norm().clamp(min=1e-30)
-    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+    assert error <= tolerance, f"relative error {error:.2e}"
     worst, top = difference.abs().amax(), expected.abs().amax()
-    assert worst <= 2 * TOLERANCE[dtype] * top, f"an element is off by {worst:.2e}, the largest is {top:.2e}"
+    assert worst <= 2 * tolerance * top, f"an element is off by {worst:.2e}, the largest is {top:.2e}"
 
 
 def expert_mlp_reference(
@@ -129,6 +135,67 @@ def check_grouped_mlp(
     assert_near(y_NH[is_used_N], expected_NH[is_used_N], dtype)
 
 
+def fp8_experts(draw: Draw, num_experts: int, hidden: int, width: int) -> Fp8Experts:
+    """Drawn at random; scales of neighbouring blocks differ by up to a factor of four."""
+    gate_up_scale, down_scale = (
+        (0.25 + 0.75 * torch.rand(num_experts, *shape, generator=draw.generator, device=draw.device)) / depth**0.5
+        for shape, depth in zip(scale_shapes(hidden, width), (hidden, width), strict=True)
+    )
+    return Fp8Experts(
+        gate_up_AFH=draw.normal(num_experts, 2 * width, hidden, dtype=torch.float8_e4m3fn),
+        down_AHI=draw.normal(num_experts, hidden, width, dtype=torch.float8_e4m3fn),
+        gate_up_scale_A2YX=gate_up_scale,
+        down_scale_AXY=down_scale,
+    )
+
+
+def check_grouped_mlp_fp8(
+    device: str,
+    counts: Sequence[int],
+    hidden: int,
+    width: int,
+    *,
+    rounds_rows: bool,
+    tiles: Tiles | None = None,
+    gap: int = 0,
+    spare: int = 0,
+    has_factors: bool = False,
+) -> None:
+    """Slots behind a table, the last expert's weights first; ``gap`` and ``spare`` as in ``check_grouped_mlp``."""
+    draw, num_slots = Draw(sum(counts) + hidden + width, device), len(counts)
+    experts = fp8_experts(draw, num_slots, hidden, width)
+    table_S = torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device)
+    turned = Fp8Experts(
+        gate_up_AFH=experts.gate_up_AFH.view(torch.uint8).flip(0).view(torch.float8_e4m3fn),
+        down_AHI=experts.down_AHI.view(torch.uint8).flip(0).view(torch.float8_e4m3fn),
+        gate_up_scale_A2YX=experts.gate_up_scale_A2YX.flip(0),
+        down_scale_AXY=experts.down_scale_AXY.flip(0),
+    )
+    counts_S = torch.tensor(counts, device=device)
+    starts_S = counts_S.cumsum(0) - counts_S + gap * torch.arange(num_slots, device=device)
+    place_N = torch.cat([torch.arange(s, s + c) for s, c in zip(starts_S.tolist(), counts, strict=True)]).to(device)
+    dense_NH = draw.normal(sum(counts), hidden, dtype=torch.bfloat16)
+    rows_NH = torch.full((sum(counts) + gap * num_slots + spare, hidden), float("nan"), device=device).bfloat16()
+    rows_NH[place_N] = dense_NH
+    factor_N = draw.normal(len(rows_NH)) if has_factors else None
+    with poisoned():
+        y_NH = grouped_expert_mlp_fp8(
+            rows_NH,
+            counts_S,
+            turned,
+            starts_S=starts_S.int() if gap else None,
+            table_S=table_S,
+            factor_N=factor_N,
+            rounds_rows=rounds_rows,
+            tiles=tiles,
+        )
+    expected_NH = grouped_expert_mlp_fp8_reference(dense_NH, counts_S, experts, rounds_rows=rounds_rows).float()
+    if factor_N is not None:
+        expected_NH *= factor_N[place_N][:, None]
+    # Roundings to 3 bits fall to the other side now and then, in the interpreter more often: see check_fp8_rows.
+    assert_near(y_NH[place_N], expected_NH, torch.bfloat16, slack=4 if rounds_rows else 1)
+
+
 def check_paged_decode(
     device: str,
     lengths: Sequence[int],
@@ -138,7 +205,7 @@ def check_paged_decode(
     kv_heads: int,
     head_dim: int,
     block_size: int,
-    tuning: Tuning = TUNING,
+    tuning: Tuning | None = None,
     launches: int = 2,
 ) -> None:
     """Runs ``launches`` times with one plan: what one leaves behind must not disturb the next."""

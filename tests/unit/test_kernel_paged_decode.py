@@ -50,7 +50,7 @@ def test_a_plan_covers_every_position_once_in_parts_of_at_most_a_share(
     entries = plan.entries[: plan.num_parts(len(lengths))].tolist()
     used = [entry for entry in entries if entry[0] >= 0]
     assert used == entries[: len(used)], "programs without work come last"
-    share = max(1, ceil(ceil(sum(lengths) / plan.num_shares) / 16)) * 16
+    share = max(1, ceil(ceil(sum(lengths) / plan.num_shares(len(lengths))) / 16)) * 16
     bounds = plan.first_parts[: len(lengths) + 1].tolist()
     assert (bounds[0], bounds[-1]) == (0, len(used))
     for seq, (length, (first, last)) in enumerate(zip(lengths, pairwise(bounds), strict=True)):
