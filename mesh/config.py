@@ -120,6 +120,11 @@ class ExpertConfig(Section):
         "mode `online`",
     )
     num_threads: int = Field(1, ge=1)
+    fp8: Literal["off", "weights", "activations"] = Field(
+        "off",
+        description="experts of an FP8 checkpoint on GPUs: off = turned into the model's dtype; weights = kept as "
+        "float8 with their scales, half the memory; activations = what they multiply is rounded to float8 too",
+    )
 
     @property
     def replicas_wanted(self) -> str:
@@ -130,11 +135,6 @@ class ExpertConfig(Section):
 
     def min_slots(self, num_experts: int) -> int:
         """Slots a layer that ``min_replicas`` and ``num_hot_experts`` take."""
-    fp8: Literal["off", "weights", "activations"] = Field(
-        "off",
-        description="experts of an FP8 checkpoint on GPUs: off = turned into the model's dtype; weights = kept as "
-        "float8 with their scales, half the memory; activations = what they multiply is rounded to float8 too",
-    )
         hot = 0 if self.min_replicas > 1 else min(self.num_hot_experts, num_experts)
         return num_experts * self.min_replicas + hot
 
