@@ -21,11 +21,11 @@ import grpc
 from expertmesh.balancer.keyvalue import Entry, Guard, Lease, UnreachableError
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import EtcdConfig, TlsConfig
+from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE as PASSWORD_VARIABLE
 from expertmesh.mesh.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PASSWORD_VARIABLE = "EXPERTMESH_ETCD_PASSWORD"  # noqa: S105 - the name of one
 _CALL_TIMEOUT_S = 1.0
 _OPTIONS = (
     # etcd drops clients that ping it more often than every 5 s. Silence is noticed by each call's own time-out.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from expertmesh.mesh import client_key
 from expertmesh.mesh.config import MeshConfig, parse_config
+from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE
 
 
 def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
@@ -42,6 +43,7 @@ def with_balancer_state(config: MeshConfig, state_dir: Path) -> MeshConfig:
 def environment(config: MeshConfig, role: str) -> dict[str, str]:
     threads = config.expert.num_threads if role == "expert" else config.attention.num_threads
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    # A client's key is no business of servers, whose environment others may read.
-    inherited = {name: value for name, value in os.environ.items() if name != client_key.VARIABLE}
+    # No secret goes where it is not needed: who may read a process's environment is not up to us.
+    withheld = {client_key.VARIABLE} if role == "balancer" else {client_key.VARIABLE, ETCD_PASSWORD_VARIABLE}
+    inherited = {name: value for name, value in os.environ.items() if name not in withheld}
     return {**inherited, **limits, "PYTHONSAFEPATH": "1"}

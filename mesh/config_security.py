@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from expertmesh.mesh.config_section import Section
 from expertmesh.mesh.errors import UserError
 
+ETCD_PASSWORD_VARIABLE = "EXPERTMESH_ETCD_PASSWORD"  # noqa: S105 - the name of one
+
 
 class TlsConfig(Section):
     """Between the services of a mesh. With ``ca_file`` each side shows a certificate of that authority."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import resource
-import ssl
 from collections.abc import Callable
 
-from expertmesh.mesh.config import MeshConfig, TlsConfig
+from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.gate import Gate
 from expertmesh.mesh.http_protocol import bounded_protocol
 from expertmesh.mesh.http_server import HttpServer
+from expertmesh.mesh.http_tls import server_context
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router.calls import Calls
 from expertmesh.router.http.app import HttpDoor
@@ -39,7 +39,7 @@ def make_http_server(
         host=http.host or config.router.host,
         port=http.port,
         key="router.http.port",
-        tls=_server_context(config.door_tls),
+        tls=server_context(config.door_tls),
         grace_s=1.0,  # what ran was waited for before
         settings={
             "http": bounded_protocol(http.max_header_bytes, http.receive_timeout_s),
@@ -57,16 +57,3 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < wanted:
         log.warning("%d open files are allowed, fewer than router.http.max_connections may take", hard)
-
-
-def _server_context(tls: TlsConfig) -> ssl.SSLContext | None:
-    """gRPC's server has read the files already, so they are good."""
-    if tls.cert_file is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(tls.cert_file, tls.key_file)
-    if tls.ca_file is not None:
-        context.load_verify_locations(tls.ca_file)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context

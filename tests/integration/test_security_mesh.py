@@ -180,19 +180,38 @@ async def _code(awaited: object) -> grpc.StatusCode:
 
 async def test_the_page_shows_nothing_of_the_mesh_without_a_key(secure: SecureMesh) -> None:
     (url,) = re.findall(r"page on (https://\S+)", (secure.mesh.state_dir / "balancer.log").read_text())
-    trusting = ssl.create_default_context(cafile=secure.tls / "ca.pem")
-
-    def get(path: str, key: str | None = None) -> int:
-        request = urllib.request.Request(f"{url}{path}", headers=dict(key_metadata(key)))
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trusting) as response:
-                return int(response.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
+    authority = secure.tls / "ca.pem"
     for key, status in ((None, 401), (secure.generate, 401), (secure.read, 200)):
-        assert await asyncio.to_thread(get, "/api/status", key) == status
-    assert await asyncio.to_thread(get, "/") == 200
+        assert (await asyncio.to_thread(https, f"{url}/api/status", authority, key))[0] == status
+    assert (await asyncio.to_thread(https, f"{url}/", authority))[0] == 200
+
+
+def https(url: str, authority: Path, key: str | None = None, body: object = None) -> tuple[int, bytes]:
+    """Status and body of the answer."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", **dict(key_metadata(key))}
+    request = urllib.request.Request(url, data=data, headers=headers)
+    trusting = ssl.create_default_context(cafile=authority)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trusting) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+async def test_the_http_door_asks_for_the_same_keys(secure: SecureMesh) -> None:
+    url, authority = f"https://{secure.mesh.http}/v1/completions", secure.folder / "door" / "ca.pem"
+    body = {"model": "", "prompt": list(PROMPTS[0]), "max_tokens": 4, "temperature": 0}
+    for key, status in ((None, 401), ("emk.app.x", 401), (secure.read, 403), (secure.generate, 200)):
+        answered, said = await asyncio.to_thread(https, url, authority, key, body)
+        assert answered == status, said
+    once = secure.keys.add("once", "generate", requests_per_s=0.01)
+    async with asyncio.timeout(TIMEOUT_S):
+        while (answered := (await asyncio.to_thread(https, url, authority, once, body))[0]) == 401:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert answered == 200
+    assert (await asyncio.to_thread(https, url, authority, once, body))[0] == 429
 
 
 async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secure: SecureMesh) -> None:
