@@ -21,7 +21,7 @@ import grpc
 from expertmesh.balancer.keyvalue import Entry, Guard, Lease, UnreachableError
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import EtcdConfig, TlsConfig
-from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE as PASSWORD_VARIABLE
+from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE
 from expertmesh.mesh.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class EtcdClient:
                     "balancer.etcd.user",
                     str(error).partition(": ")[2],
                     "give a user that may read and write below balancer.etcd.prefix, and its password in "
-                    f"balancer.etcd.password_file or {PASSWORD_VARIABLE}",
+                    f"balancer.etcd.password_file or {ETCD_PASSWORD_VARIABLE}",
                 ) from None
 
 
@@ -277,13 +277,13 @@ def _password(config: EtcdConfig) -> str:
     if config.user is None:
         return ""
     if config.password_file is None:
-        if PASSWORD_VARIABLE not in os.environ:
+        if ETCD_PASSWORD_VARIABLE not in os.environ:
             raise UserError(
                 "balancer.etcd.password_file",
-                f"is unset, and so is {PASSWORD_VARIABLE}",
+                f"is unset, and so is {ETCD_PASSWORD_VARIABLE}",
                 f"name the file that holds the password of {config.user}",
             )
-        return os.environ[PASSWORD_VARIABLE]
+        return os.environ[ETCD_PASSWORD_VARIABLE]
     try:
         return config.password_file.read_text(encoding="utf-8").strip("\r\n")
     except (OSError, UnicodeDecodeError) as error:

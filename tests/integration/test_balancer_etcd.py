@@ -19,13 +19,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertmesh.balancer.election import Election
-from expertmesh.balancer.etcd import PASSWORD_VARIABLE, EtcdClient, connected
+from expertmesh.balancer.etcd import EtcdClient, connected
 from expertmesh.balancer.keyvalue import Guard, UnreachableError
 from expertmesh.balancer.standby import LEADER_KEY
 from expertmesh.balancer.state import fresh_state
 from expertmesh.balancer.state_etcd import EtcdState
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import EtcdConfig, MeshConfig, TlsConfig
+from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 from support.balancer_stand import TIMEOUT_S, Stream, balancer, cli, config, join, wait_serving
@@ -216,7 +217,7 @@ async def test_a_user_with_a_password_whose_token_etcd_forgets(
     with pytest.raises(UserError, match=r"balancer\.etcd\.user: no user is refused by etcd .*password_file"):
         async with balancer(shared(tmp_path, late_etcd)):
             pass
-    monkeypatch.setenv(PASSWORD_VARIABLE, "wrong")
+    monkeypatch.setenv(ETCD_PASSWORD_VARIABLE, "wrong")
     with pytest.raises(UserError, match=r"balancer\.etcd\.user: root is refused by etcd .*invalid user ID or password"):
         async with balancer(shared(tmp_path, late_etcd, user="root")):
             pass
