@@ -25,15 +25,19 @@ _HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cach
 
 def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
     """What a service's /metrics says now, summed over labels."""
-    log = (mesh.state_dir / f"{server_id}.log").read_text(encoding="utf-8", errors="replace")
-    url = re.findall(r"metrics on (http://\S+)", log)[-1]
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(f"http://{metrics_address(mesh, server_id)}/metrics", timeout=10) as response:
         text = response.read().decode()
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             values[sample.name] = values.get(sample.name, 0.0) + sample.value
     return values
+
+
+def metrics_address(mesh: LocalMesh, server_id: str) -> str:
+    """``host:port`` of a service's /metrics."""
+    log = (mesh.state_dir / f"{server_id}.log").read_text(encoding="utf-8", errors="replace")
+    return str(re.findall(r"metrics on http://(\S+)/metrics", log)[-1])
 
 
 async def leader(mesh: LocalMesh, timeout_s: float = 10.0) -> str | None:
