@@ -17,7 +17,7 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: slurm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
+.PHONY: dashboards telemetry-test slurm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
 
 help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
@@ -26,6 +26,8 @@ help:
 	@echo "make security-test  try to get in: certificates, keys, limits, malformed input"
 	@echo "make chaos     kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
 	@echo "make slurm-test  the job script of deploy/slurm on a real Slurm of several nodes on this machine"
+	@echo "make telemetry-test  traces of a mesh through a collector into a trace UI, which it installs (450 MB)"
+	@echo "make dashboards  write deploy/dashboards/*.json anew from their code"
 	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
 	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
 	@echo "make bench     measure serving (benchmarks/results/)"
@@ -106,8 +108,15 @@ $(VENV)/.etcd: $(VENV)/.created
 
 # Tools that tests start as processes and whose dependencies must not meet ours, each in an environment of its own:
 # tests/tools/NAME.txt lists its packages. Where one cannot be installed its tests are skipped and say so.
-TOOLS := $(patsubst tests/tools/%.txt,$(VENV)/tools/%/.installed,$(filter-out %/system-packages.txt,$(wildcard tests/tools/*.txt)))
+TOOLS := $(patsubst tests/tools/%.txt,$(VENV)/tools/%/.installed,$(filter-out %/system-packages.txt %/phoenix.txt,$(wildcard tests/tools/*.txt)))
 tools: $(TOOLS)
+
+# The trace UI takes a minute to install and start, so only who asks for it gets it; from then on `make test` has it too.
+telemetry-test: $(VENV)/.installed-dev $(VENV)/tools/phoenix/.installed $(VENV)/tools/rotel/.installed
+	$(PY) -m pytest tests/integration/test_trace_ui.py tests/integration/test_mesh_prometheus.py tests/unit/test_dashboards.py
+
+dashboards: $(VENV)/.installed-dev
+	$(PY) deploy/dashboards/generate.py
 
 $(VENV)/tools/%/.installed: tests/tools/%.txt $(VENV)/.created
 	@$(PY) -m venv $(VENV)/tools/$* && $(VENV)/tools/$*/bin/python -m pip --disable-pip-version-check install --quiet -r $< \

@@ -104,8 +104,8 @@ def status_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
         "servers": [
             {
                 "id": server.server_id,
-                "role": _role(server),
-                "state": _state(server),
+                "role": role_of(server),
+                "state": state_of(server),
                 "pid": server.pid,
                 "address": server.address,
                 "node": server.node,
@@ -179,10 +179,10 @@ def _print_status(status: admin_pb2.GetStatusResponse) -> None:
         console.print(f"page {status.page}", soft_wrap=True, highlight=False)
     table = admin_client.table("server", "role", "state", "rank", "pid", "address", "node", "slots", "seen")
     for server in status.servers:
-        state = _state(server)
+        state = state_of(server)
         table.add_row(
             server.server_id,
-            _role(server),
+            role_of(server),
             Text(state, style=_STATE_STYLES.get(state, "")),
             str(server.rank) if server.HasField("rank") else "-",
             str(server.pid),
@@ -221,9 +221,9 @@ def _ranges(slots: Iterable[int]) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
 
 
-def _role(server: admin_pb2.ServerStatus) -> str:
+def role_of(server: admin_pb2.ServerStatus) -> str:
     return mesh_pb2.Role.Name(server.role).removeprefix("ROLE_").lower()
 
 
-def _state(server: admin_pb2.ServerStatus) -> str:
+def state_of(server: admin_pb2.ServerStatus) -> str:
     return mesh_pb2.ServerState.Name(server.state).removeprefix("SERVER_STATE_").lower()

@@ -112,12 +112,14 @@ class Watching:
         return table
 
     def _event_lines(self) -> list[Text]:
-        lines = []
-        for event in self._events:
-            when = datetime.fromtimestamp(event.unix_s).strftime("%H:%M:%S")
-            line = Text(f"{when} ", style="dim", no_wrap=True, overflow="ellipsis")
-            lines.append(line.append(f"{event.kind} {event.subject}: {event.message}", style=""))
-        return lines
+        return [event_line(event) for event in self._events]
+
+
+def event_line(event: admin_pb2.ListEventsResponse) -> Text:
+    """When and what, in one line however narrow the terminal is."""
+    when = datetime.fromtimestamp(event.unix_s).strftime("%H:%M:%S")
+    line = Text(f"{when} ", style="dim", no_wrap=True, overflow="ellipsis")
+    return line.append(f"{event.kind} {event.subject}: {event.message}", style="")
 
 
 def balancer_as_dict(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:

@@ -35,6 +35,10 @@ SUB_COMMANDS = {
         target="expertmesh.cli.admin:app",
         summary="Ask the balancer and steer it: status, placement, loads, plan, apply ...",
     ),
+    "top": SubCommand(
+        target="expertmesh.cli.top:top",
+        summary="Watch the mesh: rates, queues, latencies, load by rank, migrations.",
+    ),
     "serve": SubCommand(
         target="expertmesh.cli.serve:serve", summary="Run one service: what Slurm, Kubernetes and `up` start."
     ),

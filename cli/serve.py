@@ -116,9 +116,7 @@ def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
     return config.model_copy(update={role.value: section})
 
 
-async def _run(
-    config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None, ignore_sigterm: bool
-) -> None:
+async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None, ignore_sigterm: bool) -> None:
     from expertmesh.mesh.model.spec import load_spec
     from expertmesh.mesh.telemetry import setup_logging, setup_telemetry
 
