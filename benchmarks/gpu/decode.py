@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
 VLLM_MS = {128: {1: 4.12, 8: 9.13, 32: 15.8, 64: 17.5, 128: 18.6, 256: 21.6}, 1024: {64: 19.3, 256: 27.2}}
 """vLLM 0.26.0, the same model shape and load on an H200 (torch 2.11, FA3, Triton fused MoE): tokens in, requests,
 median ms per token."""
-MAX_BATCHED_TOKENS = 8192
+CHUNK, LEAST_CHUNK = 8192, 1024
 _REPLAYS = 20
 
 
@@ -88,7 +90,8 @@ def build(arguments: argparse.Namespace) -> Timed:
         DummyCheckpoint(torch.device("cuda")),
         "cuda",
         max_num_seqs=max([256, *arguments.requests]),
-        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_num_batched_tokens=max(arguments.chunk),
+        fp8=arguments.fp8,
         enable_prefix_caching=False,
     )
 
@@ -99,8 +102,15 @@ def submit(rank: Timed, requests: int, tokens_in: int, tokens_out: int) -> None:
         rank.submit(handle, prompt, max_tokens=tokens_out)
 
 
-def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int) -> dict[str, Any]:
+def set_chunk(rank: Timed, tokens: int) -> None:
+    """Steps of at most so many tokens from now on; no more than the rank was made for."""
+    scheduler = rank.half.engine._scheduler
+    scheduler._limits = replace(scheduler._limits, max_num_batched_tokens=tokens)
+
+
+def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int, chunk: int) -> dict[str, Any]:
     rank.reset()
+    set_chunk(rank, chunk)
     submit(rank, requests, tokens_in, tokens_out)
     started, active = time.perf_counter(), 0.0
     while rank.step():
@@ -109,6 +119,7 @@ def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int
             active = active_experts(rank)
     seconds = time.perf_counter() - started
     assert all(len(times) == tokens_out for times in rank.arrivals.values())
+    prefilled = max(times[0] for times in rank.arrivals.values()) - started
     per_token = [(times[-1] - times[0]) / (tokens_out - 1) for times in rank.arrivals.values()]
     full = [now for now, number in rank.landings if number == requests]
     row = {
@@ -119,10 +130,11 @@ def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int
         "vllm_ms_per_token": VLLM_MS.get(tokens_in, {}).get(requests),
         "step_ms": round(1e3 * statistics.median(np.diff(full)), 3),
         "output_tokens_per_s": round(requests * tokens_out / seconds),
+        "prefill_tokens_per_s": round(requests * tokens_in / prefilled),
         "ttft_ms": round(1e3 * statistics.median(times[0] - started for times in rank.arrivals.values()), 1),
         "active_experts": round(active, 1),
     }
-    return {**row, "graph_ms": round(time_graph(rank, requests, tokens_in), 3)}
+    return {**row, "graph_ms": round(time_graph(rank, requests, tokens_in, chunk), 3)}
 
 
 def active_experts(rank: Timed) -> float:
@@ -131,14 +143,15 @@ def active_experts(rank: Timed) -> float:
     return torch.stack(counts).float().mean().item()
 
 
-def time_graph(rank: Timed, requests: int, tokens_in: int) -> float:
+def time_graph(rank: Timed, requests: int, tokens_in: int, chunk: int) -> float:
     """Milliseconds of a decode step's graph, replayed over and over while all requests decode.
 
     What is generated means nothing afterwards: a replay takes for input what the one before it chose.
     """
     assert rank.graphs is not None, "there is a GPU"
     rank.reset()
-    submit(rank, requests, tokens_in, 8 + requests * tokens_in // MAX_BATCHED_TOKENS)
+    # So many that the first request still decodes when the last one's prompt is computed.
+    submit(rank, requests, tokens_in, 8 + requests * tokens_in // (chunk - requests))
     while not rank.landings or rank.landings[-1][1] < requests:
         assert rank.step(), "all requests decode at some time"
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -152,18 +165,22 @@ def time_graph(rank: Timed, requests: int, tokens_in: int) -> float:
     return start.elapsed_time(end) / _REPLAYS
 
 
-def profile(rank: Timed, requests: int, tokens_in: int, *, prefill: bool) -> list[dict[str, Any]]:
-    """What the kernels of a decode step take, or of the first step, summed up by name."""
-    steps = 1 if prefill else 8
+def profile(rank: Timed, requests: int, tokens_in: int, phase: str) -> list[dict[str, Any]]:
+    """What the kernels of a step take, summed up by name: of ``decode``, of the first step (``prefill``), or of steps
+    that compute prompts while half of the requests decode (``mixed``)."""
+    steps = {"decode": 8, "prefill": 1, "mixed": 4}[phase]
     rank.reset()
     submit(rank, requests, tokens_in, 40)
-    while not prefill and len(rank.landings) < 16:
+    while (phase == "decode" and len(rank.landings) < 16) or (phase == "mixed" and len(rank.arrivals) < requests // 2):
         rank.step()
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         for _ in range(steps):
             rank.step()
         torch.cuda.synchronize()
+    print(f"{phase}: {1e3 * (time.perf_counter() - began) / steps:.1f} ms a step by the host's clock", flush=True)
     rank.run()
     found = [event for event in profiler.key_averages() if event.self_device_time_total]
     found.sort(key=lambda event: -event.self_device_time_total)
@@ -185,10 +202,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="*", default=[], help="default: what the table has")
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--chunk", type=int, nargs="+", default=[CHUNK], help="tokens of a step, at most; in turn")
+    parser.add_argument("--fp8", choices=("off", "weights", "activations"), default="off", help="as expert.fp8")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile decode steps of")
     parser.add_argument("--profile-prefill", type=int, nargs="*", default=[], help="requests to profile prefill of")
+    parser.add_argument("--profile-mixed", type=int, nargs="*", default=[], help="requests to profile both at once of")
     arguments = parser.parse_args()
-    command = f"python benchmarks/gpu/decode.py --out {arguments.out.name}"
+    assert min(arguments.chunk) >= LEAST_CHUNK, f"--chunk below {LEAST_CHUNK}"
+    command = " ".join(["python benchmarks/gpu/decode.py", *sys.argv[1:]])
     began = time.perf_counter()
     rank = build(arguments)
     print(f"built in {time.perf_counter() - began:.1f} s, {rank.load.num_kv_blocks} KV blocks", flush=True)
@@ -199,13 +220,17 @@ def main() -> None:
             submit(rank, requests, tokens_in, 4)
             rank.run()  # compiles what prefill needs
             active_experts(rank)
-            rows.append(measure_requests(rank, requests, tokens_in, arguments.tokens_out))
-            print(json.dumps(rows[-1]), flush=True)
-            measure.write(arguments.out, command, {}, rows)
-    for prefill, numbers in ((False, arguments.profile), (True, arguments.profile_prefill)):
+            for chunk in arguments.chunk:
+                row = measure_requests(rank, requests, tokens_in, arguments.tokens_out, chunk)
+                rows.append({**row, "chunk": chunk, "fp8": arguments.fp8})
+                print(json.dumps(rows[-1]), flush=True)
+                measure.write(arguments.out, command, {}, rows)
+    set_chunk(rank, max(arguments.chunk))
+    profiled = {"decode": arguments.profile, "prefill": arguments.profile_prefill, "mixed": arguments.profile_mixed}
+    for phase, numbers in profiled.items():
         for requests in numbers:
-            kernels = profile(rank, requests, arguments.tokens_in[0], prefill=prefill)
-            name = f"{'prefill' if prefill else 'decode'}{requests}"
+            kernels = profile(rank, requests, arguments.tokens_in[0], phase)
+            name = f"{phase}{requests}"
             for row in kernels[:16]:
                 print(f"{row['us_a_step']:10.1f} us {row['launches_a_step']:7.1f} x {row['kernel']}", flush=True)
             print(name, "all kernels", round(sum(row["us_a_step"] for row in kernels)), "us a step", flush=True)

@@ -16,6 +16,7 @@ from expertmesh.attention_server.gpu_half import GpuHalf
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.expert_server.gpu_slots import GpuSlots
+from expertmesh.expert_server.gpu_weights import Fp8
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.dataplane import DataPlane
 from expertmesh.mesh.dataplane.local import LocalPlane
@@ -70,6 +71,7 @@ class EngineRank:
         next_view: Callable[[], int] = lambda: 1,
         uses_graphs: bool | None = None,
         pads: bool = False,
+        fp8: Fp8 = "off",
         **config: Any,
     ) -> None:
         telemetry = disabled_telemetry()
@@ -81,7 +83,7 @@ class EngineRank:
         self._waker = Waker()
         if has_experts:
             loaded = telemetry.metrics.slots_loaded
-            self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=num_slots)
+            self.slots = GpuSlots(spec, checkpoint, num_slots, loaded, device, spare=num_slots, fp8=fp8)
             self.slots.load(view.local_slots())
         attention, topology = AttentionConfig(**config), Topology.of(view)
         self.routing = RoutingTables(view.proto.placement, spec.num_experts, topology)

@@ -30,6 +30,13 @@ def test_paged_prefill(dtype: torch.dtype) -> None:
     check_paged_prefill("cpu", [9, 0, 21], [1, 5, 35], dtype, heads=4, kv_heads=2, head_dim=16, block_size=4)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (20, 1)])
+def test_paged_prefill_of_heads_that_do_not_fill_a_program(heads: int, kv_heads: int) -> None:
+    check_paged_prefill(
+        "cpu", [0, 18], [7, 13], torch.float32, heads=heads, kv_heads=kv_heads, head_dim=16, block_size=8
+    )
+
+
 @DTYPES
 def test_embed(dtype: torch.dtype) -> None:
     check_embed("cpu", dtype)
