@@ -182,11 +182,13 @@ class ServingHalf(HalfBase):
             return
         row_C = torch.from_numpy(last_C) if step.sampled_S is None else step.sampled_S[torch.from_numpy(last_C)]
         logits_CV = self._model.logits(self._model.mtp_hidden(self._x_TH.index_select(0, row_C)))
-        chosen = self._sampler.choose(logits_CV, step.sampled_rows_S[last_C], step.sampled_position_S[last_C] + 1)
+        tokens_C = verified.tokens_C
+        chosen = self._sampler.choose(
+            logits_CV, step.sampled_rows_S[last_C], step.sampled_position_S[last_C] + 1, tokens_C
+        )
         completing = [chunk.sequence for chunk in step.chunks if chunk.completes]
-        counts = verified.sampled.counts or (1,) * len(completing)
-        for sequence, token, count in zip(completing, chosen.tokens.tolist(), counts, strict=True):
-            sequence.proposal, sequence.proposal_at = (token,), sequence.num_tokens + count
+        for sequence, token, tokens in zip(completing, chosen.tokens.tolist(), tokens_C, strict=True):
+            sequence.proposal, sequence.proposal_at = (token,), sequence.num_tokens + len(tokens)
 
     def _finish(self, step: Step, sampled: Sampled) -> None:
         self._step = self._verified = None

@@ -13,6 +13,7 @@ not only distributed as without drafts, it is the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ class Verified:
             return self.kept
         last_C: np.ndarray = self.kept[np.cumsum(self.sampled.counts) - 1]
         return last_C
+
+    @property
+    def tokens_C(self) -> list[Draft]:
+        """Each sequence's tokens."""
+        tokens = iter(self.sampled.tokens.tolist())
+        counts = self.sampled.counts or (1,) * len(self.sampled.tokens)
+        return [tuple(itertools.islice(tokens, count)) for count in counts]
 
 
 def verify(chosen: Sampled, drafts: Sequence[Draft] | None) -> Verified:

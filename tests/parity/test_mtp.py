@@ -20,6 +20,8 @@ from support.attention import LocalEngine, SlotExperts, one_torch_thread
 from support.families import load_reference, make_family_checkpoint
 from support.mtp import LAYERS, MtpFormula, make_mtp_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 9, 200, 31, 44, 7, 300, 12, 77], [400, 3, 3, 18], [250]]
 NUM_TOKENS = 12
 MTP = {"method": "mtp"}

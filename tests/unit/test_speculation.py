@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 from scipy.stats import chisquare
 
+from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.attention_server.drafting import Draft
 from expertmesh.attention_server.engine import Abort, Output
 from expertmesh.attention_server.kv_cache import chain_digests
@@ -26,12 +27,14 @@ from expertmesh.attention_server.verification import Verified, prefixes, verify
 from expertmesh.kernels.host_ngram import host_draft
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
+from expertmesh.mesh.constraint import Constraint
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.telemetry import Metrics, Telemetry
 from expertmesh.v1 import generate_pb2
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
+from support.small_tokens import EOS, write_tokenizer
 
 PROMPT = [5, 9, 200, 31, 44, 7]
 REPEATING = [17, 230, 41, 99, 8, 63] * 4
@@ -194,6 +197,7 @@ def test_replay_goes_on_as_if_nothing_had_happened(parts: dict[str, Any], drafti
         assert engine.tokens(1) == expected[num_known:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caching", [True, False])
 def test_few_blocks_and_small_steps(parts: dict[str, Any], drafting: Callable[..., LocalEngine], caching: bool) -> None:
     """Chunked prefill, preemptions and drafts together."""
@@ -251,6 +255,36 @@ def test_prefix_cache_holds_verified_tokens_only(parts: dict[str, Any], drafting
     engine.run()
     assert engine.outputs[2][0].cached_tokens >= 20
     assert engine.tokens(2) == expected[20:24]
+
+
+@pytest.mark.parametrize("wrong_every", [2, 1000])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_constrained_output(
+    parts: dict[str, Any],
+    drafting: Callable[..., LocalEngine],
+    tmp_path: Path,
+    wrong_every: int,
+    options: dict[str, Any],
+) -> None:
+    """Each row is masked by what its draft leaves; a draft that does not fit is wrong."""
+    compiler = ConstraintCompiler(write_tokenizer(tmp_path / "tokenizer.json"), VOCAB, [EOS])
+    constraint = Constraint("regex", "(ab|c){3,9}[0-9]{2}")
+
+    def answer(engine: LocalEngine) -> list[Output]:
+        engine.submit(1, PROMPT, max_tokens=30, end_ids=frozenset({EOS}), **options)
+        sequence = engine.half.engine._inbox[-1]
+        assert isinstance(sequence, EngineSequence)
+        sequence.matcher = compiler.matcher(constraint, [], ignore_eos=False)
+        engine.run()
+        return engine.outputs[1]
+
+    expected = answer(LocalEngine(**parts))
+    engine = drafting(Oracle([*tokens_of(expected), 5, 6, 7], wrong_every))
+    assert [(output.token, output.finish) for output in answer(engine)] == [
+        (output.token, output.finish) for output in expected
+    ]
+    assert expected[-1].finish == generate_pb2.FINISH_REASON_STOP
+    assert engine.load.kv_cache_usage == 0
 
 
 def test_request_without_drafts(parts: dict[str, Any], drafting: Callable[..., LocalEngine]) -> None:
@@ -360,6 +394,7 @@ def speculate(
     return counts, (p_VV[0][:, None] * p_VV).ravel() * NUM_SEEDS, float(is_right.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["likeliest", "unlikeliest", "any"])
 def test_distribution_of_sampled_output(kind: str) -> None:
     def draft(p_V: np.ndarray) -> np.ndarray:
@@ -372,6 +407,7 @@ def test_distribution_of_sampled_output(kind: str) -> None:
     assert {"likeliest": rate > 0.3, "unlikeliest": rate < 0.1, "any": 0.1 < rate < 0.25}[kind]
 
 
+@pytest.mark.slow
 def test_chi_square_notices_one_draft_of_fifty_that_is_taken_too_easily() -> None:
     def too_easily(sampled: Sampled, drafts: Sequence[Draft]) -> Verified:
         tokens = sampled.tokens.copy()
@@ -383,6 +419,9 @@ def test_chi_square_notices_one_draft_of_fifty_that_is_taken_too_easily() -> Non
 
 
 def test_configuration_is_checked() -> None:
+    assert (SpeculationConfig(method="ngram").max_tokens, SpeculationConfig(method="mtp").max_tokens) == (4, 1)
+    with pytest.raises(ValueError, match="num_speculative_tokens is 2 and method is mtp"):
+        SpeculationConfig(method="mtp", num_speculative_tokens=2)
     assert SpeculationConfig.model_validate({"method": False}).method == "off"
     with pytest.raises(ValueError, match="prompt_lookup_max is 2, less than prompt_lookup_min = 3"):
         SpeculationConfig(prompt_lookup_min=3, prompt_lookup_max=2)
