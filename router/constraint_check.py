@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -54,6 +55,26 @@ class _LostError(Exception):
     """The process ended or did not answer, which says nothing of what it was to check."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a check found; ``code`` OK = nothing."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    problem: str = ""
+
+    def enforce(self, constraint: Constraint) -> None:
+        """Raises the Refusal of the constraint, if there is one."""
+        match self.code:
+            case grpc.StatusCode.OK:
+                return
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                raise invalid(constraint.field, self.problem, _REMEDIES[constraint.kind])
+            case grpc.StatusCode.UNAVAILABLE:
+                message = f"{constraint.field}: {self.problem}; try again later"
+                raise Refusal(self.code, message, retry_after_ms=_RETRY_AFTER_MS)
+        raise Refusal(self.code, f"{constraint.field}: {self.problem}; leave it out")
+
+
 class ConstraintChecker:
     """Whether constraints can be compiled, remembered for those checked last. Runs on the event loop; ``close`` it.
 
@@ -66,8 +87,8 @@ class ConstraintChecker:
     ) -> None:
         arguments = (str(tokenizer_json), str(vocab_size), json.dumps(list(eos_token_ids)))
         self._command = command or (sys.executable, "-P", "-m", "expertmesh.mesh.constraint_worker", *arguments)
-        self._verdicts: OrderedDict[Constraint, Refusal | None] = OrderedDict()
-        self._checks: dict[Constraint, asyncio.Task[Refusal | None]] = {}
+        self._verdicts: OrderedDict[Constraint, _Verdict] = OrderedDict()
+        self._checks: dict[Constraint, asyncio.Task[_Verdict]] = {}
         self._turn = asyncio.Lock()
         self._worker: asyncio.subprocess.Process | None = None
 
@@ -81,12 +102,11 @@ class ConstraintChecker:
         _check_size(constraint)
         if constraint in self._verdicts:
             self._verdicts.move_to_end(constraint)
-            refusal = self._verdicts[constraint]
+            verdict = self._verdicts[constraint]
         else:
             # Others may wait for the same; who goes away does not leave half an answer in the pipe.
-            refusal = await asyncio.shield(self._checks.get(constraint) or self._start_check(constraint))
-        if refusal is not None:
-            raise Refusal(refusal.code, refusal.message, retry_after_ms=refusal.retry_after_ms)
+            verdict = await asyncio.shield(self._checks.get(constraint) or self._start_check(constraint))
+        verdict.enforce(constraint)
 
     async def close(self) -> None:
         """Give up all checks and end the process."""
@@ -96,7 +116,7 @@ class ConstraintChecker:
         await asyncio.gather(*checks, return_exceptions=True)
         await self._kill()
 
-    def _start_check(self, constraint: Constraint) -> asyncio.Task[Refusal | None]:
+    def _start_check(self, constraint: Constraint) -> asyncio.Task[_Verdict]:
         if len(self._checks) >= _MAX_PENDING:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -108,36 +128,35 @@ class ConstraintChecker:
         task.add_done_callback(lambda _: self._checks.pop(constraint, None))
         return task
 
-    async def _check(self, constraint: Constraint) -> Refusal | None:
+    async def _check(self, constraint: Constraint) -> _Verdict:
         async with self._turn:
             try:
-                refusal = await self._verdict(constraint)
+                verdict = await self._ask_worker(constraint)
             except _LostError as error:
                 log.warning("the process that checks constraints is lost, another one is started: %s", error)
                 try:
-                    refusal = await self._verdict(constraint)
+                    verdict = await self._ask_worker(constraint)
                 except _LostError as again:
-                    message = f"{constraint.field}: could not be checked ({again}); try again later"
-                    return Refusal(grpc.StatusCode.UNAVAILABLE, message, retry_after_ms=_RETRY_AFTER_MS)
-        self._verdicts[constraint] = refusal
+                    return _Verdict(grpc.StatusCode.UNAVAILABLE, f"could not be checked ({again})")
+        self._verdicts[constraint] = verdict
         while len(self._verdicts) > _KEPT:
             self._verdicts.popitem(last=False)
-        return refusal
+        return verdict
 
-    async def _verdict(self, constraint: Constraint) -> Refusal | None:
+    async def _ask_worker(self, constraint: Constraint) -> _Verdict:
         try:
             worker, unusable = await self._open_worker()
-            problem = None if unusable else await self._ask(worker, constraint)
+            if unusable:
+                problem = f"the output of this model cannot be constrained: {unusable}"
+                return _Verdict(grpc.StatusCode.FAILED_PRECONDITION, problem)
+            wrong = await self._ask(worker, constraint)
         except _TooMuchError as error:
             log.warning("%s: %s", constraint.field, error)
-            problem, unusable = str(error), None
+            wrong = str(error)
         except BaseException:
             await self._kill()
             raise
-        if unusable:
-            message = f"{constraint.field}: the output of this model cannot be constrained: {unusable}; leave it out"
-            return Refusal(grpc.StatusCode.FAILED_PRECONDITION, message)
-        return None if problem is None else invalid(constraint.field, problem, _REMEDIES[constraint.kind])
+        return _Verdict() if wrong is None else _Verdict(grpc.StatusCode.INVALID_ARGUMENT, wrong)
 
     async def _open_worker(self) -> tuple[asyncio.subprocess.Process, str | None]:
         """The process, and why it cannot be used, if so."""
