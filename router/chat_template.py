@@ -16,6 +16,7 @@ from expertmesh.mesh.errors import UserError
 from expertmesh.router.errors import invalid
 from expertmesh.v1 import generate_pb2
 
+MAX_TEMPLATE_CHARS = 512 * 2**10
 _OURS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
@@ -31,6 +32,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, origin: str) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            problem = f"the chat template has {len(source)} characters"
+            raise UserError(origin, problem, f"use one of at most {MAX_TEMPLATE_CHARS}")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -61,7 +65,15 @@ class ChatTemplate:
                 tools=tools or None,
                 add_generation_prompt=True,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise invalid(
                 "chat.messages", f"the model's chat template rejects them ({error})", "send roles in its order"
             ) from None

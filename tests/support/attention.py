@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from expertmesh.attention_server.constraint import Matcher
 from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.request import Sampling
@@ -114,6 +115,7 @@ class LocalEngine:
         arrival_s: float = 0.0,
         timeout_s: float = 0.0,
         link: int = 1,
+        matcher: Matcher | None = None,
         **sampling: Any,
     ) -> None:
         params = Sampling(**{"max_tokens": 16, **sampling})
@@ -129,6 +131,7 @@ class LocalEngine:
                 num_prompt=len(prompt),
                 num_tokens=len(given),
                 sampling=params,
+                matcher=matcher,
                 priority=priority,
                 arrival_s=arrival_s,
                 timeout_s=timeout_s,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expertmesh.attention_server.constraint import Matcher
 from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.gpu_half import GpuHalf
 from expertmesh.attention_server.request import Sampling
@@ -145,7 +146,15 @@ class EngineRank:
         for output in outputs:
             self.outputs.setdefault(output.handle, []).append(output)
 
-    def submit(self, handle: int, prompt: Sequence[int], *, output: Sequence[int] = (), **sampling: Any) -> None:
+    def submit(
+        self,
+        handle: int,
+        prompt: Sequence[int],
+        *,
+        output: Sequence[int] = (),
+        matcher: Matcher | None = None,
+        **sampling: Any,
+    ) -> None:
         params = Sampling(**{"max_tokens": 16, **sampling})
         given = [*prompt, *output]
         tokens = np.zeros(min(len(prompt) + params.max_tokens, self.spec.max_model_len), np.int64)
@@ -159,6 +168,7 @@ class EngineRank:
                 num_prompt=len(prompt),
                 num_tokens=len(given),
                 sampling=params,
+                matcher=matcher,
                 queued_s=self.now[0],
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.constraint import Constraint
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
+from support.small_tokens import EOS, TOKENS, write_tokenizer
 from support.solo_rank import SoloRank
 from support.thread_ranks import ThreadRanks
 
@@ -93,3 +97,21 @@ def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(parts: dict[str, A
     assert any(any(go.num_tokens) and not go.padded_tokens for go in mesh.goes[0]), "chunks of prompts are never padded"
     assert mesh.goes[0] == mesh.goes[1], "all ranks make the same steps"
     mesh.close()
+
+
+def test_constraints_are_followed_behind_the_step(parts: dict[str, Any], tmp_path: Path) -> None:
+    """The samples of a sequence with a matcher are those of the CPU's engine, beside one that has none."""
+    compiler = ConstraintCompiler(write_tokenizer(tmp_path / "tokenizer.json"), SIZES["vocab_size"], [EOS])
+    cpu = LocalEngine(parts["spec"], parts["checkpoint"], PlainExperts(parts["spec"], parts["checkpoint"]))
+    rank = SoloRank(parts["spec"], parts["checkpoint"], "cpu", max_num_seqs=3, num_kv_blocks=12, block_size=4)
+    for engine in (cpu, rank):
+        matcher = compiler.matcher(Constraint("regex", "(ab|c0){3}[x-z]"), [], ignore_eos=False)
+        engine.submit(1, PROMPT, max_tokens=4)
+        engine.submit(2, PROMPT, max_tokens=12, matcher=matcher)
+        engine.run()
+    text = "".join(TOKENS[token] for token in cpu.tokens(2))
+    assert re.fullmatch("(ab|c0){3}[x-z]", text), text
+    for handle in (1, 2):
+        assert rank.tokens(handle) == cpu.tokens(handle)
+        assert rank.outputs[handle][-1].finish == cpu.outputs[handle][-1].finish
+    rank.close()
