@@ -20,8 +20,9 @@ import grpc
 import numpy as np
 
 from expertmesh.attention_server.drafting import Drafter
-from expertmesh.attention_server.kv_cache import BlockManager
+from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
 from expertmesh.attention_server.observe import RequestMetrics
+from expertmesh.attention_server.prefix_desk import PrefixDesk
 from expertmesh.attention_server.request import RefusedError, Sequence, SequenceState
 from expertmesh.attention_server.sampler import Logprobs, Sampled
 from expertmesh.attention_server.scheduler import Chunk, LaunchedChunk, Limits, Scheduler, SchedulerCounts
@@ -110,6 +111,8 @@ class Engine:
         self._place = on_start
         self._scheduler = Scheduler(limits, blocks, on_start=self._started, on_stop=on_stop, drafter=drafter)
         self._lock = threading.Lock()
+        self.prefixes = PrefixDesk(blocks, self._lock)
+        self._block_size = limits.block_size
         self._inbox: deque[Event] = deque()
         self._active: dict[tuple[int, int], Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
@@ -136,6 +139,12 @@ class Engine:
     @property
     def counts(self) -> SchedulerCounts:
         return self._scheduler.counts
+
+    def prefix_digests(self, sequence: Sequence) -> list[bytes]:
+        """Of the full blocks that a sequence, before it is posted, could find in the cache."""
+        num_tokens = sequence.num_tokens - 1  # the last one is computed: its logits are what the sequence comes for
+        chain_digests(sequence.tokens, self._block_size, sequence.digests, num_tokens)
+        return sequence.digests
 
     def post(self, event: Event) -> None:
         """From any thread."""

@@ -18,6 +18,7 @@ from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.drafting import Draft, open_drafter
 from expertmesh.attention_server.engine import no_samples
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
+from expertmesh.attention_server.kv_handover import BlockMemory
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
 from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.attention_server.scheduler import Chunk
@@ -102,6 +103,8 @@ class ServingHalf(HalfBase):
             clock=clock,
             drafter=open_drafter(speculation),
         )
+        if config.enable_prefix_caching:
+            self.block_memory = BlockMemory(cache.layers, config.block_size)
         self._step: Step | None = None
         self._x_TH = torch.empty(0)
         self._shared_TH: torch.Tensor | None = None

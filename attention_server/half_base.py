@@ -13,6 +13,7 @@ import numpy as np
 from expertmesh.attention_server.drafting import Drafter
 from expertmesh.attention_server.engine import Engine
 from expertmesh.attention_server.kv_cache import BlockManager
+from expertmesh.attention_server.kv_handover import BlockMemory
 from expertmesh.attention_server.observe import RequestMetrics
 from expertmesh.attention_server.request import Sequence
 from expertmesh.attention_server.sampler import Sampler
@@ -46,6 +47,8 @@ class HalfBase:
         blocks_of_sequence = -(-min(spec.max_model_len, num_blocks * config.block_size) // config.block_size)
         self._blocks_RB = np.zeros((config.max_num_seqs, blocks_of_sequence), np.int64)
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self.block_memory: BlockMemory | None = None
+        """Where the KV blocks can be read and written by others than steps; None = they cannot."""
         self.engine = Engine(
             Limits(
                 block_size=config.block_size,

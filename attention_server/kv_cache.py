@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-_DIGEST_BYTES = 16
-ROOT_DIGEST = bytes(_DIGEST_BYTES)
+DIGEST_BYTES = 16
+ROOT_DIGEST = bytes(DIGEST_BYTES)
 
 
 def chain_digests(tokens: np.ndarray, block_size: int, known: list[bytes], num_tokens: int) -> None:
@@ -32,7 +32,7 @@ def chain_digests(tokens: np.ndarray, block_size: int, known: list[bytes], num_t
     for block in range(len(known), num_tokens // block_size):
         parent = known[block - 1] if block else ROOT_DIGEST
         content = tokens[block * block_size : (block + 1) * block_size].tobytes()
-        known.append(hashlib.blake2b(parent + content, digest_size=_DIGEST_BYTES).digest())
+        known.append(hashlib.blake2b(parent + content, digest_size=DIGEST_BYTES).digest())
 
 
 class BlockManager:

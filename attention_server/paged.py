@@ -10,7 +10,7 @@ tensors and masks of the groups (``StepIndex``) are made once a step and serve a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -240,6 +240,11 @@ class PagedKvCache:
         shape = (num_blocks * block_size, self._num_rows, head_dim)
         # Zeros: masked positions are multiplied by 0 and must be finite. Pages that nobody used take no memory.
         self._layers = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+
+    @property
+    def layers(self) -> Sequence[torch.Tensor]:
+        """As ``layer``, of all of them."""
+        return self._layers
 
     def layer(self, layer: int) -> torch.Tensor:
         """One layer's keys and values, [N, 2K, D]."""

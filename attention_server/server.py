@@ -11,14 +11,16 @@ import grpc
 import torch
 
 from expertmesh.attention_server.engine import EndAll, Load, Output
+from expertmesh.attention_server.fetching import Fetching
 from expertmesh.attention_server.half import ServingHalf
+from expertmesh.attention_server.kv_handover import KvGiver
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
-from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.mesh.telemetry import Metrics, Telemetry
 from expertmesh.v1 import attention_pb2, attention_pb2_grpc, mesh_pb2
 
 if TYPE_CHECKING:
@@ -73,7 +75,26 @@ class AttentionServer:
         self.half = _open_half(config, spec, checkpoint, telemetry, device)
         self._max_num_seqs = config.attention.max_num_seqs
         self._service = AttentionService(self.half.engine, spec, telemetry)
+        self._interface_host = config.dataplane.interface_host
+        self._giver: KvGiver | None = None
+        self._hand_over(config, telemetry.metrics)
         self._ticking: asyncio.Task[None] | None = None
+
+    def _hand_over(self, config: MeshConfig, metrics: Metrics) -> None:
+        role, memory = config.disaggregation.role, self.half.block_memory
+        if role == "off":
+            return
+        if memory is None:
+            raise UserError(
+                "disaggregation.role",
+                f"is {role!r}, and KV blocks are handed over from prefix cache to prefix cache on the CPU only",
+                "set it to off, or attention.enable_prefix_caching: true and device: cpu",
+            )
+        engine, timeout_s = self.half.engine, config.disaggregation.timeout_s
+        if role == "prefill":
+            self._giver = KvGiver(memory, engine.prefixes, timeout_s)
+        else:
+            self._service.fetching = Fetching(engine, memory, metrics, timeout_s, self._service.changed.set)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the service to a gRPC server; returns its full name."""
@@ -102,6 +123,9 @@ class AttentionServer:
             loop.call_soon_threadsafe(self._service.deliver, outputs, load)
 
         self.half.engine.set_sink(sink)
+        if self._giver is not None:
+            await self._giver.start(self._interface_host)
+            self._service.kv_source = self._giver.source
         self._ticking = asyncio.create_task(self._tick_for_ever(), name="attention-tick")
 
     async def drain(self, timeout_s: float) -> None:
@@ -109,11 +133,11 @@ class AttentionServer:
         self._service.draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                while self.half.engine.num_active:
+                while self._num_active:
                     self._service.changed.clear()
                     await self._service.changed.wait()
         except TimeoutError:
-            log.warning("%d requests did not end within %.1f s", self.half.engine.num_active, timeout_s)
+            log.warning("%d requests did not end within %.1f s", self._num_active, timeout_s)
             self._end_all("this attention server is stopping")
 
     async def stop(self) -> None:
@@ -124,10 +148,19 @@ class AttentionServer:
         self._ticking.cancel()
         await asyncio.gather(self._ticking, return_exceptions=True)
         self._ticking = None
+        if self._service.fetching is not None:
+            await self._service.fetching.stop()
         self._end_all("this attention server is stopping")
+        if self._giver is not None:
+            await self._giver.stop()
         self.half.engine.set_sink(None)
         # The outputs are in the loop's queue; they reach the links before this does.
         asyncio.get_running_loop().call_soon(self._service.close)
+
+    @property
+    def _num_active(self) -> int:
+        fetching = self._service.fetching
+        return self.half.engine.num_active + (0 if fetching is None else len(fetching))
 
     def _end_all(self, message: str) -> None:
         self.half.engine.post(EndAll(grpc.StatusCode.UNAVAILABLE, message))

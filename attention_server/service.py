@@ -16,6 +16,8 @@ import grpc
 
 from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.attention_server.engine import Abort, Engine, Load, Output, Unlink
+from expertmesh.attention_server.fetching import Fetching
+from expertmesh.attention_server.kv_handover import KvSource
 from expertmesh.attention_server.request import RefusedError, Sequence, parse_submit
 from expertmesh.attention_server.tracing import trace_request
 from expertmesh.mesh.constraint import Constraint, constraint_of
@@ -54,6 +56,10 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         self._spec = spec
         self._telemetry = telemetry
         self._clock = clock
+        self.fetching: Fetching | None = None
+        """Where KV blocks of prompts may come from elsewhere."""
+        self.kv_source: KvSource | None = None
+        """What routers are told of ours."""
         self._links: dict[int, RouterLink] = {}
         self._numbers = itertools.count(1)
         self._constraints = ConstraintCompiler(spec.path / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
@@ -113,7 +119,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             while not (link.closed and not link.outputs):
                 await link.changed.wait()  # bounded by the life of the call
                 link.changed.clear()
-                response = _take_response(link)
+                response = _take_response(link, self.kv_source)
                 if response is not None:
                     yield response
         finally:
@@ -172,9 +178,9 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         sequence.trace = trace_request(self._telemetry, submit, model=self._spec.name)
         constraint = constraint_of(submit.sampling_params)
         if constraint is None:
-            self._engine.post(sequence)
+            self._admit(sequence, submit)
             return
-        compiling = self._constrain(sequence, link, constraint, ignore_eos=submit.sampling_params.ignore_eos)
+        compiling = self._constrain(sequence, link, constraint, submit)
         key = (link.number, submit.handle)
         task = self._compiling[key] = asyncio.create_task(compiling, name=f"constraint of {submit.request_id}")
         task.add_done_callback(functools.partial(self._compiled, link, submit.handle))
@@ -186,11 +192,13 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             _refuse(link, handle, RefusedError(grpc.StatusCode.INTERNAL, "the constraint could not be compiled"))
 
     async def _constrain(
-        self, sequence: Sequence, link: RouterLink, constraint: Constraint, *, ignore_eos: bool
+        self, sequence: Sequence, link: RouterLink, constraint: Constraint, submit: attention_pb2.Submit
     ) -> None:
-        """Post the sequence once its constraint is compiled: milliseconds that no step waits for, a second at most."""
+        """Admit the sequence once its constraint is compiled: milliseconds that no step waits for, a second at most."""
         output = sequence.tokens[sequence.num_prompt : sequence.num_tokens].tolist()
-        make = functools.partial(self._constraints.matcher, constraint, output, ignore_eos=ignore_eos)
+        make = functools.partial(
+            self._constraints.matcher, constraint, output, ignore_eos=submit.sampling_params.ignore_eos
+        )
         try:
             sequence.matcher = await asyncio.get_running_loop().run_in_executor(self._compiler, make)
             if self.draining:
@@ -198,13 +206,19 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         except RefusedError as refusal:
             _refuse(link, sequence.handle, refusal)
             return
-        self._engine.post(sequence)
+        self._admit(sequence, submit)
+
+    def _admit(self, sequence: Sequence, submit: attention_pb2.Submit) -> None:
+        if self.fetching is not None and submit.HasField("kv_source"):
+            self.fetching.start(sequence, KvSource(submit.kv_source.address, submit.kv_source.ticket))
+        else:
+            self._engine.post(sequence)
 
     def _abort(self, handle: int, link: RouterLink) -> None:
         compiling = self._compiling.get((link.number, handle))
         if compiling is not None:
             compiling.cancel()
-        else:
+        elif self.fetching is None or not self.fetching.abort(link.number, handle):
             self._engine.post(Abort(link.number, handle))
 
     def _unlink(self, link: RouterLink) -> None:
@@ -213,6 +227,8 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             for (number, _), compiling in self._compiling.items():
                 if number == link.number:
                     compiling.cancel()
+            if self.fetching is not None:
+                self.fetching.unlink(link.number)
             self._engine.post(Unlink(link.number))
 
 
@@ -221,13 +237,15 @@ def _refuse(link: RouterLink, handle: int, refusal: RefusedError) -> None:
     link.changed.set()
 
 
-def _take_response(link: RouterLink) -> attention_pb2.LinkResponse | None:
+def _take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb2.LinkResponse | None:
     """All that waits for a link as one message."""
     if not link.outputs and link.load is None:
         return None
     response = attention_pb2.LinkResponse(deltas=[_delta(output) for output in link.outputs])
     if link.load is not None:
         response.load.CopyFrom(_load_message(link.load))
+        if kv_source is not None:
+            response.load.kv_source.address, response.load.kv_source.ticket = kv_source.address, kv_source.ticket
         link.sent_load = link.load
     link.outputs = []
     link.load = None

@@ -10,6 +10,18 @@ def is_address(text: str) -> bool:
     return has_host and port.isascii() and port.isdigit() and 0 < int(port) < 65536
 
 
+def split_host_port(address: str) -> tuple[str, int]:
+    """Host, without the brackets of IPv6, and port of a ``HOST:PORT``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not is_address(address):
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def split_addresses(text: str) -> tuple[str, ...]:
     """The addresses between commas, in order; none of an empty text."""
     return tuple(part.strip() for part in text.split(",")) if text.strip() else ()

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertmesh.mesh.addresses import is_address, split_addresses
+from expertmesh.mesh.config_disaggregation import DisaggregationConfig
 from expertmesh.mesh.config_http import HttpConfig
 from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.config_section import Section
@@ -265,6 +266,7 @@ class MeshConfig(Section):
     router: RouterConfig = RouterConfig()
     attention: AttentionConfig = AttentionConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    disaggregation: DisaggregationConfig = DisaggregationConfig()
     expert: ExpertConfig = ExpertConfig()
     balancer: BalancerConfig = BalancerConfig()
     scaling: ScalingConfig = ScalingConfig()

@@ -16,6 +16,7 @@ from expertmesh.router.errors import Refusal
 from expertmesh.v1 import attention_pb2, generate_pb2
 
 STOP = generate_pb2.FINISH_REASON_STOP
+LENGTH = generate_pb2.FINISH_REASON_LENGTH
 UNSPECIFIED = generate_pb2.FINISH_REASON_UNSPECIFIED
 
 
@@ -51,6 +52,10 @@ class Generation:
         self.output_token_ids: list[int] = []
         self.needs_server = True
         self.replays = 0
+        self.kv_source: attention_pb2.KvSource | None = None
+        """Who has the KV blocks of the prompt, where that is another server than the one that goes on."""
+        self.was_prefilling = False
+        self._prefilled_at: attention_pb2.KvSource | None = None
         self.refused_by: dict[str, str] = {}  # attention servers that took nothing new, and why
         self.finish: generate_pb2.Finish | None = None
         self.refusal: Refusal | None = None
@@ -71,6 +76,18 @@ class Generation:
     def ended(self) -> bool:
         return self.finish is not None or self.refusal is not None
 
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether its server computes the prompt and the first token only."""
+        return self._prefilled_at is not None
+
+    def placed(self, prefill: attention_pb2.KvSource | None = None) -> None:
+        """A server has it. With ``prefill`` it ends after the first token; another server goes on, with the KV blocks
+        to be had there."""
+        self.needs_server = False
+        self._prefilled_at = prefill
+        self.was_prefilling |= prefill is not None
+
     def on_delta(self, delta: attention_pb2.TokenDelta, server_id: str) -> bool:
         """Take what a step produced; whether the attention server should go on with the sequence."""
         if self.ended:
@@ -88,6 +105,9 @@ class Generation:
         matched_stop = self._add_tokens(delta)
         if matched_stop is not None:
             self._end(generate_pb2.Finish(reason=STOP, matched_stop_str=matched_stop))
+        elif self.is_prefilling and delta.finish_reason == LENGTH:
+            self.kv_source, self._prefilled_at = self._prefilled_at, None
+            self.needs_server = True
         elif delta.finish_reason != UNSPECIFIED:
             self._texts.append(self._detokenizer.flush())
             finish = generate_pb2.Finish(reason=delta.finish_reason)
@@ -99,6 +119,7 @@ class Generation:
 
     def on_lost(self, reason: str) -> None:
         """The link broke under the request: it goes on elsewhere with what it has, as often as it may."""
+        self._prefilled_at = None
         if self.ended:
             return
         self.replays += 1
@@ -180,6 +201,11 @@ class Generation:
 
     def _on_status(self, delta: attention_pb2.TokenDelta, server_id: str) -> None:
         code = _STATUS_OF.get(delta.status_code, grpc.StatusCode.INTERNAL)
+        if self.is_prefilling and code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # there are others to compute the prompt
+            self._prefilled_at = None
+            self.needs_server = True
+            self.wake()
+            return
         if code is grpc.StatusCode.UNAVAILABLE:  # it stops: another one may go on
             self.refused_by[server_id] = delta.error_message
             if self.output_token_ids:

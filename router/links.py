@@ -60,6 +60,8 @@ class AttentionLink:
         self.problem = "connecting"
         """Why it does not serve."""
         self.not_serving_since_s = time.monotonic()
+        self.kv_source: attention_pb2.KvSource | None = None
+        """Where others can fetch the KV blocks of prompts that it computed."""
         self.num_waiting = 0
         """Requests that the server last said wait for a place in its batch."""
         self._hello = hello
@@ -165,6 +167,7 @@ class AttentionLink:
         if response.HasField("load"):
             self._reported_outstanding_tokens = response.load.outstanding_tokens
             self.num_waiting = response.load.num_requests_waiting
+            self.kv_source = response.load.kv_source if response.load.HasField("kv_source") else None
             self._set_serving(response.load.serving, "its rank is in no view that steps")
 
     def _on_delta(self, delta: attention_pb2.TokenDelta) -> None:

@@ -25,6 +25,7 @@ from expertmesh.router.generation import Generation
 from expertmesh.router.links import AttentionLink
 from expertmesh.router.model import RouterModel
 from expertmesh.router.pool import LinkPool
+from expertmesh.router.prefill import PrefillMesh
 from expertmesh.router.spans import RequestTelemetry
 from expertmesh.v1 import attention_pb2, generate_pb2
 
@@ -52,7 +53,9 @@ class Caller:
 class Runner:
     """Runs requests. One a router; all of it on the event loop's thread."""
 
-    def __init__(self, config: RouterConfig, model: RouterModel, pool: LinkPool) -> None:
+    def __init__(
+        self, config: RouterConfig, model: RouterModel, pool: LinkPool, prefill: PrefillMesh | None = None
+    ) -> None:
         self.admission = Admission(
             max_requests=config.max_queued_requests,
             max_requests_per_tenant=config.max_requests_per_tenant,
@@ -65,6 +68,7 @@ class Runner:
         self._config = config
         self._model = model
         self._pool = pool
+        self._prefill = prefill
         self._running: dict[str, Generation] = {}
         self._cancelled_early: set[str] = set()  # cancelled while their prompt was tokenised
         self._owners: dict[str, str] = {}  # the principal's tenant, of each request that is held
@@ -171,6 +175,7 @@ class _Placement:
         self, runner: Runner, generation: Generation, request: generate_pb2.GenerateRequest, caller: Caller
     ) -> None:
         self._pool = runner._pool
+        self._prefill = runner._prefill
         self._config = runner._config
         self._eos_token_ids = runner._model.spec.eos_token_ids
         self._generation = generation
@@ -228,13 +233,14 @@ class _Placement:
             self._caller.telemetry.on_lost()
             self._link = None
         self._caller.telemetry.on_choosing()
-        link = self._pool.choose(generation.prompt_token_ids, avoid=generation.refused_by)
+        prefill = self._prefill.choose(generation) if self._prefill is not None else None
+        link = prefill or self._pool.choose(generation.prompt_token_ids, avoid=generation.refused_by)
         if link is None:
             self._pool.notify(generation)
             return
         if link.server_id in generation.refused_by:  # there is no other: ask again, but not in a tight loop
             await asyncio.sleep(_REFUSED_PAUSE_S)
-        generation.needs_server = False
+        generation.placed(prefill.kv_source if prefill is not None else None)
         self._link = link
         self._handle = link.submit(generation, self._submit_message())
         self._caller.telemetry.on_placed(generation, link.server_id, self._pool.num_serving)
@@ -253,6 +259,10 @@ class _Placement:
             traceparent=self._caller.telemetry.traceparent,
             arrival_unix_s=time.time() - (time.monotonic() - generation.accepted_s),
         )
+        if generation.is_prefilling:
+            submit.sampling_params.max_tokens = 1
+        if generation.kv_source is not None:
+            submit.kv_source.CopyFrom(generation.kv_source)
         submit.sampling_params.ClearField("stop")  # the router's to find: it alone has the text
         return submit
 

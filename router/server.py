@@ -19,6 +19,7 @@ from expertmesh.router.calls import Calls
 from expertmesh.router.http.server import make_http_server
 from expertmesh.router.model import RouterModel, load_router_model
 from expertmesh.router.pool import LinkPool
+from expertmesh.router.prefill import PrefillMesh
 from expertmesh.router.runner import Runner
 from expertmesh.router.service import GenerationService
 from expertmesh.router.slo import Objectives
@@ -53,14 +54,18 @@ class Router:
         self.server_id = server_id
         self.telemetry = telemetry
         self.model: RouterModel = load_router_model(config.model)
+        hello = attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint)
         self.pool = LinkPool(
-            hello=attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint),
+            hello=hello,
             tls=config.tls,
             affinity_tokens=config.router.prefix_affinity_tokens,
             slack_tokens=config.router.prefix_affinity_slack_tokens,
             on_change=self._on_capacity_change,
         )
-        self.runner = Runner(config.router, self.model, self.pool)
+        self.prefill: PrefillMesh | None = None
+        if config.disaggregation.role == "decode":
+            self.prefill = PrefillMesh(config, hello, self._registration, self._heartbeat)
+        self.runner = Runner(config.router, self.model, self.pool, self.prefill)
         settings = config.telemetry
         self.observer = RequestObserver(
             telemetry=telemetry,
@@ -105,6 +110,11 @@ class Router:
         """``host:port``, where there is one."""
         return self._http.address if self._http is not None else None
 
+    @property
+    def memberships(self) -> list[MembershipClient]:
+        """In the own mesh, and in the one that computes prompts."""
+        return [self.membership, *([] if self.prefill is None else [self.prefill.membership])]
+
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish, for ``DRAIN_TIMEOUT_S`` at most."""
         assert self._server is not None
@@ -114,8 +124,9 @@ class Router:
             await self.runner.admission.wait_empty(DRAIN_TIMEOUT_S)
         except TimeoutError:
             log.warning("%d requests still run after %.0f s", len(self.runner.admission), DRAIN_TIMEOUT_S)
-        self.membership.send(mesh_pb2.JoinRequest(leaving=mesh_pb2.Leaving(reason="stopping")))
-        await self.membership.flush(_LEAVE_TIMEOUT_S)
+        for membership in self.memberships:
+            membership.send(mesh_pb2.JoinRequest(leaving=mesh_pb2.Leaving(reason="stopping")))
+            await membership.flush(_LEAVE_TIMEOUT_S)
 
     async def close(self) -> None:
         async with asyncio.TaskGroup() as stopping:
@@ -124,6 +135,8 @@ class Router:
             if self._http is not None:
                 stopping.create_task(self._http.stop())
         await self.pool.close()
+        if self.prefill is not None:
+            await self.prefill.pool.close()
         await self.runner.constraints.close()
         self.model.tokenizer.close()
 
@@ -204,13 +217,14 @@ async def _serve(router: Router, stop: asyncio.Event, ready: Ready) -> None:
     tasks: list[asyncio.Task[object]] = []
     try:
         ready(await router.start(), http=router.http_address)
-        membership = asyncio.create_task(router.membership.run(), name="membership")
+        memberships = [asyncio.create_task(each.run(), name="membership") for each in router.memberships]
         stopping = asyncio.create_task(stop.wait(), name="router-stop")
         draining = asyncio.create_task(router.drain_asked.wait(), name="router-drain")
-        tasks = [membership, stopping, draining]
+        tasks = [*memberships, stopping, draining]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if membership.done():
-            membership.result()
+        for membership in memberships:
+            if membership.done():
+                membership.result()
         await router.drain()
     finally:
         await router.close()

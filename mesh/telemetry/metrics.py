@@ -213,6 +213,22 @@ class Metrics:
     prefix_cache_hits = Declared(
         Counter, "vllm:prefix_cache_hits", "Tokens found in the prefix cache.", unit="{token}", starts_on=ATTENTION
     )
+    kv_handover_blocks = Declared(
+        Counter,
+        "expertmesh_kv_handover_blocks",
+        "KV blocks of prompts that came from the mesh that computed them.",
+        unit="{block}",
+    )
+    kv_handover_seconds = Declared(
+        Histogram,
+        "expertmesh_kv_handover_seconds",
+        "How long the KV blocks of a prompt took to come.",
+        buckets=STEP_BUCKETS_S,
+        unit="s",
+    )
+    kv_handover_failures = Declared(
+        Counter, "expertmesh_kv_handover_failures", "Prompts whose KV blocks did not come and were computed anew."
+    )
     spec_decode_num_drafts = Declared(
         Counter, "vllm:spec_decode_num_drafts", "Drafts verified.", unit="{draft}", starts_on=ATTENTION
     )

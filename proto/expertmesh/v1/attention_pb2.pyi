@@ -91,6 +91,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     ARRIVAL_UNIX_S_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    KV_SOURCE_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """the router's number for it, unique on this link"""
     request_id: _builtins.str
@@ -113,6 +114,10 @@ class Submit(_message.Message):
 
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def kv_source(self) -> Global___KvSource:
+        """who computed the prompt; what does not come from there is computed"""
+
     def __init__(
         self,
         *,
@@ -127,14 +132,41 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         arrival_unix_s: _builtins.float = ...,
         tenant: _builtins.str = ...,
+        kv_source: Global___KvSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_params", b"sampling_params"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "kv_source", b"kv_source", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class KvSource(_message.Message):
+    """Where the KV blocks of prompts can be fetched that an attention server computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """HOST:PORT"""
+    ticket: _builtins.bytes
+    """a secret"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSource: _TypeAlias = KvSource  # noqa: Y015
 
 @_typing.final
 class AbortSequence(_message.Message):
@@ -236,6 +268,7 @@ class AttentionLoad(_message.Message):
     NUM_KV_BLOCKS_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
     OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_SOURCE_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     num_requests_waiting: _builtins.int
     kv_cache_usage: _builtins.float
@@ -245,6 +278,10 @@ class AttentionLoad(_message.Message):
     """the rank is in a view that steps"""
     outstanding_tokens: _builtins.int
     """tokens still to prefill or generate"""
+    @_builtins.property
+    def kv_source(self) -> Global___KvSource:
+        """unset = it hands none out"""
+
     def __init__(
         self,
         *,
@@ -254,10 +291,11 @@ class AttentionLoad(_message.Message):
         num_kv_blocks: _builtins.int = ...,
         serving: _builtins.bool = ...,
         outstanding_tokens: _builtins.int = ...,
+        kv_source: Global___KvSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "num_kv_blocks", b"num_kv_blocks", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "outstanding_tokens", b"outstanding_tokens", "serving", b"serving"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "kv_source", b"kv_source", "num_kv_blocks", b"num_kv_blocks", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "outstanding_tokens", b"outstanding_tokens", "serving", b"serving"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

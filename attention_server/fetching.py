@@ -1,0 +1,103 @@
+"""Requests whose prompt somebody else computed: their KV blocks are fetched before the engine hears of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from expertmesh.attention_server.engine import Engine
+from expertmesh.attention_server.kv_handover import BlockMemory, HandoverError, KvSource, fetch_blocks
+from expertmesh.attention_server.request import Sequence
+from expertmesh.mesh.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+MAX_AT_ONCE = 16
+"""Fetches under way; the others wait for their turn, within their own time."""
+
+
+class Fetching:
+    """Fetches, then posts. What cannot be fetched the engine computes, so that nothing here fails a request.
+
+    Args:
+        timeout_s: a sequence is posted after so long, with whatever has come.
+        changed: called when a sequence has been posted or forgotten.
+    """
+
+    def __init__(
+        self, engine: Engine, memory: BlockMemory, metrics: Metrics, timeout_s: float, changed: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._memory = memory
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._changed = changed
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
+        self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._unwanted: set[tuple[int, int]] = set()
+
+    def __len__(self) -> int:
+        """Sequences that the engine has not heard of yet."""
+        return len(self._tasks)
+
+    def start(self, sequence: Sequence, source: KvSource) -> None:
+        key = (sequence.link, sequence.handle)
+        if key in self._tasks:
+            self._engine.post(sequence)  # which refuses the handle
+            return
+        task = asyncio.create_task(self._fetch(sequence, source), name=f"kv-fetch-{sequence.request_id}")
+        self._tasks[key] = task
+        task.add_done_callback(partial(self._ended, sequence))
+
+    def abort(self, link: int, handle: int) -> bool:
+        """Forget a sequence; False when it is none of these."""
+        task = self._tasks.get((link, handle))
+        if task is None:
+            return False
+        self._unwanted.add((link, handle))
+        task.cancel()
+        return True
+
+    def unlink(self, link: int) -> None:
+        for key in [key for key in self._tasks if key[0] == link]:
+            self.abort(*key)
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks.values())
+        for key in list(self._tasks):
+            self.abort(*key)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fetch(self, sequence: Sequence, source: KvSource) -> None:
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async with self._turns:
+                    count = await fetch_blocks(
+                        source,
+                        self._engine.prefix_digests(sequence),
+                        self._memory,
+                        self._engine.prefixes,
+                        self._timeout_s,
+                    )
+        except (HandoverError, TimeoutError) as error:
+            log.warning("request %s: KV blocks are computed anew: %s", sequence.request_id, error or "no turn in time")
+            self._metrics.kv_handover_failures.add()
+            return
+        self._metrics.kv_handover_blocks.add(count)
+        self._metrics.kv_handover_seconds.observe(time.monotonic() - started_s)
+
+    def _ended(self, sequence: Sequence, task: asyncio.Task[None]) -> None:
+        """However it ended: only a sequence that nobody wants any more is not posted."""
+        key = (sequence.link, sequence.handle)
+        del self._tasks[key]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("request %s: fetching KV blocks failed", sequence.request_id, exc_info=task.exception())
+        if key in self._unwanted:
+            self._unwanted.discard(key)
+        else:
+            self._engine.post(sequence)
+        self._changed()
