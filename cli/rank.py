@@ -17,6 +17,7 @@ from expertmesh.kernels.warm_up import warm_up
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import resolve_device
+from expertmesh.mesh.gate import Gate
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.model.weights import open_checkpoint
 from expertmesh.mesh.rank import RankServer
@@ -69,8 +70,14 @@ async def serve_rank(
     def register(server: grpc.aio.Server) -> Sequence[str]:
         return attention.register(server) if attention is not None else ()
 
+    gate = Gate.of_roles(config.tls, config.api, server_id)
     server = await rpc.start_server(
-        host=config.dataplane.interface_host, port=0, tls=config.tls, register=register, telemetry=telemetry
+        host=config.dataplane.interface_host,
+        port=0,
+        tls=config.tls,
+        register=register,
+        telemetry=telemetry,
+        gate=gate,
     )
     rank = RankServer(
         config,
@@ -95,6 +102,7 @@ async def serve_rank(
         if attention is not None:
             await attention.stop()
         await server.stop(STOP_GRACE_S)
+        gate.close()
 
 
 async def _step_until_stopped(rank: RankServer, attention: AttentionServer | None, stop: asyncio.Event) -> None:

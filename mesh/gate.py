@@ -62,7 +62,7 @@ ANYBODY = Principal()
 
 
 class Gate:
-    """One a door; ``open`` it for as long as the door is.
+    """One a door; ``open`` it for as long as the door is there.
 
     Args:
         server_id: who writes the audit events.
@@ -91,7 +91,16 @@ class Gate:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
-            self.audit.close()
+            self.close()
+
+    def close(self) -> None:
+        """Of one that has no keys and was never opened."""
+        self.audit.close()
+
+    @classmethod
+    def of_roles(cls, tls: TlsConfig, api: ApiConfig, server_id: str) -> Gate:
+        """Of a server that other services call alone: it knows no keys. ``close`` it at the end."""
+        return cls(tls, api.model_copy(update={"keys_file": None}), server_id)
 
     def admit_rpc(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> tuple[Principal, Rule]:
         """

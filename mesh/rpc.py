@@ -131,7 +131,7 @@ async def start_server(
     """
     credentials = server_credentials(tls)
     if gate is None and tls.with_roles:
-        gate = Gate(tls, ApiConfig(), key)
+        gate = Gate.of_roles(tls, ApiConfig(), key)
     limits = (*_SERVER_OPTIONS, ("grpc.max_concurrent_streams", max_concurrent_streams))
     server = grpc.aio.server(
         interceptors=(Door(gate), ExceptionGuard(telemetry)),

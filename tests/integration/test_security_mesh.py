@@ -28,7 +28,15 @@ from expertmesh.mesh.client import Completion, GenerateClient, build_request
 from expertmesh.mesh.client_key import key_interceptors, key_metadata
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
-from expertmesh.v1 import admin_pb2, admin_pb2_grpc, attention_pb2, attention_pb2_grpc, mesh_pb2, mesh_pb2_grpc
+from expertmesh.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    attention_pb2,
+    attention_pb2_grpc,
+    generate_pb2,
+    mesh_pb2,
+    mesh_pb2_grpc,
+)
 from support import reference
 from support.mesh import demo_prompts, mesh_config, start_mesh
 from support.otlp_collector import Collector, running_collector
@@ -88,10 +96,12 @@ class SecureMesh:
         async with rpc.open_channel(address, tls, role="balancer", interceptors=keys) as channel:
             yield channel
 
+    def client(self, key: str | None) -> GenerateClient:
+        return GenerateClient(self.mesh.router, TlsConfig(ca_file=self.folder / "door" / "ca.pem"), key)
+
     async def ask(self, key: str | None, prompt: Sequence[int]) -> Completion:
-        door = TlsConfig(ca_file=self.folder / "door" / "ca.pem")
         request = build_request(prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        async with GenerateClient(self.mesh.router, door, key) as client:
+        async with self.client(key) as client:
             return await client.complete(request, timeout_s=TIMEOUT_S)
 
     def command(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -271,6 +281,8 @@ async def test_only_a_router_links_to_an_attention_server(secure: SecureMesh) ->
         async with rpc.open_channel(address, secure.as_(name), role="attention") as channel:
             link = attention_pb2_grpc.AttentionServiceStub(channel).Link(iter([hello]), timeout=TIMEOUT_S)
             assert (await refusal(link.read())).code() is code
+    denied = [json.loads(line) for line in secure.audit.read_text().splitlines()][-1]
+    assert (denied["server"], denied["who"]["certificate"]) == ("attention-0", "CN=expert-0")
 
 
 async def test_a_rotated_key_is_the_only_one_within_a_moment(secure: SecureMesh) -> None:
@@ -279,6 +291,31 @@ async def test_a_rotated_key_is_the_only_one_within_a_moment(secure: SecureMesh)
     new = secure.keys.add("temp", "generate")
     await _until(secure, new, Code.OK)
     assert (await refusal(secure.ask(old, PROMPTS[0][:2]))).code() is Code.UNAUTHENTICATED
+
+
+async def test_the_tokens_of_a_key_are_counted(secure: SecureMesh) -> None:
+    few = secure.keys.add("few", "generate", tokens_per_min=30.0)
+    await _until(secure, few, Code.OK)  # 2 tokens of the prompt, 24 generated
+    assert len((await secure.ask(few, PROMPTS[0])).token_ids) == NUM_TOKENS, "what is left lets one more begin"
+    refused = await refusal(secure.ask(few, PROMPTS[0]))
+    assert (refused.code(), "tokens_per_min" in (refused.details() or "")) == (Code.RESOURCE_EXHAUSTED, True)
+    (hint,) = [int(value) for name, value in refused.trailing_metadata() if name == "retry-after-ms"]
+    # The first two took 26 of 30 tokens, the next 56 more: 53 have to come in at one in two seconds.
+    assert 60_000 < hint <= 106_000
+
+
+async def test_a_request_is_aborted_by_its_own_key_alone(secure: SecureMesh) -> None:
+    other = secure.keys.add("other", "generate")
+    await _until(secure, other, Code.OK)
+    # The tenant that a request names gives it nothing: the key's goes before it.
+    request = build_request(PROMPTS[0], max_tokens=900, ignore_eos=True, request_id="mine", tenant="other")
+    async with secure.client(secure.generate) as mine, secure.client(other) as others:
+        stream = mine.stream(request, timeout_s=TIMEOUT_S)
+        await anext(stream)
+        assert not await others.abort("mine", timeout_s=TIMEOUT_S)
+        assert await mine.abort("mine", timeout_s=TIMEOUT_S)
+        *_, last = [response async for response in stream]
+        assert last.finish.reason == generate_pb2.FINISH_REASON_CANCELLED
 
 
 async def _until(secure: SecureMesh, key: str, wanted: grpc.StatusCode) -> None:
