@@ -75,6 +75,9 @@ class RouterConfig(Section):
         30.0, gt=0, description="how long a request without a deadline waits for a mesh that serves"
     )
     http: HttpConfig = HttpConfig()
+    vllm_grpc: bool = Field(
+        False, description="serve vllm.grpc.engine.VllmEngine on the same port as well; needs the extra `vllm-grpc`"
+    )
 
 
 class AttentionConfig(Section):

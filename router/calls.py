@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -15,6 +17,21 @@ from expertmesh.router.runner import Caller, Emit, Runner
 from expertmesh.router.spans import RequestObserver, RequestTelemetry
 from expertmesh.v1 import generate_pb2
 
+EmitChoice = Callable[[int, generate_pb2.GenerateResponse], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """What a call says beside its message.
+
+    ``metadata``: its own, or its headers; may carry a W3C trace context. ``deadline_s``: on ``time.monotonic``; None =
+    none.
+    """
+
+    metadata: Metadata | None
+    deadline_s: float | None = None
+    principal: Principal = ANYBODY
+
 
 class Calls:
     """Generations of one router, whatever door they came through."""
@@ -24,20 +41,8 @@ class Calls:
         self.model = model
         self._observer = observer
 
-    async def run(
-        self,
-        request: generate_pb2.GenerateRequest,
-        emit: Emit,
-        *,
-        metadata: Metadata | None,
-        deadline_s: float | None = None,
-        principal: Principal = ANYBODY,
-    ) -> None:
+    async def run(self, request: generate_pb2.GenerateRequest, emit: Emit, call: Call) -> None:
         """Generate; ``emit`` gets every message, the last one with ``finish``.
-
-        Args:
-            metadata: of the call, or its headers; may carry a W3C trace context.
-            deadline_s: on ``time.monotonic``; None = none.
 
         Raises:
             Refusal: the status that the request ends with.
@@ -46,16 +51,40 @@ class Calls:
         telemetry = RequestTelemetry(
             self._observer,
             operation="chat" if request.WhichOneof("input") == "chat" else "text_completion",
-            metadata=metadata,
+            metadata=call.metadata,
         )
-        caller = Caller(deadline_s=deadline_s, telemetry=telemetry, principal=principal)
+        caller = Caller(deadline_s=call.deadline_s, telemetry=telemetry, principal=call.principal)
         try:
             await self.runner.run(request, caller, emit)
         except Refusal as refusal:
             telemetry.refused(refusal.code, refusal.message)
             raise
         except (asyncio.CancelledError, grpc.aio.InternalError):
-            telemetry.abandoned(deadline_passed=deadline_s is not None and time.monotonic() >= deadline_s)
+            is_late = call.deadline_s is not None and time.monotonic() >= call.deadline_s
+            telemetry.abandoned(deadline_passed=is_late)
             raise
         finally:
             telemetry.end()
+
+    async def run_all(self, requests: Sequence[generate_pb2.GenerateRequest], emit: EmitChoice, call: Call) -> None:
+        """Generate the choices of one answer beside each other; ``emit`` gets their indices too.
+
+        Raises:
+            Refusal: of the first that was refused; the others are cancelled.
+        """
+
+        async def run(index: int) -> None:
+            async def emit_one(response: generate_pb2.GenerateResponse) -> None:
+                await emit(index, response)
+
+            await self.run(requests[index], emit_one, call)
+
+        if len(requests) == 1:
+            await run(0)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(requests)):
+                    group.create_task(run(index))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None

@@ -6,7 +6,10 @@ import asyncio
 import logging
 import os
 import uuid
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
 
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig
@@ -25,6 +28,9 @@ from expertmesh.router.service import GenerationService
 from expertmesh.router.slo import Objectives
 from expertmesh.router.spans import RequestObserver
 from expertmesh.v1 import attention_pb2, mesh_pb2
+
+if TYPE_CHECKING:
+    from expertmesh.router.vllm_service import VllmEngineService
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ class Router:
         self.config = config
         self.server_id = server_id
         self.telemetry = telemetry
-        self.model: RouterModel = load_router_model(config.model)
+        self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
         hello = attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint)
         self.pool = LinkPool(
             hello=hello,
@@ -74,6 +80,7 @@ class Router:
         )
         self.calls = Calls(self.runner, self.model, self.observer)
         self.service = GenerationService(self.calls)
+        self.vllm_service = _vllm_service(self) if config.router.vllm_grpc else None
         self.membership = MembershipClient(
             _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
         )
@@ -92,7 +99,7 @@ class Router:
             host=router.host,
             port=router.port,
             tls=self.config.door_tls,
-            register=self.service.register,
+            register=self._register,
             telemetry=self.telemetry,
             key="router.port",
             max_message_bytes=max(router.max_message_bytes, router.max_prompt_bytes + _ENVELOPE_BYTES),
@@ -101,9 +108,13 @@ class Router:
             gate=self.gate,
         )
         if router.http.enabled:
-            self._http = make_http_server(self.config, self.calls, self.gate, self.telemetry, self._why_not_serving)
+            self._http = make_http_server(self.config, self.calls, self.gate, self.telemetry, self.why_not_serving)
             await self._http.start()
         return self._server.address
+
+    def _register(self, server: grpc.aio.Server) -> Sequence[str]:
+        names = self.service.register(server)
+        return names if self.vllm_service is None else (*names, *self.vllm_service.register(server))
 
     @property
     def http_address(self) -> str | None:
@@ -144,7 +155,8 @@ class Router:
         if self._server is not None:
             self._server.set_serving(self.pool.any_serving and not self.runner.admission.closed)
 
-    def _why_not_serving(self) -> str:
+    def why_not_serving(self) -> str:
+        """'' while it serves."""
         if self.runner.admission.closed:
             return _DRAINING
         return "" if self.pool.any_serving else self.pool.why_not_serving()
@@ -231,6 +243,12 @@ async def _serve(router: Router, stop: asyncio.Event, ready: Ready) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _vllm_service(router: Router) -> VllmEngineService:
+    from expertmesh.router.vllm_service import VllmEngineService
+
+    return VllmEngineService(router.calls, router.pool, router.why_not_serving)
 
 
 def _balancer_address(config: MeshConfig) -> str:

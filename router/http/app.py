@@ -19,7 +19,7 @@ from expertmesh.mesh.config_http import HttpConfig
 from expertmesh.mesh.gate import Denied, Gate, Principal
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router import validation
-from expertmesh.router.calls import Calls
+from expertmesh.router.calls import Call, Calls
 from expertmesh.router.errors import Refusal, invalid
 from expertmesh.router.http.answers import Answering, ChatShape, CompletionShape, Shape
 from expertmesh.router.http.errors import CLIENT_GONE, HttpError, http_error, plain_error, refusal_of
@@ -117,9 +117,9 @@ class HttpDoor:
             requests=requests,
             shape=shape_type(answering),
             stream=bool(body.stream),
-            metadata=request.headers.items(),
-            deadline_s=_deadline_s(request, arrived_s),
-            principal=principal,
+            call=Call(
+                metadata=request.headers.items(), deadline_s=_deadline_s(request, arrived_s), principal=principal
+            ),
             max_tokens_name=body.max_tokens_name,
         )
         # Starlette asks for its own class where it only calls the response.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from expertmesh.mesh.gate import Principal
 from expertmesh.mesh.http_protocol import ABORT_KEY
-from expertmesh.mesh.telemetry.tracing import Metadata
-from expertmesh.router.calls import Calls
+from expertmesh.router.calls import Call, Calls
 from expertmesh.router.errors import Refusal
 from expertmesh.router.http.answers import DONE, Choice, Shape, event, to_json
 from expertmesh.router.http.errors import CLIENT_GONE, HttpError, http_error, plain_error
@@ -35,9 +33,7 @@ class Job:
     requests: Sequence[generate_pb2.GenerateRequest]
     shape: Shape
     stream: bool
-    metadata: Metadata
-    deadline_s: float | None
-    principal: Principal
+    call: Call
     max_tokens_name: str
 
 
@@ -84,53 +80,29 @@ class Generating:
             await self._refuse(answer, error)
 
     async def _whole(self, answer: _Answer) -> None:
-        async def keep(choice: Choice, response: generate_pb2.GenerateResponse) -> None:
-            choice.keep(response)
+        async def keep(index: int, response: generate_pb2.GenerateResponse) -> None:
+            self._choices[index].keep(response)
 
-        await self._run_all(keep)
+        await self._calls.run_all(self._job.requests, keep, self._job.call)
         await answer.whole(200, to_json(self._job.shape.whole(self._choices)))
 
     async def _stream(self, answer: _Answer) -> None:
         shape = self._job.shape
         begun: set[int] = set()
 
-        async def write(choice: Choice, response: generate_pb2.GenerateResponse) -> None:
+        async def write(index: int, response: generate_pb2.GenerateResponse) -> None:
+            choice = self._choices[index]
             chunks = [shape.chunk(choice, response)]
-            if choice.index not in begun:
-                begun.add(choice.index)
+            if index not in begun:
+                begun.add(index)
                 chunks.insert(0, shape.first(choice))
             data = b"".join(event(chunk) for chunk in chunks if chunk is not None)
             if data:
                 await answer.write(data)
 
-        await self._run_all(write)
+        await self._calls.run_all(self._job.requests, write, self._job.call)
         usage = shape.last(self._choices)
         await answer.write((event(usage) if usage is not None else b"") + DONE, last=True)
-
-    async def _run_all(self, emit: _Emit) -> None:
-        """
-        Raises:
-            Refusal: of the first generation that was refused; the others are cancelled.
-        """
-        pairs = list(zip(self._choices, self._job.requests, strict=True))
-        if len(pairs) == 1:
-            await self._run(*pairs[0], emit)
-            return
-        try:
-            async with asyncio.TaskGroup() as group:
-                for choice, request in pairs:
-                    group.create_task(self._run(choice, request, emit))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-
-    async def _run(self, choice: Choice, request: generate_pb2.GenerateRequest, emit: _Emit) -> None:
-        async def emit_one(response: generate_pb2.GenerateResponse) -> None:
-            await emit(choice, response)
-
-        job = self._job
-        await self._calls.run(
-            request, emit_one, metadata=job.metadata, deadline_s=job.deadline_s, principal=job.principal
-        )
 
     async def _refuse(self, answer: _Answer, error: HttpError) -> None:
         try:
@@ -141,9 +113,6 @@ class Generating:
                     await answer.refuse(error)
         except TimeoutError:
             log.debug("%s: its client reads nothing: not told that %s", self._job.id, error.message)
-
-
-_Emit = Callable[[Choice, generate_pb2.GenerateResponse], Awaitable[None]]
 
 
 class _Answer:

@@ -24,7 +24,7 @@ FOREIGN = Path(__file__).parents[1] / "foreign"
 PROMPT, NUM_TOKENS = "Am nächsten Morgen", 12
 REQUEST = {"text": PROMPT, "sampling_params": {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}}
 STANDARD = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-ROUTER_SERVICES = STANDARD | {"expertmesh.v1.GenerationService"}
+ROUTER_SERVICES = STANDARD | {"expertmesh.v1.GenerationService", "vllm.grpc.engine.VllmEngine"}
 RANK_SERVICES = {"attention": STANDARD | {"expertmesh.v1.AttentionService"}, "expert": STANDARD}
 
 

@@ -21,6 +21,8 @@ from support.mesh import mesh_config, start_mesh
 from support.otlp_collector import Collector, running_collector
 
 CLIENT_STALL_TIMEOUT_S = 2.0
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""With a place for tools; the demo model has none of its own."""
 SETTLE_TIMEOUT_S = 60.0
 SPAN_DELAY_MS = 500
 """How long spans wait for others before they are exported."""
@@ -37,6 +39,8 @@ class LiveMesh:
         self.collector: Collector = self._resources.enter_context(running_collector())
         config = mesh_config(
             router__client_stall_timeout_s=CLIENT_STALL_TIMEOUT_S,
+            router__vllm_grpc=True,
+            model__chat_template=CHAT_TEMPLATE,
             balancer__page_port=0,
             telemetry__metrics_port=0,
             telemetry__otlp_endpoint=self.collector.address,
@@ -57,6 +61,11 @@ class LiveMesh:
     @property
     def router(self) -> str:
         return self.mesh.router
+
+    @property
+    def http(self) -> str:
+        """The URL of the OpenAI-compatible API, without /v1."""
+        return f"http://{self.mesh.http}"
 
     @property
     def ranks(self) -> list[str]:
