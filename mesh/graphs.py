@@ -92,6 +92,10 @@ class StepGraphs:
     def has(self, size: int) -> bool:
         return size in self._graphs
 
+    def close(self) -> None:
+        """Drop the graphs; one that runs goes when it is over."""
+        self._graphs.clear()
+
     def replay(self, size: int) -> None:
         """Enqueue the graph of a size that was captured."""
         self._graphs[size].replay()

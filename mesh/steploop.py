@@ -103,6 +103,11 @@ class StepLoop:
                 graphs.rehearse(partial(self._pass, half, self._padded(size)))
             graphs.capture_all(reversed(self._c.graph_sizes), partial(self._pass_of_nothing, half))
 
+    def close(self) -> None:
+        """The view is over; to be called before its plane is closed."""
+        if self._c.graphs is not None:
+            self._c.graphs.close()
+
     def _pass_of_nothing(self, half: DeviceAttentionHalf | None, size: int) -> Callable[[], None]:
         if half is not None:
             half.stage_nothing(size)

@@ -212,7 +212,7 @@ class StepThread:
             self._called_off.close()
 
     def _serve(self, view: ViewInfo) -> None:
-        links, plane, lockstep, migrations = None, None, None, None
+        links, plane, lockstep, migrations, loop = None, None, None, None, None
         self.state = mesh_pb2.SERVER_STATE_JOINING
         started = time.monotonic()
         if self._device.type == "cuda":
@@ -252,6 +252,8 @@ class StepThread:
                 raise error from caught
         finally:
             self._migrations = self._plane = None
+            if loop is not None:
+                loop.close()
             if plane is not None:
                 plane.close()
             if lockstep is not None:

@@ -60,7 +60,7 @@ class NcclPlane:
         self._group: Exchanger | None = group
         self._shape = shape
         self._device = device
-        self._device_wait = DeviceWait(timeout_s, self._give_up)
+        self._device_wait = DeviceWait(timeout_s, DataPlaneError)
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._hosts = frozenset(shape.expert_ranks)
 
@@ -105,18 +105,14 @@ class NcclPlane:
         return _PendingCombine(self._exchange(outputs, parts), sums_ETH, back_MH)
 
     def check(self, event: torch.cuda.Event | None = None) -> None:
-        """See ``DataPlane``. A peer that was silent for the time-out ends the group, and so what runs on the device."""
+        """See ``DataPlane``. What runs on the device goes on waiting for a silent peer until ``close``."""
         self._device_wait.wait(event)
 
     def abandon(self) -> None:
         self._device_wait.abandon()
 
-    def _give_up(self, reason: str) -> DataPlaneError:
-        if self._group is not None:
-            self._group.abort()
-        return DataPlaneError(reason)
-
     def close(self) -> None:
+        """Graphs with exchanges in them have to be dropped before: NCCL waits for the last one."""
         group, self._group = self._group, None
         if group is not None:
             group.leave()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,6 +162,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
                 result = (True, function(own, *args))
         except BaseException:  # noqa: BLE001 - told to the test
             result = (False, traceback.format_exc())
+            print(f"rank {rank}: {result[1]}", file=sys.stderr, flush=True)  # others may wait for it still
         pipe.send(result)
 
 

@@ -54,6 +54,7 @@ class EngineRank:
     Args:
         plane: of this rank. links: to the others, for the lockstep, by rank. next_view: as the lockstep asks for it.
         uses_graphs: None = on a GPU. pads: decode steps are padded also where no graph runs them.
+        max_num_tokens: of one rank in one exchange.
         config: keys of ``attention``.
     """
 
@@ -73,6 +74,7 @@ class EngineRank:
         uses_graphs: bool | None = None,
         pads: bool = False,
         fp8: Fp8 = "off",
+        max_num_tokens: int = 2**30,
         **config: Any,
     ) -> None:
         telemetry = disabled_telemetry()
@@ -112,7 +114,7 @@ class EngineRank:
         )
         with_graphs = device.type == "cuda" if uses_graphs is None else uses_graphs
         self._lockstep = Lockstep(
-            view, links, self._waker, next_view, self.migrations.listed, timeout_s=5.0, idle_tick_s=0.0, join_s=60.0
+            view, links, self._waker, next_view, self.migrations.listed, timeout_s=60.0, idle_tick_s=0.0, join_s=180.0
         )
         self.graphs = StepGraphs(device, is_alone=view.size == 1) if with_graphs else None
         max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
@@ -130,7 +132,7 @@ class EngineRank:
                 hidden_size=spec.hidden_size,
                 top_k=spec.top_k,
                 dtype=spec.dtype,
-                max_num_tokens=2**30,
+                max_num_tokens=max_num_tokens,
                 clock=StepClock(telemetry, has_experts=has_experts),
                 graphs=self.graphs,
                 graph_sizes=sizes_up_to(max_decodes) if with_graphs or pads else (),
@@ -223,6 +225,7 @@ class EngineRank:
         self._waker.wake()
 
     def close(self) -> None:
+        self.loop.close()
         self._lockstep.close()
         self._waker.close()
 
