@@ -13,7 +13,7 @@ import pytest
 from expertmesh.mesh import rpc
 from expertmesh.mesh.client import build_request
 from expertmesh.mesh.config import TlsConfig
-from expertmesh.v1 import admin_pb2, admin_pb2_grpc, generate_pb2_grpc, mesh_pb2
+from expertmesh.v1 import generate_pb2_grpc
 from support import mesh_state
 from support.dashboards import RULES, operands, panel_queries, rules
 from support.live_mesh import LiveMesh
@@ -34,7 +34,7 @@ async def test_every_panel_and_every_alert_has_data(live: LiveMesh, tmp_path: Pa
         await scraped(prometheus, len(targets))
         sampled = secrets.token_hex(16)
         await generate(live, f"00-{sampled}-{secrets.token_hex(8)}-01")
-        await swap_two_experts(live)
+        await mesh_state.swap_two_experts(live.mesh)
         await generate(live, "")
         queries = panel_queries(RATE_INTERVAL)
         alerts = [rule for rule in rules() if "alert" in rule]
@@ -56,26 +56,6 @@ async def generate(live: LiveMesh, traceparent: str) -> None:
                 pass
 
         await asyncio.gather(*(run(seed) for seed in range(1, 5)))
-
-
-async def swap_two_experts(live: LiveMesh) -> None:
-    """A migration: the first slots of the first two expert servers change their experts in one layer."""
-    async with rpc.open_channel(live.mesh.balancer, TlsConfig()) as channel:
-        stub = admin_pb2_grpc.AdminServiceStub(channel)
-        now = await stub.GetPlacement(admin_pb2.GetPlacementRequest(layers=[0]), timeout=10)
-        (layer,) = now.layers
-        servers = list(now.slot_servers)
-        other = next(slot for slot, server in enumerate(servers) if server != servers[0])
-        slots = list(layer.slots)
-        slots[0], slots[other] = slots[other], slots[0]
-        wanted = mesh_pb2.LayerPlacement(layer=0, version=layer.version, slots=slots)
-        await stub.Apply(admin_pb2.ApplyRequest(view_number=now.view_number, layers=[wanted]), timeout=10)
-
-        async def is_committed() -> bool:
-            answer = await stub.GetPlacement(admin_pb2.GetPlacementRequest(layers=[0]), timeout=10)
-            return list(answer.layers[0].slots) == slots
-
-        await mesh_state.until(is_committed, 30.0, lambda: "the migration is not committed")
 
 
 async def scraped(prometheus: Prometheus, num_targets: int) -> None:

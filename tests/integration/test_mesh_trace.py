@@ -17,6 +17,7 @@ from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2_grpc
 from support.live_mesh import LiveMesh
 from support.mesh import REQUEST_TIMEOUT_S
+from support.mesh_state import swap_two_experts
 from support.otlp_collector import attributes
 
 pytestmark = pytest.mark.slow
@@ -56,11 +57,11 @@ def list_of(span: Span, key: str) -> list[int]:
     return [value.int_value for value in attributes(span.attributes)[key].values]
 
 
-async def generate_traced(live: LiveMesh, traceparent: str) -> None:
+async def generate_traced(live: LiveMesh, traceparent: str, num_tokens: int = NUM_TOKENS) -> None:
     async with rpc.open_channel(live.router, TlsConfig()) as channel:
         stub = generate_pb2_grpc.GenerationServiceStub(channel)
         request = build_request(
-            [7] * NUM_PROMPT_TOKENS, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, seed=5
+            [7] * NUM_PROMPT_TOKENS, max_tokens=num_tokens, temperature=0.0, ignore_eos=True, seed=5
         )
         async for _ in stub.Generate(request, metadata=(("traceparent", traceparent),), timeout=REQUEST_TIMEOUT_S):
             pass
@@ -146,6 +147,28 @@ def assert_request_attributes(found: dict[str, Any]) -> None:
         "gen_ai.usage.output_tokens": NUM_TOKENS,
     }
     assert {name: found.get(name) for name in expected} == expected
+
+
+async def test_a_migration_is_a_trace_that_a_request_links_to(live: LiveMesh) -> None:
+    trace_id = secrets.token_hex(16)
+    reader = asyncio.create_task(generate_traced(live, f"00-{trace_id}-{secrets.token_hex(8)}-01", num_tokens=60))
+    trace = Trace(live, trace_id)
+    await asyncio.to_thread(trace.wait_for, {"step": 1})
+    await swap_two_experts(live.mesh)
+    await reader
+    await asyncio.to_thread(trace.wait_for, {"generate": 1, "attention.request": 1})
+    (attention,) = trace.named("attention.request")
+    (link,) = [link for link in attention.links if attributes(link.attributes)["expertmesh.link"] == "migration"]
+    migration = Trace(live, link.trace_id.hex())
+    await asyncio.to_thread(migration.wait_for, {"migration": 4, "rank": len(live.ranks), "switch": len(live.ranks)})
+    (root,) = [span for span in migration.spans if span.name == "migration"]
+    assert root.span_id == link.span_id
+    assert not root.parent_span_id
+    assert attributes(root.attributes)["expertmesh.migration.outcome"] == "committed"
+    assert {span.name for span in migration.named("migration")} >= {"migration staging", "migration committing"}
+    on_ranks = [span for span in migration.spans if span.name == "rank migration"]
+    assert servers_of(on_ranks) == set(live.ranks)
+    assert {span.parent_span_id for span in on_ranks} == {root.span_id}
 
 
 async def test_request_outside_of_a_trace_leaves_no_spans(live: LiveMesh) -> None:

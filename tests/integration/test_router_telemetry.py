@@ -102,3 +102,25 @@ async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed) ->
     judged = {met: stand.metrics.slo_requests.labels(objective="served", met=met).read() for met in ("true", "false")}
     assert judged == {"true": 0, "false": 1}, "late is ours, a bad request and a client that went away are not"
     assert stand.metrics.router_requests_inflight.labels().read() == 0
+
+
+async def test_a_replay_has_a_span_and_a_link_to_the_view_change(stand: Observed) -> None:
+    view_change = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    first, second = FakeAttention("a0"), FakeAttention("a1")
+    await stand.start([first])
+    async with rpc.open_channel(stand.address, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.Generate(build_request([5], max_tokens=20), metadata=(("traceparent", TRACEPARENT),))
+        await call.read()
+        stand.servers.append(await second.start())
+        stand.balancer.publish([second], view_change)
+        await first.stop()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    await stand.close()
+    *phases, span = stand.spans.get_finished_spans()
+    assert [phase.name for phase in phases][-2:] == ["replay", "choose attention server"]
+    replay = phases[-2].attributes or {}
+    assert (replay["expertmesh.server_id"], replay["expertmesh.replays"]) == ("a1", 1)
+    (link,) = span.links
+    assert (f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}") == ("ab" * 16, "cd" * 8)

@@ -245,7 +245,7 @@ class FakeBalancer(mesh_pb2_grpc.MembershipServiceServicer):
             await self._server.stop(None)
             self._server = None
 
-    def publish(self, servers: Sequence[FakeAttention]) -> None:
+    def publish(self, servers: Sequence[FakeAttention], traceparent: str = "") -> None:
         """The next view: these attention servers and one expert server."""
         self._number += 1
         ranks = [
@@ -259,7 +259,7 @@ class FakeBalancer(mesh_pb2_grpc.MembershipServiceServicer):
             for rank, server in enumerate(servers)
         ]
         ranks.append(mesh_pb2.Rank(rank=len(ranks), server_id="expert-0", role=mesh_pb2.ROLE_EXPERT))
-        self._send(mesh_pb2.JoinResponse(view=mesh_pb2.View(number=self._number, ranks=ranks)))
+        self._send(mesh_pb2.JoinResponse(view=mesh_pb2.View(number=self._number, ranks=ranks, traceparent=traceparent)))
 
     def pause(self, reason: str) -> None:
         self._send(mesh_pb2.JoinResponse(pause=mesh_pb2.Pause(reason=reason)))

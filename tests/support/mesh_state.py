@@ -119,3 +119,23 @@ async def until(
     while not await condition():
         assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {otherwise()}"
         await asyncio.sleep(poll_s)
+
+
+async def swap_two_experts(mesh: LocalMesh, timeout_s: float = 30.0) -> None:
+    """A migration, until it is committed: the first slots of the first two expert servers change their experts in
+    layer 0."""
+    async with _admin(mesh) as stub:
+        request = admin_pb2.GetPlacementRequest(layers=[0])
+        now = await stub.GetPlacement(request, timeout=10)
+        (layer,), servers = now.layers, list(now.slot_servers)
+        other = next(slot for slot, server in enumerate(servers) if server != servers[0])
+        slots = list(layer.slots)
+        slots[0], slots[other] = slots[other], slots[0]
+        wanted = mesh_pb2.LayerPlacement(layer=0, version=layer.version, slots=slots)
+        await stub.Apply(admin_pb2.ApplyRequest(view_number=now.view_number, layers=[wanted]), timeout=10)
+
+        async def is_committed() -> bool:
+            answer = await stub.GetPlacement(request, timeout=10)
+            return list(answer.layers[0].slots) == slots
+
+        await until(is_committed, timeout_s, lambda: "the migration is not committed")

@@ -21,7 +21,7 @@ PROJECT = "default"
 def running_rotel(folder: Path, exporter: str) -> Iterator[str]:
     """The address of a collector that takes OTLP/gRPC and gives traces on to ``exporter`` (host:port)."""
     address, log = f"127.0.0.1:{free_port()}", folder / "rotel.log"
-    command = [
+    command: list[str | Path] = [
         *(tool("rotel"), "start", "--otlp-grpc-endpoint", address),
         *("--otlp-http-endpoint", f"127.0.0.1:{free_port()}", "--exporters", "next:otlp", "--exporters-traces", "next"),
         *("--batch-timeout", "200ms"),

@@ -8,13 +8,14 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import NonRecordingSpan
 
 from expertmesh.attention_server.request import parse_submit
 from expertmesh.attention_server.tracing import trace_request
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
-from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.mesh.telemetry import Metrics, Telemetry, traceparent_of
 from expertmesh.v1 import attention_pb2, generate_pb2
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
@@ -81,6 +82,18 @@ def test_request_leaves_a_span_and_steps_are_sampled(
     assert metrics.generation_tokens.labels().read() == 4
     assert metrics.request_queue_time_seconds.labels().read().sum == pytest.approx(1.0)
     assert metrics.num_requests_running.labels().read() == 0
+
+
+def test_what_touches_a_request_is_linked_from_it(telemetry: Telemetry, spans: InMemorySpanExporter) -> None:
+    trace = trace_request(telemetry, submit_message(1, sampled=True), model="tiny")
+    assert trace is not None
+    other = telemetry.tracer.start_span("view_change")
+    trace.link(traceparent_of(other), "view_change")
+    trace.link("", "migration")
+    trace.end(input_tokens=1, output_tokens=0, cached_tokens=0, error="")
+    (link,) = spans.get_finished_spans()[-1].links
+    assert traceparent_of(NonRecordingSpan(link.context)) == traceparent_of(other)
+    assert dict(link.attributes or {}) == {"expertmesh.link": "view_change"}
 
 
 def test_unsampled_request_costs_no_span(telemetry: Telemetry) -> None:
