@@ -23,14 +23,16 @@ from expertmesh.attention_server.kv_cache import chain_digests
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
+from expertmesh.attention_server.server import AttentionServer
 from expertmesh.attention_server.verification import Verified, prefixes, verify
 from expertmesh.kernels.host_ngram import host_draft
-from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.config import MeshConfig, ModelConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.constraint import Constraint
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
-from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.mesh.telemetry import Metrics, Telemetry, disabled_telemetry
 from expertmesh.v1 import generate_pb2
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
@@ -416,6 +418,12 @@ def test_chi_square_notices_one_draft_of_fifty_that_is_taken_too_easily() -> Non
 
     counts, expected, _ = speculate(lambda p_V: np.full(NUM_SEEDS, p_V.argmin()), too_easily)
     assert chisquare(counts, expected).pvalue < 1e-6
+
+
+def test_graphs_of_a_gpu_verify_no_drafts(parts: dict[str, Any]) -> None:
+    config = MeshConfig(speculation=SpeculationConfig(method="ngram"))
+    with pytest.raises(UserError, match="is 'ngram', and ranks on a GPU"):
+        AttentionServer(config, parts["spec"], parts["checkpoint"], disabled_telemetry(), torch.device("cuda"))
 
 
 def test_configuration_is_checked() -> None:
