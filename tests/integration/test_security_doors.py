@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -249,9 +250,7 @@ async def test_bytes_that_are_no_http2_are_refused_and_hurt_nobody() -> None:
             b"\x16\x03\x01\x02\x00" + bytes(512),
         ):
             with raw_connection(address) as connection:
-                connection.sendall(garbage)
-                connection.shutdown(socket.SHUT_WR)
-                await asyncio.to_thread(_read_to_end, connection)
+                await asyncio.to_thread(_send_and_read_to_end, connection, garbage)
         async with rpc.open_channel(address, TlsConfig()) as channel:
             assert await call(channel, GENERATE) == b"hello"
 
@@ -293,11 +292,12 @@ def _install(folder: Path, name: str, into: Path) -> None:
         (into / f"new.{ending}").replace(into / f"door.{ending}")
 
 
-def _read_to_end(connection: socket.socket) -> None:
+def _send_and_read_to_end(connection: socket.socket, data: bytes) -> None:
     try:
+        connection.sendall(data)
         while connection.recv(65536):
             pass
-    except ConnectionResetError:
+    except ConnectionError:
         pass
 
 
@@ -329,24 +329,25 @@ class Http2:
             (b"te", b"trailers"),
         ]
         block = b"".join(b"\x00" + self._text(name) + self._text(value) for name, value in [*usual, *headers])
-        self._socket.sendall(self._frame(self.HEADERS, self._END_HEADERS, 1, block))
-        self._socket.sendall(self._frame(self.DATA, self._END_STREAM, 1, bytes(5)))
+        message = self._frame(self.DATA, self._END_STREAM, 1, bytes(5))
+        self._socket.sendall(self._frame(self.HEADERS, self._END_HEADERS, 1, block) + message)
 
     def ping_until_refused(self) -> None:
-        """As fast as they are answered, until the server says GOAWAY.
+        """As fast as they are answered, until the server says GOAWAY or closes the connection.
 
         Raises:
-            ConnectionError, TimeoutError: it closed the connection without a word, or goes on answering.
+            TimeoutError: it goes on answering.
         """
         ended_s = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < ended_s:
-            self._socket.sendall(self._frame(self.PING, 0, 0, bytes(8)))
-            kind, flags = self.SETTINGS, 0
-            while kind != self.PING or not flags & self._ACK:
-                kind, flags, _ = self._read()
-                if kind == self.GOAWAY:
-                    return
-        raise TimeoutError("pings are answered without end")
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < ended_s:
+                self._socket.sendall(self._frame(self.PING, 0, 0, bytes(8)))
+                kind, flags = self.SETTINGS, 0
+                while kind != self.PING or not flags & self._ACK:
+                    kind, flags, _ = self._read()
+                    if kind == self.GOAWAY:
+                        return
+            raise TimeoutError("pings are answered without end")
 
     def frames_until_end(self) -> set[int]:
         """Kinds of the frames up to the end of stream 1 or of the connection."""
