@@ -56,7 +56,6 @@ HOPPER: tuple[Tiles, ...] = (
         float("inf"),
         Tile(128, 128, 64, 4, 8),
         Tile(128, 128, 64, 3, 4, weights_first=False, programs_per_sm=2, flattens=True),
-        overlap=False,
     ),
 )
 """Of an H200."""
@@ -69,8 +68,7 @@ def tiles_for(mean_rows: float) -> Tiles:
 
 FP8: tuple[Tiles, ...] = (
     Tiles(8, Tile(16, 32, 128, 3, 4), Tile(16, 64, 128, 3, 4)),
-    Tiles(16, Tile(32, 32, 128, 3, 4), Tile(32, 64, 128, 3, 4)),
-    Tiles(32, Tile(64, 32, 128, 3, 4), Tile(64, 64, 128, 3, 4)),
+    Tiles(32, Tile(32, 32, 128, 3, 4), Tile(32, 64, 128, 3, 4)),
     Tiles(float("inf"), Tile(128, 32, 128, 3, 4), Tile(128, 64, 128, 3, 4)),
 )
 """Of ``grouped_mlp_fp8`` with rows in bfloat16: depth 128 is the block of a scale, gate and up are always paired."""
@@ -78,8 +76,7 @@ FP8: tuple[Tiles, ...] = (
 FP8_ROUNDED: tuple[Tiles, ...] = (
     Tiles(1, Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 3, 4)),
     Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 4)),
-    Tiles(16, Tile(32, 64, 128, 4, 4), Tile(32, 128, 128, 3, 4)),
-    Tiles(32, Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 3, 4)),
+    Tiles(32, Tile(32, 64, 128, 4, 4), Tile(32, 128, 128, 3, 4)),
     Tiles(float("inf"), Tile(128, 32, 128, 3, 4), Tile(128, 64, 128, 3, 4)),
 )
 """The same with rows in float8."""

@@ -26,7 +26,8 @@ _ADDED_AT_ONCE = 16
 class Tuning:
     """``programs_per_sm`` shares of the batch a multiprocessor; a program's positions at a time, warps and stages.
 
-    ``least_tokens``: no context is cut into parts of fewer positions than that.
+    ``least_tokens``: no context is cut into parts of fewer positions than that. ``looks_ahead``: the cache's blocks are
+    looked up a step before they are read, so that no step waits for an address.
     """
 
     programs_per_sm: int
@@ -34,11 +35,16 @@ class Tuning:
     warps: int
     stages: int
     least_tokens: int = 0
+    looks_ahead: bool = True
 
 
-FEW, MANY, FEW_SEQS = Tuning(2, 64, 4, 3), Tuning(4, 64, 2, 2, least_tokens=256), 4
-"""For up to ``FEW_SEQS`` sequences, and for more: as many parts as run at once, or more of them, which even out
-contexts of unequal lengths. Measured by ``benchmarks/gpu/kernels.py --sweep``."""
+TUNINGS: tuple[tuple[float, Tuning], ...] = (
+    (16, Tuning(2, 64, 4, 3)),
+    (128, Tuning(3, 64, 2, 2, least_tokens=256)),
+    (float("inf"), Tuning(2, 128, 4, 2, looks_ahead=False)),
+)
+"""For up to so many sequences. Measured by ``benchmarks/gpu/kernels.py --sweep``: more parts than run at once even out
+contexts of unequal lengths; many contexts are read fastest in large steps."""
 
 
 def paged_decode_attention_reference(
@@ -90,7 +96,8 @@ class DecodePlan:
         self._tuning = tuning
         self._programs_at_once = num_multiprocessors(device) / num_kv_heads
         queries = num_heads // num_kv_heads
-        num_parts = max(self.num_parts(num_seqs) for num_seqs in (max_seqs, min(max_seqs, FEW_SEQS)))
+        batches = [max_seqs, *(int(most) for most, _ in TUNINGS if most < max_seqs)]
+        num_parts = max(self.num_parts(num_seqs) for num_seqs in batches)
         self.entries = torch.empty(num_parts, _ENTRY_INTS, dtype=torch.int32, device=device)
         self.sums = torch.empty(num_kv_heads * num_parts, queries, head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(num_kv_heads * num_parts, 2, queries, dtype=torch.float32, device=device)
@@ -119,7 +126,7 @@ class DecodePlan:
 
     def tuning(self, num_seqs: int) -> Tuning:
         """Of a batch of so many sequences."""
-        return self._tuning or (FEW if num_seqs <= FEW_SEQS else MANY)
+        return self._tuning or next(tuning for most, tuning in TUNINGS if num_seqs <= most)
 
     def num_shares(self, num_seqs: int) -> int:
         """Parts that the batch's tokens are cut into, if all contexts fill theirs."""
@@ -193,6 +200,7 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size,
         BLOCK_L=tuning.block_tokens,
         STAGES=tuning.stages,
+        LOOKS_AHEAD=tuning.looks_ahead,
         ENTRY=_ENTRY_INTS,
         PRECISION="ieee" if q_SHD.dtype == torch.float32 else "tf32",
         WIDENS=IS_INTERPRETED,
@@ -312,6 +320,7 @@ def _paged_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
+    LOOKS_AHEAD: tl.constexpr,
     ENTRY: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
@@ -342,16 +351,19 @@ def _paged_decode_kernel(
         q_RD = tl.load(
             q + seq.to(tl.int64) * q_stride_s + head_R1 * q_stride_h + d_D[None, :], mask=is_query_R1, other=0.0
         )
-        # Blocks are looked up a round ahead, so that no round waits for an address.
         block_L = block_of(table, start + l_L, end, BLOCK_SIZE, WIDENS)
         for first in tl.range(start, end, BLOCK_L, num_stages=STAGES):
             # The tail reads the last position again and gives it no weight: no load needs a mask.
-            within_L = tl.minimum(first + l_L, end - 1) % BLOCK_SIZE
+            read_L = tl.minimum(first + l_L, end - 1)
+            within_L = read_L % BLOCK_SIZE
+            if not LOOKS_AHEAD:
+                block_L = tl.load(table + read_L // BLOCK_SIZE).to(tl.int64)
             at_L = block_L * key_stride_b + within_L * key_stride_p
             key_LD = tl.load(key + at_L[:, None] + d_D[None, :])
             at_L = block_L * value_stride_b + within_L * value_stride_p
             value_LD = tl.load(value + at_L[:, None] + d_D[None, :])
-            block_L = block_of(table, first + BLOCK_L + l_L, end, BLOCK_SIZE, WIDENS)
+            if LOOKS_AHEAD:
+                block_L = block_of(table, first + BLOCK_L + l_L, end, BLOCK_SIZE, WIDENS)
             score_RL = dot(q_RD, tl.trans(key_LD), tl.zeros((QUERIES_2, BLOCK_L), tl.float32), PRECISION, WIDENS)
             score_RL = tl.where((first + l_L < end)[None, :], score_RL * scale, float("-inf"))
             new_top_R = tl.maximum(top_R, tl.max(score_RL, 1))

@@ -7,6 +7,7 @@ several layers take turns, so that nothing is found in the L2 cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 
@@ -76,21 +77,33 @@ def measure(limits: dict[str, float]) -> Iterator[Row]:
         yield row("paged_decode", where, inputs.time(None), num_bytes=moved, operations=operations, limits=limits)
 
 
-def _compile(job: tuple[int, int, int]) -> None:
+def _compile(job: tuple[int, ...]) -> None:
     inputs = Inputs(2, 64, equal=True)
     with compile_only(kernel_module, "_paged_decode_kernel"):
         inputs.call(inputs.caches[0], inputs.plan(Tuning(4, *job)))
 
 
 def sweep(limits: dict[str, float]) -> Iterator[Row]:
-    tunings = [(32, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 2, 2), (128, 4, 1), (128, 4, 2), (128, 8, 2)]
+    tunings: list[tuple[int, ...]]
+    tunings = [
+        (128, 4, 2, 0, False),
+        (64, 2, 2, 256),
+        (32, 2, 3),
+        (64, 4, 2),
+        (64, 4, 3),
+        (64, 4, 4),
+        (64, 2, 2),
+        (128, 4, 1),
+        (128, 4, 2),
+        (128, 8, 2),
+    ]
     compile_all(_compile, tunings)
     for (batch, context), equal in (((1, 65536), True), ((8, 8192), True), ((64, 256), True), ((64, 1024), True),
                                     ((64, 1024), False), ((256, 1024), True), ((64, 4096), False)):  # fmt: skip
         inputs = Inputs(batch, context, equal=equal)
         floor = inputs.bytes / limits["read"] * 1e6
-        for (tokens, warps, stages), a_sm in product(tunings, (2, 3, 4)):
-            microseconds = inputs.time(Tuning(a_sm, tokens, warps, stages), budget_ms=4)
+        for numbers, a_sm in product(tunings, (2, 3, 4)):
+            microseconds = inputs.time(Tuning(a_sm, *numbers), budget_ms=4)
             yield {"sweep": "paged_decode", "batch": batch, "context": context, "equal": equal,
-                   "us": round(microseconds, 2), "fraction": round(floor / microseconds, 3), "block_tokens": tokens,
-                   "warps": warps, "stages": stages, "programs_per_sm": a_sm}  # fmt: skip
+                   "us": round(microseconds, 2), "fraction": round(floor / microseconds, 3),
+                   **asdict(Tuning(a_sm, *numbers))}  # fmt: skip

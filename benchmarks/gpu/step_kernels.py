@@ -12,14 +12,13 @@ from collections.abc import Iterator
 import torch
 from measure import Row, row, time_graph
 
-from expertmesh.kernels.gate import Gate, RoutingTotals, SlotTables, route
+from expertmesh.kernels.gate import Gate, ReplicaPrices, RoutingTotals, SlotTables, route
 from expertmesh.kernels.norm import add_rms_norm
 from expertmesh.kernels.rope_append import rope_append
 from expertmesh.kernels.sampler import gumbel_argmax
 
 HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 4, 128, 151_936
 _ROTATED_BYTES = 200 << 20
-_NUM_TURNS = 1024
 
 
 def measure(limits: dict[str, float]) -> Iterator[Row]:
@@ -76,27 +75,23 @@ def _rope(tokens: int, limits: dict[str, float]) -> Row:
 
 def _gate(tokens: int, gate: Gate, experts: int, ranks: int, replicas: int, limits: dict[str, float]) -> Row:
     slots = experts * replicas
-    f64 = {"device": "cuda", "dtype": torch.float64}
     replica = torch.randperm(slots, device="cuda").view(experts, replicas).to(torch.int32)
     tables = SlotTables(
         replica_EW=replica,
         rank_EW=replica // -(-slots // ranks),
-        bias_EW=torch.zeros(experts, replicas, **f64),
-        affinity_ER=32.0 * torch.randint(2, (experts, ranks), device="cuda").double(),
-        turn_PR=torch.randn(2 * _NUM_TURNS, ranks, **f64),
         node_R=torch.arange(ranks, device="cuda", dtype=torch.int32) // 8,
-        num_turns=_NUM_TURNS,
-        rank_limit=1024.0,
     )
+    prices = ReplicaPrices.equal(ranks, "cuda") if replicas > 1 else None
     totals = RoutingTotals(
         pairs_EE=torch.zeros(experts, experts, device="cuda", dtype=torch.int64),
         slot_load_G=torch.zeros(slots, device="cuda", dtype=torch.int64),
         visits=torch.zeros(2, device="cuda", dtype=torch.int64),
     )
     logits = [torch.randn(tokens, experts, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
-    turn = torch.zeros(1, device="cuda", dtype=torch.int64)
     bias = torch.randn(experts, device="cuda") if gate.scoring == "sigmoid" else None
-    microseconds = time_graph([lambda x=x: route(x, gate, tables, turn, bias_E=bias, totals=totals) for x in logits])
+    microseconds = time_graph(
+        [lambda x=x: route(x, gate, tables, bias_E=bias, prices=prices, totals=totals) for x in logits]
+    )
     moved = tokens * (experts * 2 + gate.top_k * (4 + 8 + 8))
     where = {"tokens": tokens, "scoring": gate.scoring, "experts": experts, "ranks": ranks, "replicas": replicas}
     return row("route", where, microseconds, num_bytes=moved, operations=0, limits=limits)

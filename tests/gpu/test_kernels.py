@@ -10,7 +10,7 @@ from expertmesh.kernels.grouped_mlp import grouped_expert_mlp, library_expert_ml
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
 from expertmesh.kernels.grouped_mlp_tiles import FP8, FP8_ROUNDED, HOPPER, Tiles
 from expertmesh.kernels.paged_decode import (
-    MANY,
+    TUNINGS,
     DecodePlan,
     Tuning,
     paged_decode_attention,
@@ -129,7 +129,9 @@ def test_mlp_of_a_row_is_the_same_whatever_the_others_are(tiles: Tiles) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tuning", [None, MANY, Tuning(1, 32, 2, 2), Tuning(16, 16, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "tuning", [None, *(tuning for _, tuning in TUNINGS), Tuning(1, 32, 2, 2), Tuning(16, 16, 1, 3)], ids=str
+)
 @pytest.mark.parametrize("lengths", [[1], [1000], [0, 17, 4000, 1, 255, 256, 257], list(range(0, 640, 10))], ids=len)
 def test_paged_decode(lengths: list[int], tuning: Tuning, dtype: torch.dtype) -> None:
     check_paged_decode(

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("programs_per_sm", [1, 4])
 @pytest.mark.parametrize("lengths", [[5, 0, 70], [1], [33, 32, 31], [0, 0], [0, 150, 0, 2]], ids=str)
 def test_equals_the_reference(lengths: list[int], programs_per_sm: int, dtype: torch.dtype) -> None:
-    tuning = Tuning(programs_per_sm, 16, 4, 2)
+    tuning = Tuning(
+        programs_per_sm, 16, 4, 2, least_tokens=0 if programs_per_sm == 1 else 48, looks_ahead=bool(lengths[0])
+    )
     check_paged_decode("cpu", lengths, dtype, heads=8, kv_heads=2, head_dim=32, block_size=16, tuning=tuning)
 
 
