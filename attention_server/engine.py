@@ -247,10 +247,14 @@ class Engine:
                 if chunk.sequence.trace is not None:
                     chunk.sequence.trace.chunk_landed(chunk.end)
             completing = [chunk for chunk in launched if chunk.completes]
-            counts = itertools.repeat(1, len(completing)) if sampled.counts is None else sampled.counts
             tokens = enumerate(sampled.tokens.tolist())
-            for chunk, count in zip(completing, counts, strict=True):
-                self._answer_all(chunk, list(itertools.islice(tokens, count)), sampled.logprobs, now)
+            if sampled.counts is None:
+                for chunk, (index, token) in zip(completing, tokens, strict=True):
+                    if chunk.sequence.state is not SequenceState.ENDED:
+                        self._answer(chunk.sequence, token, sampled.logprobs.get(index), now)
+            else:
+                for chunk, count in zip(completing, sampled.counts, strict=True):
+                    self._answer_all(chunk, list(itertools.islice(tokens, count)), sampled.logprobs, now)
         self._publish()
 
     def _answer_all(

@@ -258,7 +258,8 @@ class Scheduler:
         sequence = chunk.sequence
         if not chunk.completes or not sequence.sampling.speculates:
             return 0
-        blocks = len(sequence.blocks) + self._blocks.num_free
+        # A spare block for each running sequence is left, as where newcomers are admitted.
+        blocks = len(sequence.blocks) + max(0, self._blocks.num_free - len(self._running))
         return min(len(sequence.tokens) - 1, blocks * self._limits.block_size) - sequence.num_tokens
 
     def _start(self, sequence: Sequence, prefix: list[int], fresh: int) -> None:

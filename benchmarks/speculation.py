@@ -3,9 +3,9 @@
     python benchmarks/speculation.py [--rounds 5] [--json FILE]
 
 The demo's prompts, greedily as they are (a small model soon repeats itself), greedily written three times (what prompt
-lookup is for: text that repeats what stands before), and sampled (text that hardly repeats anything). Rounds with drafts
-and without take turns on one mesh (a request can ask for none), so that a machine that changes its speed is the same for
-both, and have to give the same tokens. Medians over the rounds.
+lookup is for: text that repeats what stands before), and sampled (text that hardly repeats anything). Rounds with
+drafts and without take turns on one mesh (a request can ask for none), so that a machine that changes its speed is the
+same for both, and have to give the same tokens. Medians over the rounds.
 """
 
 from __future__ import annotations
