@@ -17,7 +17,7 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: dashboards telemetry-test slurm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
+.PHONY: dashboards telemetry-test slurm-test helm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
 
 help:
 	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
@@ -25,6 +25,7 @@ help:
 	@echo "make unit      the fast tests only"
 	@echo "make security-test  try to get in: certificates, keys, limits, malformed input"
 	@echo "make chaos     kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
+	@echo "make helm-test  the Helm chart and the Dockerfiles: schemas, security scan, what they mean"
 	@echo "make slurm-test  the job script of deploy/slurm on a real Slurm of several nodes on this machine"
 	@echo "make telemetry-test  traces of a mesh through a collector into a trace UI, which it installs (450 MB)"
 	@echo "make dashboards  write deploy/dashboards/*.json anew from their code"
@@ -50,6 +51,9 @@ SEED ?= 1
 chaos: $(VENV)/.installed-dev $(VENV)/.etcd
 	$(PY) -m expertmesh.balancer.solver.warm_up
 	PYTHONPATH=tests $(PY) -m chaos --seed $(SEED) --json benchmarks/results/chaos.json
+
+helm-test: $(VENV)/.installed-dev $(VENV)/tools/kubernetes/.installed $(VENV)/tools/checkov/.installed
+	$(PY) -m pytest tests/integration/test_helm.py
 
 slurm-test: $(VENV)/.installed-dev
 	$(PY) -m pytest tests/integration/test_slurm.py tests/unit/test_slurm.py

@@ -42,6 +42,9 @@ SUB_COMMANDS = {
     "serve": SubCommand(
         target="expertmesh.cli.serve:serve", summary="Run one service: what Slurm, Kubernetes and `up` start."
     ),
+    "ranks": SubCommand(
+        target="expertmesh.cli.ranks:ranks", summary="Run several ranks of one machine: what a pod with GPUs starts."
+    ),
     "slurm": SubCommand(target="expertmesh.cli.slurm:app", summary="Run a mesh as a Slurm job: see docs/slurm.md."),
     "place": SubCommand(target="expertmesh.cli.place:place", summary="Write a placement file from recorded routing."),
     "inspect": SubCommand(

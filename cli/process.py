@@ -51,6 +51,7 @@ class ServiceProcess:
     Args:
         command: gives the command line; asked again at every start.
         on_event: called from the keeper's thread.
+        log_file: None = this process's stderr.
         log_size: after how much the log is rolled; None = never.
         stop_signal: what asks the process to end.
     """
@@ -62,7 +63,7 @@ class ServiceProcess:
         server_id: str,
         command: Callable[[], Sequence[str]],
         environment: Mapping[str, str],
-        log_file: Path,
+        log_file: Path | None,
         on_event: Callable[[ProcessEvent], None],
         restart: bool = True,
         log_size: LogSize | None = None,
@@ -144,7 +145,7 @@ class ServiceProcess:
         failed_starts = 0
         while not self._stopping.is_set():
             started_s = time.monotonic()
-            log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
+            log_offset = self.log_file.stat().st_size if self.log_file and self.log_file.exists() else 0
             with opened(self.log_file, self._log_size) as stderr:
                 exit_code = self._run_once(stderr)
             if self._stopping.is_set():
@@ -195,6 +196,8 @@ class ServiceProcess:
         self._tell("ready", f"ready on {self.address}")
 
     def _last_words(self, log_offset: int, exit_code: int) -> str:
+        if self.log_file is None:
+            return _described(exit_code)
         with self.log_file.open(encoding="utf-8", errors="replace") as lines:
             rolled = self.log_file.stat().st_size < log_offset
             lines.seek(0 if rolled else log_offset)

@@ -70,10 +70,12 @@ async def serve_rank(
     def register(server: grpc.aio.Server) -> Sequence[str]:
         return attention.register(server) if attention is not None else ()
 
+    section = "expert" if role == "expert" else "attention"
     gate = Gate.of_roles(config.tls, config.api, server_id)
     server = await rpc.start_server(
         host=config.dataplane.interface_host,
-        port=0,
+        port=getattr(config, section).port,
+        key=f"{section}.port",
         tls=config.tls,
         register=register,
         telemetry=telemetry,

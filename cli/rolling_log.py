@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,16 @@ class LogSize:
 
 
 @contextmanager
-def opened(path: Path, size: LogSize | None) -> Iterator[IO[Any]]:
+def opened(path: Path | None, size: LogSize | None) -> Iterator[IO[Any]]:
     """Something to give a process as its stderr; what it writes is at the end of ``path``.
 
     Args:
+        path: None = this process's stderr.
         size: None = the file grows without bound.
     """
+    if path is None:
+        yield sys.stderr
+        return
     if size is None:
         with path.open("a", encoding="utf-8") as file:
             yield file

@@ -82,6 +82,12 @@ class RouterConfig(Section):
 
 class AttentionConfig(Section):
     servers: int = Field(2, ge=0)
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="where an attention or a colocated server serves gRPC: its health, routers; 0 = any free port",
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     num_kv_blocks: int | None = Field(None, ge=2, description="a server; unset = kv_cache_bytes / bytes of a block")
     kv_cache_bytes: int | None = Field(
@@ -99,6 +105,9 @@ class AttentionConfig(Section):
 
 class ExpertConfig(Section):
     servers: int = Field(3, ge=0)
+    port: int = Field(
+        0, ge=0, le=65535, description="where an expert server serves gRPC: its health; 0 = any free port"
+    )
     num_slots: int | None = Field(
         None,
         ge=1,
@@ -244,6 +253,7 @@ class DataPlaneConfig(Section):
         "auto", description="auto = tcp on CPUs; on GPUs deepep where every rank can use it, or else nccl"
     )
     interface_host: str = Field("127.0.0.1", description="address of the interface that the data plane binds to")
+    port: int = Field(0, ge=0, le=65535, description="where the other ranks call a rank; 0 = any free port")
     max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
     timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
     idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.errors import DataPlaneError, UserError
 from expertmesh.mesh.framing import MAX_MESSAGE_BYTES, Link, Waker
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS, ViewInfo
 from expertmesh.v1 import mesh_pb2
@@ -67,10 +67,24 @@ class Links:
             sock.close()
 
 
-def bind_listener(host: str) -> socket.socket:
-    """The socket where the other ranks call this process, for as long as it lives."""
+def bind_listener(host: str, port: int = 0) -> socket.socket:
+    """The socket where the other ranks call this process, for as long as it lives.
+
+    Args:
+        port: 0 = any free port.
+
+    Raises:
+        UserError: it cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family, backlog=1024)
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(
+            "dataplane.port",
+            f"{port} on {host} cannot be bound ({error.strerror})",
+            "choose a free port (0 = any) on an address of this machine (dataplane.interface_host)",
+        ) from None
     listener.setblocking(False)
     return listener
 

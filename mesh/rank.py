@@ -75,7 +75,7 @@ class RankServer:
         self._spec = spec
         self._load = load
         self._num_slots = experts.num_slots if experts is not None else 0
-        self._listener = bind_listener(config.dataplane.interface_host)
+        self._listener = bind_listener(config.dataplane.interface_host, config.dataplane.port)
         self._waker = Waker()
         self._inbox = Inbox(self._waker)
         self._reporter = _reporter_of(config, spec) if attention is not None else None

@@ -1,0 +1,380 @@
+"""The Helm chart without a cluster: lint, schemas, a security scan, and that it means what the mesh does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import helm
+from support.helm import CHART, RANK_ROLES, ROOT, VALUES, Document, container, rendered, tool
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT_S = 180
+LWS_SCHEMA = ROOT / "tests/data/leaderworkerset.schema.json"
+DIGEST = "image.digest=sha256:" + "0" * 64
+
+CHECKOV_SKIPPED = {
+    "CKV_K8S_15": "always pulling: the image is named by a digest, which is one image whenever it is pulled",
+}
+KINDS = {
+    "ConfigMap",
+    "Deployment",
+    "HorizontalPodAutoscaler",
+    "LeaderWorkerSet",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "Service",
+    "ServiceAccount",
+}
+each_values = pytest.mark.parametrize("values", VALUES, ids=[file.stem for file in VALUES])
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+# -- as tools see it ------------------------------------------------------------------------------------------------
+
+
+@each_values
+def test_lint(values: Path) -> None:
+    result = helm.run("lint", "--strict", CHART, "--values", values)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_schemas_of_kubernetes(tmp_path: Path) -> None:
+    validate = tool("kubernetes", "kubernetes-validate")
+    everything = [document for values in VALUES for document in rendered(values).as_plain_kinds()]
+    file = helm.write(everything, tmp_path / "all.yaml")
+    result = run(validate, "-k", "1.34", "--strict", file)
+    lines = (result.stdout + result.stderr).splitlines()
+    # A kind that it does not know is a warning to it: there must be a verdict for every document, and no other line.
+    passed = [line for line in lines if " passed for resource " in line]
+    assert result.returncode == 0, lines
+    assert lines == passed
+    assert len(passed) == len(everything)
+    assert {document["kind"] for values in VALUES for document in rendered(values).documents} == KINDS
+
+
+def test_a_wrong_field_is_found(tmp_path: Path) -> None:
+    validate = tool("kubernetes", "kubernetes-validate")
+    (document,) = [d for d in rendered(VALUES[0]).as_plain_kinds() if d["metadata"]["name"].endswith("-router")][:1]
+    file = helm.write([{**document, "sepc": {}}], tmp_path / "wrong.yaml")
+    assert run(validate, "-k", "1.34", "--strict", file).returncode != 0
+
+
+@each_values
+def test_schema_of_leader_worker_sets(values: Path, tmp_path: Path) -> None:
+    sets = rendered(values).of_kind("LeaderWorkerSet").values()
+    assert sets
+    for number, document in enumerate(sets):
+        assert lws_errors(document, tmp_path / f"{number}.json") == ""
+
+
+def test_a_wrong_leader_worker_set_is_found(tmp_path: Path) -> None:
+    document = next(iter(rendered(VALUES[0]).of_kind("LeaderWorkerSet").values()))
+    spec = document["spec"]
+    for wrong in (
+        {**spec, "replica": 1},
+        {**spec, "leaderWorkerTemplate": {**spec["leaderWorkerTemplate"], "restartPolicy": "Never"}},
+    ):
+        assert lws_errors({**document, "spec": wrong}, tmp_path / "wrong.json")
+
+
+def lws_errors(document: Document, file: Path) -> str:
+    file.write_text(json.dumps(document), encoding="utf-8")
+    program = "import json,sys,jsonschema\nfor e in jsonschema.Draft202012Validator(json.load(open(sys.argv[1])))"
+    program += ".iter_errors(json.load(open(sys.argv[2]))): print(e.json_path, e.message)"
+    result = run(tool("kubernetes", "python"), "-c", program, LWS_SCHEMA, file)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_security_scan(tmp_path: Path) -> None:
+    checkov = tool("checkov", "checkov")
+    for values in VALUES:
+        helm.write(rendered(values, DIGEST).as_plain_kinds(), tmp_path / values.name)
+    skipped = [word for check in CHECKOV_SKIPPED for word in ("--skip-check", check)]
+    options = ["--framework", "kubernetes", "--skip-download", "--quiet", "--compact", "--output", "json", *skipped]
+    result = run(checkov, "--directory", tmp_path, *options)
+    report = json.loads(result.stdout)
+    failed = [f"{f['check_id']} {f['resource']}: {f['check_name']}" for f in report["results"]["failed_checks"]]
+    assert not failed, "\n".join(failed)
+    assert report["summary"]["passed"] > 100 * len(VALUES), "it looked at everything"
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_dockerfiles(name: str) -> None:
+    file = ROOT / "deploy/docker" / name
+    result = run(tool("kubernetes", "hadolint"), file)
+    assert result.returncode == 0, result.stdout
+    lines = file.read_text(encoding="utf-8").splitlines()
+    bases = [
+        line.split("=" if line.startswith("ARG") else " ", 1)[1] for line in lines if re.match("FROM|ARG BASE", line)
+    ]
+    assert all(re.search(r":\d+\.\d+\.\d+-", base) or base.startswith("${BASE}") for base in bases), bases
+    users = [line for line in lines if line.startswith("USER ")]
+    assert users == ["USER 10001:10001"]
+    assert lines.index("HEALTHCHECK NONE") > 0, "Kubernetes asks gRPC health; the file says why there is none"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("balancer.replicas=2", "balancer"),
+        ("attention.gropus=2", "gropus"),
+        ("image.tag=latest", "/image/tag"),
+        ("mesh.api.keys_file=/x", "/mesh"),
+        ("secrets.tls=a b", "/secrets/tls"),
+    ],
+)
+def test_wrong_values_are_refused(setting: str, said: str) -> None:
+    result = helm.run("template", "mesh", CHART, "--set", setting)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+# -- what it means --------------------------------------------------------------------------------------------------
+
+
+@each_values
+def test_the_configuration_is_one_of_ours(values: Path) -> None:
+    """``parse_config`` refuses unknown keys and what does not fit together; the rest has to fit what is started."""
+    made = rendered(values)
+    config = made.config
+    counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
+    assert {role: started_ranks(made, role) for role in RANK_ROLES} == counts
+    assert config.balancer.address == f"mesh-expertmesh-balancer:{config.balancer.port}"
+    service = made.of_kind("Service")["balancer"]
+    assert service["metadata"]["name"] == "mesh-expertmesh-balancer"
+    deployment = made.of_kind("Deployment")["balancer"]
+    assert config.balancer.state == "etcd" or deployment["spec"]["replicas"] == 1
+
+
+def started_ranks(made: helm.Rendered, role: str) -> int:
+    found = made.of_kind("LeaderWorkerSet").get(role)
+    if found is None:
+        return 0
+    command = container(made.pods[role])["command"]
+    in_a_pod = int(command[command.index("--count") + 1]) if "--count" in command else 1
+    return int(found["spec"]["replicas"] * found["spec"]["leaderWorkerTemplate"]["size"] * in_a_pod)
+
+
+@each_values
+def test_probes_ask_the_port_that_is_configured(values: Path) -> None:
+    made = rendered(values)
+    config = made.config
+    ports = {
+        "router": config.router.port,
+        "balancer": config.balancer.port,
+        "attention": config.attention.port,
+        "both": config.attention.port,
+        "expert": config.expert.port,
+    }
+    for role, pod in made.pods.items():
+        only = container(pod)
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            ((kind, target),) = [(key, value) for key, value in only[probe].items() if key in ("grpc", "tcpSocket")]
+            assert target == {"port": ports[role]}, f"{role} {probe}"
+            has_tls = config.tls.cert_file is not None
+            assert kind == "grpc" or has_tls or role in ("router", "balancer"), (
+                "the kubelet speaks no TLS to gRPC health"
+            )
+        assert ("grpc" in only["readinessProbe"]) is not (config.tls.cert_file is not None)
+        listens = {port["containerPort"] for port in only["ports"]}
+        assert ports[role] in listens
+        assert config.telemetry.metrics_port in listens
+        assert len(listens) == len(only["ports"]), "no port twice"
+
+
+@each_values
+def test_services_lead_to_what_listens(values: Path) -> None:
+    made = rendered(values)
+    for role, service in made.of_kind("Service").items():
+        names = {port["name"]: port["containerPort"] for port in container(made.pods[role])["ports"]}
+        assert service["spec"]["selector"].items() <= made.pods[role]["metadata"]["labels"].items()
+        for port in service["spec"]["ports"]:
+            assert names[port["targetPort"]] == port["port"]
+
+
+@each_values
+def test_budgets_leave_replicas_and_let_nodes_be_drained(values: Path) -> None:
+    made = rendered(values)
+    budgets = made.of_kind("PodDisruptionBudget")
+    deployments = {role: found["spec"].get("replicas", 2) for role, found in made.of_kind("Deployment").items()}
+    sets = {
+        role: found["spec"]["replicas"] * found["spec"]["leaderWorkerTemplate"]["size"]
+        for role, found in made.of_kind("LeaderWorkerSet").items()
+    }
+    for role, pods in {**deployments, **sets}.items():
+        assert (role in budgets) is (pods > 1), role
+        if role in budgets:
+            spec = budgets[role]["spec"]
+            assert 0 < spec["maxUnavailable"] < pods
+            assert spec["selector"]["matchLabels"].items() <= made.pods[role]["metadata"]["labels"].items()
+
+
+@each_values
+def test_pods_have_no_rights(values: Path) -> None:
+    made = rendered(values)
+    accounts = {account["metadata"]["name"] for account in made.documents if account["kind"] == "ServiceAccount"}
+    used = [pod["spec"]["serviceAccountName"] for pod in made.pods.values()]
+    assert set(used) == accounts
+    assert len(set(used)) == len(used), "one for each component"
+    for pod in made.pods.values():
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys()
+        context = container(pod)["securityContext"]
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_secrets_are_names_and_each_pod_gets_its_own_key() -> None:
+    made = rendered(CHART / "values-production.yaml")
+    assert not [document for document in made.documents if document["kind"] == "Secret"]
+    assert made.config.tls.for_service("router", "router-0").key_file == Path("/secrets/tls/router.key")
+    for role, pod in made.pods.items():
+        (tls,) = [volume["secret"] for volume in pod["spec"]["volumes"] if volume["name"] == "tls"]
+        assert {item["path"] for item in tls["items"]} == {"ca.pem", f"{role}.pem", f"{role}.key"}
+
+
+@pytest.mark.parametrize("name", ["values-nvlink-8gpu.yaml", "values-efa.yaml"])
+def test_gpus_cards_and_pages(name: str) -> None:
+    made = rendered(CHART / name)
+    has_efa = name == "values-efa.yaml"
+    for role in made.of_kind("LeaderWorkerSet"):
+        only = container(made.pods[role])
+        resources = only["resources"]
+        assert resources["requests"] == resources["limits"], "guaranteed, so that cores are not shared"
+        assert resources["limits"]["nvidia.com/gpu"] == only["command"][only["command"].index("--count") + 1] == "8"
+        assert ("vpc.amazonaws.com/efa" in resources["limits"]) is has_efa
+        mounts = {mount["mountPath"] for mount in only["volumeMounts"]}
+        assert "/dev/shm" in mounts
+        assert ("hugepages-2Mi" in resources["limits"]) is ("/dev/hugepages" in mounts) is has_efa
+        names = {variable["name"] for variable in only["env"]}
+        assert ("FI_PROVIDER" in names) is ("NCCL_NET_PLUGIN" in names) is has_efa
+        assert ("EP_DISABLE_GIN" in names) is not has_efa
+
+
+def test_autoscaling_takes_what_can_be_scaled() -> None:
+    made = rendered(CHART / "values-production.yaml")
+    targets = {
+        role: (hpa["spec"]["scaleTargetRef"]["kind"], hpa["spec"]["scaleTargetRef"]["name"])
+        for role, hpa in made.of_kind("HorizontalPodAutoscaler").items()
+    }
+    assert targets == {
+        "router": ("Deployment", "mesh-expertmesh-router"),
+        "attention": ("LeaderWorkerSet", "mesh-expertmesh-attention"),
+    }
+    assert made.config.scaling.policy == "off", "two who scale would work against each other"
+    assert "replicas" not in made.of_kind("Deployment")["router"]["spec"]
+    rules = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
+    for metric in made.of_kind("HorizontalPodAutoscaler")["attention"]["spec"]["metrics"]:
+        assert f"as: {metric['pods']['metric']['name']}" in rules, "the adapter's rule for it is in the docs"
+
+
+# -- network policies against docs/design.md -------------------------------------------------------------------------
+
+Flow = tuple[str, str, int]
+"""From, to, port; who is from outside goes by the name in docs/design.md."""
+
+
+def promised_flows(made: helm.Rendered) -> set[Flow]:
+    """Of docs/design.md's table, between the components that there are."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = text.split("Who calls whom")[1].split("Beyond the mesh")[0]
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| `([a-z_.]+)` \|", table, flags=re.MULTILINE)
+    assert len(rows) > 5
+    ranks = [role for role in RANK_ROLES if role in made.pods]
+    groups = {"ranks": ranks, "all": list(made.pods), "attention": [role for role in ranks if role != "expert"]}
+    flows = set()
+    for source, target, key in rows:
+        value: Any = made.config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None:
+            pairs = ((a, b) for a in groups.get(source, [source]) for b in groups.get(target, [target]))
+            flows |= {(a, b, value) for a, b in pairs}
+    return flows
+
+
+def ports_of(rule: Document) -> Iterable[int]:
+    """The first of each range: further ranks of a pod have the next ones."""
+    return [port["port"] for port in rule.get("ports", [])]
+
+
+def peers_of(made: helm.Rendered, peers: Iterable[Document]) -> list[str]:
+    """Components that a rule names; others as in docs/design.md, by the values that they come from."""
+    outside = {
+        json.dumps({"podSelector": {}}): "clients",
+        json.dumps({"podSelector": {"matchLabels": {"expertmesh.io/operator": "true"}}}): "operators",
+        json.dumps({"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}): "Prometheus",
+    }
+    names = []
+    for peer in peers:
+        labels = peer.get("podSelector", {}).get("matchLabels", {})
+        chosen = [
+            role for role, pod in made.pods.items() if labels and labels.items() <= pod["metadata"]["labels"].items()
+        ]
+        names += chosen or [outside[json.dumps(peer)]]
+    return names
+
+
+@each_values
+def test_network_policies_allow_what_the_design_names_and_nothing_else(values: Path) -> None:
+    # Without what NCCL needs, which is tested below.
+    made = rendered(values, "networkPolicy.allPortsBetweenRanks=false", "networkPolicy.egress=null")
+    policies = made.of_kind("NetworkPolicy")
+    assert policies.keys() == made.pods.keys()
+    allowed_in, allowed_out = set[Flow](), set[Flow]()
+    for role, policy in policies.items():
+        spec = policy["spec"]
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
+        assert spec["podSelector"]["matchLabels"].items() <= made.pods[role]["metadata"]["labels"].items()
+        for rule in spec["ingress"]:
+            assert ports_of(rule)
+            allowed_in |= {(peer, role, port) for peer in peers_of(made, rule["from"]) for port in ports_of(rule)}
+        names, *calls = spec["egress"]
+        assert sorted(ports_of(names)) == [53, 53], "the name server"
+        for rule in calls:
+            assert ports_of(rule)
+            allowed_out |= {(role, peer, port) for peer in peers_of(made, rule["to"]) for port in ports_of(rule)}
+    promised = promised_flows(made)
+    assert allowed_in == promised
+    assert allowed_out == {flow for flow in promised if flow[0] in made.pods}
+
+
+@each_values
+def test_policies_reach_all_ranks_of_a_pod(values: Path) -> None:
+    made = rendered(values, "networkPolicy.allPortsBetweenRanks=false")
+    for role, policy in made.of_kind("NetworkPolicy").items():
+        listens = {port["containerPort"] for port in container(made.pods[role])["ports"]}
+        opened = set[int]()
+        for rule in policy["spec"]["ingress"]:
+            for port in rule["ports"]:
+                opened |= set(range(port["port"], port.get("endPort", port["port"]) + 1))
+        # Nobody but the kubelet asks an expert server's gRPC.
+        extra = made.config.expert.port if role == "expert" else None
+        ranks = max(1, sum(name["name"].startswith("grpc-") for name in container(made.pods[role])["ports"]))
+        assert opened == listens - ({extra + index for index in range(ranks)} if extra else set())
+
+
+@pytest.mark.parametrize("name", ["values-nvlink-8gpu.yaml", "values-efa.yaml"])
+def test_gpu_ranks_meet_on_all_ports_and_nobody_else_does(name: str) -> None:
+    made = rendered(CHART / name)
+    for role, policy in made.of_kind("NetworkPolicy").items():
+        for direction, key in (("ingress", "from"), ("egress", "to")):
+            for rule in policy["spec"][direction]:
+                peers = peers_of(made, rule[key]) if "k8s-app" not in json.dumps(rule) else ["names"]
+                between_ranks = role in RANK_ROLES and set(peers) <= set(RANK_ROLES)
+                assert ("ports" not in rule) is between_ranks, f"{role} {rule}"
