@@ -29,6 +29,8 @@ class Stand:
         self.stop = asyncio.Event()
         self.address = ""
         self.http: str | None = None
+        self.sections: dict[str, Any] = {}
+        """Further ones of the configuration."""
         self.task: asyncio.Task[None] | None = None
         self.clients: list[GenerateClient] = []
 
@@ -44,7 +46,8 @@ class Stand:
         return client
 
     async def _start_router(self, settings: dict[str, Any]) -> GenerateClient:
-        config = parse_config({"router": settings, "balancer": {"address": self.balancer.address}})
+        balancer = {"address": self.balancer.address}
+        config = parse_config({"router": settings, "balancer": balancer, **self.sections})
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def ready(address: str, *, http: str | None) -> None:
