@@ -77,7 +77,9 @@ class ControlObserver:
     def heard(self, event: Event) -> None:
         """Of each event of the balancer's log."""
         if event.kind in _MEMBER_EVENTS:
-            self._metrics.balancer_member_events.add(1, member=event.subject, event=_MEMBER_EVENTS[event.kind])
+            # Who is refused is not in the mesh, and may call itself what it likes: no series for each name.
+            member = "" if event.kind == "server_refused" else event.subject
+            self._metrics.balancer_member_events.add(1, member=member, event=_MEMBER_EVENTS[event.kind])
         if event.kind in _FAILURES:
             self._on_failure(event)
         elif event.kind in ("view_serving", "view_adopted"):

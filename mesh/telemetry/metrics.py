@@ -388,7 +388,7 @@ class Metrics:
     balancer_member_events = Declared(
         Counter,
         "expertmesh_balancer_member_events",
-        "What happened to a server: joined, returned, left, lost, fenced, refused.",
+        "What happened to a server: joined, returned, left, lost, fenced; refused (of no member).",
         labels=("member", "event"),
     )
     server_states = Declared(Gauge, "expertmesh_server_states", "Servers by state.", labels=("state",))

@@ -19,6 +19,9 @@ try {
   await page.getByText("attention.request").first().waitFor();
   await page.getByText("expert_compute").first().waitFor();
   const text = await page.textContent("body");
+  await page.getByText("expert_compute").first().click();
+  await page.getByRole("tab", { name: "Attributes" }).click();
+  await page.getByText("expertmesh.expert.rows").or(page.getByText('"rows"')).first().waitFor();
   await page.screenshot({ path: screenshot });
   console.log(JSON.stringify({ text }));
 } finally {

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,8 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 10.0
+from support.tools import free_port, running, wait_for_url
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -51,12 +47,6 @@ class Prometheus:
         return [float(series["value"][1]) for series in data["result"]]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_prometheus(folder: Path, targets: Sequence[str], rules: Path) -> Iterator[Prometheus]:
     """Prometheus with the rules, over ``targets`` (host:port of /metrics); exemplars are kept."""
@@ -76,24 +66,6 @@ def running_prometheus(folder: Path, targets: Sequence[str], rules: Path) -> Ite
         "--enable-feature=exemplar-storage",
         "--log.level=warn",
     ]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        _wait_ready(process, f"http://{address}/-/ready", log)
+    with running(command, log, {}) as process:
+        wait_for_url(process, f"http://{address}/-/ready", log)
         yield Prometheus(f"http://{address}")
-    finally:
-        process.terminate()
-        process.wait(STOP_TIMEOUT_S)
-
-
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-        except OSError:
-            assert process.poll() is None, f"Prometheus ended: {log.read_text()}"
-            assert time.monotonic() < deadline_s, f"Prometheus is not ready: {log.read_text()}"
-            time.sleep(0.05)
-        else:
-            return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,13 @@ def tool(name: str) -> Path:
 def needs_tool(name: str) -> pytest.MarkDecorator:
     reason = f"not installed: {name}; `make .venv/tools/{name}/.installed` does it"
     return pytest.mark.skipif(not tool(name).exists(), reason=reason)
+
+
+def free_port() -> int:
+    """Of the loopback interface, a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.prometheus import free_port
-from support.tools import START_TIMEOUT_S, running, tool, wait_for_url
+from support.tools import START_TIMEOUT_S, free_port, running, tool, wait_for_url
 
 PROJECT = "default"
 

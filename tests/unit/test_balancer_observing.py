@@ -66,6 +66,14 @@ def test_a_failure_is_a_trace_that_ends_when_a_view_serves(stand: Stand) -> None
     assert stand.metrics.balancer_member_events.labels(member="expert-0", event="lost").read() == 1
 
 
+def test_refused_servers_make_no_series_of_their_own(stand: Stand) -> None:
+    for name in ("impostor-1", "impostor-2"):
+        stand.hear("server_refused", name)
+    (series,) = stand.metrics.balancer_member_events.series()
+    assert series[0] == {"member": "", "event": "refused"}
+    assert series[1].read() == 2
+
+
 def test_a_lost_router_is_a_failure_that_no_view_answers(stand: Stand) -> None:
     stand.publish(1, "formation")
     stand.hear("server_lost", "router-0")
