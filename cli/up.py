@@ -17,12 +17,14 @@ import typer
 from rich.console import Console
 
 from expertmesh.cli.addresses import RUN_FILE
+from expertmesh.cli.connection import admin_tls
 from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError, MeshInterruptedError
 from expertmesh.cli.progress import Progress, progress_for
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.state_dir import RunFile, StateDir
 from expertmesh.mesh import rpc
 from expertmesh.mesh.addresses import split_addresses
+from expertmesh.mesh.client_key import key_from_environment, key_interceptors
 from expertmesh.mesh.config import MeshConfig, load_config, parse_config
 from expertmesh.mesh.leader import find_leader
 from expertmesh.mesh.model.hub import is_repo
@@ -146,19 +148,20 @@ def _start(mesh: LocalMesh, progress: Progress) -> None:
         mesh.wait_ready(START_TIMEOUT_S)
     progress.say(f"the mesh serves after {time.monotonic() - started_s:.1f} s")
     if config.balancer.page_port is not None:
-        progress.say(f"page of the mesh: {asyncio.run(_page(mesh)) or 'see `expertmesh balancer status`'}")
+        progress.say(f"page of the mesh: {asyncio.run(page_address(mesh)) or 'see `expertmesh balancer status`'}")
     if (url := _http_url(mesh)) is not None:
         progress.say(f"OpenAI-compatible API on {url}/v1")
     typer.echo(f"router listening on {mesh.router}")
 
 
-async def _page(mesh: LocalMesh) -> str:
+async def page_address(mesh: LocalMesh) -> str:
     """Its URL; '' when no balancer answers at once."""
-    tls = mesh.config.tls
+    tls = admin_tls(mesh.config)
     leader = await find_leader(split_addresses(mesh.balancer), tls, PAGE_TIMEOUT_S)
     if leader is None:
         return ""
-    async with rpc.open_channel(leader, tls) as channel:
+    with_key = key_interceptors(key_from_environment())
+    async with rpc.open_channel(leader, tls, role="balancer", interceptors=with_key) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         try:
             return (await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=PAGE_TIMEOUT_S)).page

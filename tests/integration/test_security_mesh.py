@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import ssl
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import yaml
 
 from expertmesh.cli.certs import make_certificates
 from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.cli.up import page_address
 from expertmesh.mesh import rpc
 from expertmesh.mesh.client import Completion, GenerateClient, build_request
 from expertmesh.mesh.client_key import key_interceptors, key_metadata
@@ -189,7 +189,8 @@ async def _code(awaited: object) -> grpc.StatusCode:
 
 
 async def test_the_page_shows_nothing_of_the_mesh_without_a_key(secure: SecureMesh) -> None:
-    (url,) = re.findall(r"page on (https://\S+)", (secure.mesh.state_dir / "balancer.log").read_text())
+    url = await page_address(secure.mesh)
+    assert url.startswith("https://")
     authority = secure.tls / "ca.pem"
     for key, status in ((None, 401), (secure.generate, 401), (secure.read, 200)):
         assert (await asyncio.to_thread(https, f"{url}/api/status", authority, key))[0] == status
