@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2_grpc
 from support.live_mesh import LiveMesh
 from support.mesh import REQUEST_TIMEOUT_S
-from support.mesh_state import swap_two_experts
+from support.mesh_state import swap_two_experts, until
 from support.otlp_collector import attributes
 
 pytestmark = pytest.mark.slow
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.slow
 NUM_PROMPT_TOKENS, NUM_TOKENS = 3, 4
 NUM_LAYERS, TOP_K = 8, 4  # of the demo model, all of them with experts
 EXPORT_TIMEOUT_S = 30.0
+RECOVERY_TIMEOUT_S = 60.0
+ENDLESS_TOKENS = 1000
 
 
 class Trace:
@@ -57,11 +60,56 @@ def list_of(span: Span, key: str) -> list[int]:
     return [value.int_value for value in attributes(span.attributes)[key].values]
 
 
-async def generate_traced(live: LiveMesh, traceparent: str, num_tokens: int = NUM_TOKENS) -> None:
+@asynccontextmanager
+async def generating(live: LiveMesh, trace_id: str) -> AsyncIterator[None]:
+    """A sampled request whose tokens come until the block has ended, and one more: then its client goes away."""
+    arrived = asyncio.Event()
+    async with rpc.open_channel(live.router, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        request = build_request([7] * NUM_PROMPT_TOKENS, max_tokens=ENDLESS_TOKENS, ignore_eos=True, seed=5)
+        metadata = (("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),)
+        call = stub.Generate(request, metadata=metadata, timeout=REQUEST_TIMEOUT_S)
+
+        async def read() -> None:
+            async for _ in call:
+                arrived.set()
+            raise AssertionError(f"all {ENDLESS_TOKENS} tokens came before the test was done")
+
+        reader = asyncio.create_task(read())
+        try:
+            await first_of(reader, arrived)
+            yield
+            arrived.clear()
+            await first_of(reader, arrived)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            call.cancel()
+
+
+async def first_of(reader: asyncio.Task[None], arrived: asyncio.Event) -> None:
+    """Until another token has arrived; what ends the reader before is raised."""
+    waiting = asyncio.create_task(arrived.wait())
+    done, _ = await asyncio.wait({reader, waiting}, timeout=REQUEST_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    assert done, "no token came"
+    if reader in done:
+        reader.result()
+
+
+async def links_of(live: LiveMesh, trace_id: str, name: str, what: str) -> list[Span.Link]:
+    """The links of this kind that a request's span has, once the span has been exported."""
+    trace = Trace(live, trace_id)
+    await asyncio.to_thread(trace.wait_for, {name: 1})
+    (span,) = trace.named(name)
+    return [link for link in span.links if attributes(link.attributes)["expertmesh.link"] == what]
+
+
+async def generate_traced(live: LiveMesh, traceparent: str) -> None:
     async with rpc.open_channel(live.router, TlsConfig()) as channel:
         stub = generate_pb2_grpc.GenerationServiceStub(channel)
         request = build_request(
-            [7] * NUM_PROMPT_TOKENS, max_tokens=num_tokens, temperature=0.0, ignore_eos=True, seed=5
+            [7] * NUM_PROMPT_TOKENS, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, seed=5
         )
         async for _ in stub.Generate(request, metadata=(("traceparent", traceparent),), timeout=REQUEST_TIMEOUT_S):
             pass
@@ -151,14 +199,9 @@ def assert_request_attributes(found: dict[str, Any]) -> None:
 
 async def test_a_migration_is_a_trace_that_a_request_links_to(live: LiveMesh) -> None:
     trace_id = secrets.token_hex(16)
-    reader = asyncio.create_task(generate_traced(live, f"00-{trace_id}-{secrets.token_hex(8)}-01", num_tokens=60))
-    trace = Trace(live, trace_id)
-    await asyncio.to_thread(trace.wait_for, {"step": 1})
-    await swap_two_experts(live.mesh)
-    await reader
-    await asyncio.to_thread(trace.wait_for, {"generate": 1, "attention.request": 1})
-    (attention,) = trace.named("attention.request")
-    (link,) = [link for link in attention.links if attributes(link.attributes)["expertmesh.link"] == "migration"]
+    async with generating(live, trace_id):
+        await swap_two_experts(live.mesh)
+    (link,) = await links_of(live, trace_id, "attention.request", "migration")
     migration = Trace(live, link.trace_id.hex())
     await asyncio.to_thread(migration.wait_for, {"migration": 4, "rank": len(live.ranks), "switch": len(live.ranks)})
     (root,) = [span for span in migration.spans if span.name == "migration"]
@@ -169,6 +212,32 @@ async def test_a_migration_is_a_trace_that_a_request_links_to(live: LiveMesh) ->
     on_ranks = [span for span in migration.spans if span.name == "rank migration"]
     assert servers_of(on_ranks) == set(live.ranks)
     assert {span.parent_span_id for span in on_ranks} == {root.span_id}
+
+
+async def test_a_failure_is_a_trace_that_a_request_links_to(live: LiveMesh) -> None:
+    trace_id, victim, view = secrets.token_hex(16), "expert-2", (await live.status()).view_number
+
+    async def has_next_view() -> bool:
+        status = await live.status()
+        return status.serving and status.view_number > view
+
+    async with generating(live, trace_id):
+        live.mesh.kill(victim)
+        await until(has_next_view, RECOVERY_TIMEOUT_S, lambda: f"no view after {view}")
+    (link, *later) = await links_of(live, trace_id, "attention.request", "view_change")
+    (router_link,) = await links_of(live, trace_id, "generate", "view_change")
+    assert router_link.span_id in {link.span_id, *(other.span_id for other in later)}
+    failure, survivors = Trace(live, link.trace_id.hex()), set(live.ranks) - {victim}
+    await asyncio.to_thread(failure.wait_for, {"failure": 1, "view_change": 1, "enter": len(survivors)})
+    changed = {span.span_id: span for span in failure.named("view_change")}[link.span_id]
+    (root,) = failure.named("failure")
+    assert changed.parent_span_id == root.span_id
+    servers = attributes(changed.attributes)["expertmesh.view.servers"].values
+    assert victim not in [value.string_value for value in servers]
+    entered = [span for span in failure.named("enter") if span.parent_span_id == changed.span_id]
+    assert servers_of(entered) == survivors
+    assert servers_of(failure.named("interruption")) == survivors, "all of them were in the broken view"
+    await until(live.is_whole, RECOVERY_TIMEOUT_S, lambda: f"{victim} does not come back")
 
 
 async def test_request_outside_of_a_trace_leaves_no_spans(live: LiveMesh) -> None:
