@@ -315,7 +315,10 @@ class MeshConfig(Section):
             UserError: API keys would cross a network in the clear.
         """
         has_tls = self.tls.cert_file is not None
-        self.api.check_door("router.host", self.router.host, has_tls=has_tls or self.api.cert_file is not None)
+        router, router_has_tls = self.router, has_tls or self.api.cert_file is not None
+        self.api.check_door("router.host", router.host, has_tls=router_has_tls)
+        if router.http.enabled:
+            self.api.check_door("router.http.host", router.http.host or router.host, has_tls=router_has_tls)
         self.api.check_door("balancer.host", self.balancer.host, has_tls=has_tls)
 
     @property

@@ -81,6 +81,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_message_complete()
 
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # an answer that nobody reads would keep a closing connection open
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self._receive_timeout_s, self._on_late)
 

@@ -66,8 +66,9 @@ class HttpServer:
         grace_s: float = 5.0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
+        host = host.strip("[]")
         self._listening = _bind(host, port, key)
-        self._host = host
+        self._host = f"[{host}]" if ":" in host else host
         defaults = {
             "log_config": None,
             "access_log": False,

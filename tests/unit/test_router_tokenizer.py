@@ -14,7 +14,7 @@ from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.router.errors import Refusal
 from expertmesh.router.tokenizer import INLINE_CHARS, load_tokenizer
 from expertmesh.router.validation import ModelLimits, SamplingDefaults
-from expertmesh.v1.generate_pb2 import ChatInput, ChatMessage
+from expertmesh.v1.generate_pb2 import ChatInput, ChatMessage, ToolCall
 
 LIMITS = ModelLimits(name="demo", vocab_size=8192, max_model_len=1024, defaults=SamplingDefaults())
 TEMPLATE = """\
@@ -73,6 +73,24 @@ async def test_chat(folder: Path, place: str) -> None:
     assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
     with pytest.raises(Refusal, match=r"chat\.messages: is empty"):
         await tokenizer.chat_ids(ChatInput(), LIMITS)
+
+
+async def test_chat_with_what_the_template_has_no_place_for(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    call = ToolCall(id="1", name="f", arguments="[]")
+    for chat, problem in (
+        (ChatInput(messages=HELLO.messages, tools=["{}"]), r"chat\.tools: .*no place for tools"),
+        (ChatInput(messages=HELLO.messages, tools=["{"]), r"chat\.tools\[0\]: is not JSON"),
+        (ChatInput(messages=HELLO.messages, template_kwargs='{"tools": 1}'), r"chat\.template_kwargs: sets tools"),
+        (
+            ChatInput(messages=[ChatMessage(role="assistant", tool_calls=[call])]),
+            r"chat\.messages\[0\]\.tool_calls\[0\]\.arguments: is a list",
+        ),
+    ):
+        with pytest.raises(Refusal, match=problem) as refused:
+            await tokenizer.chat_ids(chat, LIMITS)
+        assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_chat_without_a_template_names_the_remedy(folder: Path) -> None:

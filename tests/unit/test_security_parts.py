@@ -259,6 +259,8 @@ def test_keys_do_not_cross_a_network_in_the_clear() -> None:
     config("0.0.0.0", api={"cert_file": "c", "key_file": "k"}).check_doors()
     with pytest.raises(UserError, match=r"balancer\.host"):
         config("127.0.0.1", balancer={"host": "0.0.0.0"}).check_doors()
+    with pytest.raises(UserError, match=r"router\.http\.host"):
+        parse_config({"router": {"http": {"host": "0.0.0.0"}}, "api": {"keys_file": "k"}}).check_doors()
 
 
 def test_each_service_has_files_of_its_own() -> None:
