@@ -56,7 +56,7 @@ helm-test: $(VENV)/.installed-dev $(VENV)/tools/kubernetes/.installed $(VENV)/to
 	$(PY) -m pytest tests/integration/test_helm.py
 
 slurm-test: $(VENV)/.installed-dev
-	$(PY) -m pytest tests/integration/test_slurm.py tests/unit/test_slurm.py
+	$(PY) -m pytest tests/integration/test_slurm.py tests/integration/slurm_requeue.py tests/unit/test_slurm.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

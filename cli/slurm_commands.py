@@ -87,6 +87,15 @@ async def jobs_named(name: str) -> set[int]:
     return {int(number) for number in listed.split()}
 
 
+async def is_down(node: str) -> bool:
+    """Whether Slurm has given a node up.
+
+    Raises:
+        SlurmError: slurmctld does not answer.
+    """
+    return (await call("sinfo", "--noheader", f"--nodes={node}", "--format=%T")).strip().startswith("down")
+
+
 async def is_over(job_id: int) -> bool:
     """Whether a job neither waits nor runs any more.
 

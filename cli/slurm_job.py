@@ -203,7 +203,8 @@ def run_job(config: MeshConfig, job: Job, options: JobOptions) -> int:
         host = await slurm.node_address(job.node)
         return await SlurmJob(job_config(config, job, options, host), job, options).run()
 
-    # For the jobs that are submitted from here.
+    # For the steps and the jobs that are started from here.
     os.environ["EXPERTMESH_RUN_DIR"] = str(options.run_dir)
     os.environ["EXPERTMESH_SLURM_JOB"] = str(job.job_id)
+    os.environ["EXPERTMESH_BALANCER_NODE"] = job.node
     return asyncio.run(run())

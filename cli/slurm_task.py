@@ -27,7 +27,7 @@ STAGE_TIMEOUT_S = 8.0
 mesh. Three stages before the balancer fit into Slurm's usual KillWait of 30 s."""
 
 _POLL_S = 0.2
-_LOOK_S = 60.0
+_LOOK_S = 15.0
 
 _BEFORE = {
     "router": (),
@@ -83,7 +83,7 @@ class TaskSupervisor:
             return 0
         with SignalWatch(self._on_signal):
             self._server.start()
-            while not self._woken.wait(_LOOK_S) and not asyncio.run(self._is_left_behind()):
+            while not self._woken.wait(_LOOK_S) and not asyncio.run(self._look()):
                 pass
             if not self._over:
                 asyncio.run(self._wait_for_turn())
@@ -108,16 +108,21 @@ class TaskSupervisor:
         elif event.kind == "stopped":
             self._woken.set()
 
-    async def _is_left_behind(self) -> bool:
-        """Whether the job of the mesh that this server joined is over, in a way that let it cancel nothing."""
-        job = os.environ.get("EXPERTMESH_SLURM_JOB") if self._joins else None
-        if job is None:
+    async def _look(self) -> bool:
+        """See to what nobody else is left to do; whether this server should stop."""
+        job, node = os.environ.get("EXPERTMESH_SLURM_JOB"), os.environ.get("EXPERTMESH_BALANCER_NODE")
+        if job is None or node is None:
             return False
         try:
-            return await slurm.is_over(int(job))
+            if self._joins:  # the job that it joined may have ended in a way that let it cancel nothing
+                return await slurm.is_over(int(job))
+            if self._role == "router" and await self._balancer.status() is None and await slurm.is_down(node):
+                # Slurm lets the job go on without its batch script, and the mesh without a balancer.
+                log.warning("%s, the node of the balancer, is down: the job is requeued", node)
+                await slurm.requeue(int(job))
         except slurm.SlurmError as error:
             log.warning("%s", error)
-            return False
+        return False
 
     async def _is_missed(self) -> bool:
         """Whether there are fewer servers of the role than there should be; so when nobody can be asked."""

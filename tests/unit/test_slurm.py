@@ -174,6 +174,12 @@ async def test_whether_a_job_is_over(commands: Path, body: str, is_over: bool) -
     assert await slurm_commands.is_over(7) is is_over
 
 
+@pytest.mark.parametrize(("state", "is_down"), [("down*", True), ("down", True), ("mixed", False), ("idle*", False)])
+async def test_whether_a_node_is_down(commands: Path, state: str, is_down: bool) -> None:
+    fake_command(commands, "sinfo", f"print({state!r})")
+    assert await slurm_commands.is_down("n1") is is_down
+
+
 async def test_a_controller_that_is_away_says_nothing_about_a_job(commands: Path) -> None:
     fake_command(commands, "squeue", "import sys\nsys.exit('Unable to contact slurm controller')")
     with pytest.raises(slurm_commands.SlurmError, match="Unable to contact"):

@@ -1,0 +1,50 @@
+"""A job that starts again as a whole. It takes another minute, so `make slurm-test` runs it and `make test` does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from support.slurm import SlurmCluster, until
+from support.slurm_mesh import AT_FIRST, START_TIMEOUT_S, SlurmMesh, cluster, expected
+
+__all__ = ["cluster"]
+
+
+@pytest.mark.timeout(290)
+def test_job_is_requeued_before_its_time_is_over_and_when_the_balancer_is_lost(cluster: SlurmCluster) -> None:
+    mesh = SlurmMesh(cluster)
+    mesh.until_serving(lambda servers: servers == AT_FIRST)
+    tokens = expected()
+
+    # What Slurm sends two minutes before the time limit.
+    cluster.run("scancel", "--batch", "--signal=USR1", mesh.job)
+    start_again(mesh)
+    mesh.until_serving(lambda servers: servers.keys() == AT_FIRST.keys())
+    assert mesh.generate() == tokens
+    assert view(mesh) > 1, "the balancer found its state"
+
+    # The node of the balancer and of the batch script: nobody is left but the routers' tasks.
+    cluster.kill_node("n1")
+    assert mesh.generate() == tokens
+    start_again(mesh)
+    again = mesh.until_serving(lambda servers: servers.keys() == AT_FIRST.keys())
+    assert "n1" not in again.values()
+    assert mesh.generate() == tokens
+    cluster.run("scancel", mesh.job)
+    until(lambda: not cluster.queue(), START_TIMEOUT_S, mesh.logs)
+
+
+def start_again(mesh: SlurmMesh) -> None:
+    """When all components wait to be started again: now, and not when Slurm's credentials have expired."""
+
+    def states() -> list[str]:
+        return mesh.cluster.run("squeue", "--noheader", f"--jobs={mesh.job}", "--format=%T").split()
+
+    until(lambda: states() == ["PENDING"] * 3, START_TIMEOUT_S, mesh.logs)
+    mesh.cluster.run("scontrol", "update", f"JobId={mesh.job}", "StartTime=now")
+
+
+def view(mesh: SlurmMesh) -> int:
+    return int(json.loads(mesh.expertmesh("balancer", "status", "--json", "--balancer", mesh.balancer))["view"])
