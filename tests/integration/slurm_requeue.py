@@ -1,4 +1,4 @@
-"""A job that starts again as a whole. It takes another minute, so `make slurm-test` runs it and `make test` does not."""
+"""A job that starts again as a whole. It takes another minute: `make slurm-test` runs it, `make test` does not."""
 
 from __future__ import annotations
 
