@@ -17,13 +17,14 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
+from support import mesh_state
 from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config
 from support.reference import encode, greedy
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 START_S = 150.0
-LENGTH = 200
+LENGTH = 400
 NUM_PROMPTS = 12
 LAYOUTS = {"colocated": {"both_servers": 2, "attention__servers": 0, "expert__servers": 0}}
 LAYOUTS["apart"] = {"both_servers": 0, "attention__servers": 1, "expert__servers": 1}
@@ -45,12 +46,17 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     try:
         running.start()
         running.wait_ready(START_S)
+        asyncio.run(mesh_state.until(lambda: _is_whole(running), START_S, lambda: logs(running)))
         yield running
     except BaseException:
         print(logs(running))
         raise
     finally:
         running.stop()
+
+
+async def _is_whole(mesh: LocalMesh) -> bool:
+    return await mesh_state.stepping(mesh) is not None
 
 
 async def generate(mesh: LocalMesh, length: int) -> list[list[int]]:
