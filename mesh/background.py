@@ -1,14 +1,9 @@
-"""Threads whose work can wait for the steps: their priorities, and where they work on a GPU."""
+"""Priorities of threads whose work can wait for the steps: migrations, searches for better placements."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch  # the balancer has threads too, and starts without it
 
 
 def only_idle_cores() -> None:
@@ -28,22 +23,6 @@ def preempt_nobody() -> None:
     without getting a core, on a machine that others keep busy, and the step with it.
     """
     _schedule("SCHED_BATCH")
-
-
-@contextlib.contextmanager
-def beside_steps(device: torch.device) -> Iterator[None]:
-    """What the calling thread copies on a GPU goes through a stream of its own, and is done when this ends.
-
-    It begins behind what the steps' stream has been given so far, which may read memory that is about to be written.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
 
 
 def _schedule(policy: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -44,6 +46,22 @@ def resolve_device(config: MeshConfig, gpu: int | None = None) -> torch.device:
     if config.device == "cuda":
         raise UserError("device", f"is cuda, and {lacking}", "install what is missing, or set it to auto or cpu")
     return CPU
+
+
+@contextlib.contextmanager
+def beside_steps(device: torch.device) -> Iterator[None]:
+    """What the calling thread copies on a GPU goes through a stream of its own, and is done when this ends.
+
+    It begins behind what the steps' stream has been given so far, which may read memory that is about to be written.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _gpu_index(gpu: int | None) -> int:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from opentelemetry import trace
 
-from expertmesh.mesh.background import beside_steps, preempt_nobody
-from expertmesh.mesh.device import CPU
+from expertmesh.mesh.background import preempt_nobody
+from expertmesh.mesh.device import CPU, beside_steps
 from expertmesh.mesh.halves import ExpertHalf, SlotChange
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
 from expertmesh.mesh.placement import RoutingTables

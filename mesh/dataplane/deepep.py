@@ -307,9 +307,11 @@ def open_deepep(
     """
     usable(shape, device, nodes)
     order = group_order(shape.expert_ranks, nodes)
-    group = connect_nccl(store, order.index(shape.rank), shape.size, device, join_s)
+    group = connect_nccl(store, order.index(shape.rank), shape.size, device, join_s, superseded)
     is_one_node = len(set(nodes)) == 1
-    buffer = within(join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node))
+    buffer = within(
+        join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node), superseded
+    )
     plane = DeepEpPlane(buffer, group, shape, order, settings)
     plane.prepare(superseded)
     return plane

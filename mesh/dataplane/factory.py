@@ -122,7 +122,7 @@ def open_on_device(
     if config.backend == "deepep" or (config.backend == "auto" and _all_can_do_deepep(store, shape, device, nodes)):
         settings = DeepEpSettings(config.num_sms, config.fp8_dispatch, config.timeout_s)
         return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s, superseded)
-    group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s)
+    group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s, superseded)
     plane = NcclPlane(group, shape, device, timeout_s=config.timeout_s)
     plane.connect()
     return plane

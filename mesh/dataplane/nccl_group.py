@@ -25,6 +25,7 @@ _LEAVE_S = 0.5
 """How long a rank that leaves waits for the others. They leave within a step of each other, or not at all."""
 
 _PAUSE_S = 0.005
+_LOOK_S = 0.05
 
 _ENVIRONMENT = {
     # The planes watch the time themselves. The group's own watchdog would end the whole process.
@@ -80,20 +81,32 @@ def agree(
     return True
 
 
-def connect_nccl(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> NcclGroup:
+def connect_nccl(
+    store: Store,
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout_s: float,
+    is_over: Callable[[], bool] = lambda: False,
+) -> NcclGroup:
     """Connect all ranks over NCCL. Blocks until they have come.
 
     Args:
         store: its keys are this group's alone.
         device: this rank's GPU.
+        timeout_s: how long they may take; a process that starts again comes later than the others.
+        is_over: says that they will not come any more.
 
     Raises:
-        DataPlaneError: they did not all come in time, or NCCL failed.
+        DataPlaneError: they did not all come, or NCCL failed.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     began = time.monotonic()
-    group = within(timeout_s, device, "connecting over NCCL", lambda: _connect(store, rank, size, device, timeout_s))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    group = within(
+        timeout_s, device, "connecting over NCCL", lambda: _connect(store, rank, size, device, timeout_s), is_over
+    )
     log.info("NCCL group of %d ranks in %.0f ms", size, 1e3 * (time.monotonic() - began))
     return group
 
@@ -114,29 +127,39 @@ def _connect(store: Store, rank: int, size: int, device: torch.device, timeout_s
     return NcclGroup(group, backend, PrefixStore("agree/", store), rank, size)
 
 
-def within(timeout_s: float, device: torch.device, what: str, function: Callable[[], T]) -> T:
+def within(
+    timeout_s: float,
+    device: torch.device,
+    what: str,
+    function: Callable[[], T],
+    is_over: Callable[[], bool] = lambda: False,
+) -> T:
     """``function()`` on a thread of its own: NCCL waits without end for a rank that died while it connects.
 
     Raises:
-        DataPlaneError: it failed or took longer; then the thread stays behind.
+        DataPlaneError: it failed, took longer, or ``is_over`` says that it will not end; then the thread stays behind.
     """
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            torch.cuda.set_device(device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             results.append(function())
         except BaseException as error:  # noqa: BLE001 - raised below, where someone waits for it
             errors.append(error)
 
     thread = threading.Thread(target=run, name="nccl-connect", daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    deadline_s = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < deadline_s and not is_over():
+        thread.join(_LOOK_S)
     if errors:
         if not isinstance(errors[0], RuntimeError) or isinstance(errors[0], DataPlaneError):
             raise errors[0]
         raise DataPlaneError(f"{what} failed: {errors[0]}") from errors[0]
     if not results:
-        raise DataPlaneError(f"{what} took longer than {timeout_s:g} s")
+        why = "a newer view is known" if time.monotonic() < deadline_s else f"{timeout_s:g} s are over"
+        raise DataPlaneError(f"{what} was given up: {why}")
     return results[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, capaci
 from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.factory import Backend, checked_backend, uses_links
 from expertmesh.mesh.dataplane.nccl import NcclPlane
-from expertmesh.mesh.dataplane.nccl_group import NcclGroup, agree
+from expertmesh.mesh.dataplane.nccl_group import NcclGroup, agree, within
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -182,6 +183,19 @@ def test_ranks_stop_waiting_for_each_other_when_the_view_is_superseded() -> None
     began = time.monotonic()
     assert not agree(HashStore(), "ready", 0, 2, timeout_s=30.0, is_over=lambda: True)
     assert time.monotonic() - began < 5.0
+
+
+def test_a_rank_stops_connecting_when_the_view_is_superseded() -> None:
+    never, over = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(within, 60.0, CPU, "connecting", never.wait, over.is_set)
+        over.set()
+        with pytest.raises(DataPlaneError, match=r"connecting was given up: a newer view is known"):
+            connecting.result(5.0)
+    never.set()
+    assert within(5.0, CPU, "connecting", lambda: 7) == 7
+    with pytest.raises(DataPlaneError, match=r"given up: 0.1 s are over"):
+        within(0.1, CPU, "connecting", lambda: threading.Event().wait(1.0))
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

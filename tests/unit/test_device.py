@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from expertmesh.mesh.config import ModelConfig, parse_config
-from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, resolve_device
+from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, beside_steps, resolve_device
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.graphs import SIZES, round_up, sizes_up_to
 from expertmesh.mesh.model.spec import load_spec
@@ -56,6 +57,32 @@ def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
     assert current == found
     with pytest.raises(UserError, match=r"--gpu: is 4, and this process sees 4 GPUs"):
         resolve_device(config, 4)
+
+
+class Stream:
+    """Stands for a stream of a GPU, and notes what happens to it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def wait_stream(self, other: object) -> None:
+        self._log.append(f"waits for {other}")
+
+    def synchronize(self) -> None:
+        self._log.append("is done")
+
+
+def test_copies_beside_the_steps_follow_what_the_steps_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the steps")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with beside_steps(torch.device("cuda", 1)):
+        log.append("copies")
+    assert log == ["waits for the steps", "copies", "is done"]
+    with beside_steps(torch.device("cpu")):
+        pass
+    assert len(log) == 3
 
 
 def test_a_model_with_random_weights_needs_its_config_alone(tmp_path: Path) -> None:
