@@ -59,7 +59,7 @@ class TaskSupervisor:
         self._woken = threading.Event()  # by a signal, or by the end of the server
         self._over = False
         server_id = task.server_id(asked, joins=joins)
-        host = address_towards(self._balancer.addresses[0].rpartition(":")[0])
+        host = address_towards(self._balancer.addresses[0].rpartition(":")[0].strip("[]"))
         serve = ["serve", self._role, "--id", server_id, "--config", str(run_dir / "mesh.yaml"), "--host", host]
         serve += ["--node", task.node, "--stop-with-stdin", "--ignore-sigterm"]
         if self._role == "router":  # several may be on one node
