@@ -24,7 +24,7 @@ from support.reference import encode, greedy
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 START_S = 150.0
-LENGTH = 400
+LENGTH = 800  # long enough that something can happen meanwhile
 NUM_PROMPTS = 12
 LAYOUTS = {"colocated": {"both_servers": 2, "attention__servers": 0, "expert__servers": 0}}
 LAYOUTS["apart"] = {"both_servers": 0, "attention__servers": 1, "expert__servers": 1}
@@ -120,7 +120,7 @@ def test_no_token_is_lost_when_a_rank_is_killed(mesh: LocalMesh) -> None:
 
     async def generate_and_kill() -> tuple[list[list[int]], float]:
         generating = asyncio.create_task(generate(mesh, LENGTH))
-        await asyncio.sleep(0.4)  # in the middle of it
+        await asyncio.sleep(0.2)  # in the middle of it
         assert not generating.done()
         killed_s = time.monotonic()
         mesh.kill(victim, signal.SIGKILL)
