@@ -1,27 +1,32 @@
-"""A model's chat template: conversations, with tools and what tools answered, to the text of a prompt."""
+"""A model's chat template: conversations, with tools and what tools answered, to the text of a prompt.
+
+It comes with a checkpoint, so it is rendered in a process that it may kill (``mesh.chat_template_worker``).
+"""
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import grpc
 import jinja2
-import jinja2.meta
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
 
+from expertmesh.mesh.chat_template_worker import LIMITS, new_environment
 from expertmesh.mesh.errors import UserError
-from expertmesh.router.errors import invalid
+from expertmesh.mesh.killable_worker import BusyError, KillableWorker, LostError, TooMuchError
+from expertmesh.router.errors import Refusal, invalid
 from expertmesh.v1 import generate_pb2
 
-MAX_TEMPLATE_CHARS = 512 * 2**10
-_OURS = frozenset({"messages", "tools", "add_generation_prompt"})
+MAX_TEMPLATE_CHARS = 128 * 2**10
+"""Some five times the longest in use; the process that renders them has the time to compile so much."""
+
+_RETRY_AFTER_MS = 1000
 
 
 class ChatTemplate:
-    """Rendered in a sandbox, as transformers does.
+    """Rendered in a sandbox, as transformers does, by a process that the first conversation starts. ``close`` it.
 
     Args:
         source: Jinja.
@@ -35,51 +40,63 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             problem = f"the chat template has {len(source)} characters"
             raise UserError(origin, problem, f"use one of at most {MAX_TEMPLATE_CHARS}")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._special_tokens = special_tokens
         try:
-            self._template = environment.from_string(source)
-            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        except jinja2.TemplateError as error:
+            takes_tools = _takes_tools(source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(origin, f"the chat template is not valid ({error})", "mend it or remove it") from None
-        self.takes_tools = "tools" in variables
+        setup = {"template": source, "takes_tools": takes_tools, "special_tokens": dict(special_tokens)}
+        self.worker = KillableWorker("expertmesh.mesh.chat_template_worker", setup, LIMITS, verb="render")
 
-    def render(self, chat: generate_pb2.ChatInput) -> str:
+    async def render(self, chat: generate_pb2.ChatInput, max_bytes: int) -> str:
         """The prompt that asks for the assistant's next message.
 
         Raises:
-            Refusal: INVALID_ARGUMENT when a part of it is not JSON, or the template has no place for tools or rejects
-                the messages.
+            Refusal: INVALID_ARGUMENT when a part of it is not JSON, the template has no place for tools or rejects the
+                messages, or the prompt would be longer or take too much time or memory; RESOURCE_EXHAUSTED when too
+                many others wait; UNAVAILABLE when no process can be started.
         """
-        tools = [_object(f"chat.tools[{index}]", text) for index, text in enumerate(chat.tools)]
-        if tools and not self.takes_tools:
-            raise invalid("chat.tools", "the model's chat template has no place for tools", "leave them out")
-        messages = [_message(index, message) for index, message in enumerate(chat.messages)]
+        question = {
+            "messages": [_message(message) for message in chat.messages],
+            "tools": list(chat.tools),
+            "template_kwargs": chat.template_kwargs,
+            "max_bytes": max_bytes,
+        }
         try:
-            return self._template.render(
-                **{**self._special_tokens, **_further(chat)},
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=True,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise invalid(
-                "chat.messages", f"the model's chat template rejects them ({error})", "send roles in its order"
-            ) from None
+            answer = await self.worker.ask(question)
+        except TooMuchError as error:
+            problem = f"with them the model's chat template {error}"
+            raise invalid("chat.messages", problem, "send less, or have the operator set model.chat_template") from None
+        except BusyError as error:
+            raise _later(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} for the model's chat template") from None
+        except LostError as error:
+            raise _later(grpc.StatusCode.UNAVAILABLE, f"no process renders the chat template ({error})") from None
+        if "text" not in answer:
+            raise invalid(**answer)
+        text: str = answer["text"]
+        return text
+
+    async def close(self) -> None:
+        await self.worker.close()
 
 
-def _message(index: int, message: generate_pb2.ChatMessage) -> dict[str, Any]:
+class _Unfolded(CodeGenerator):
+    """Computes nothing of what it compiles: for the checks that it makes, in the router's own process."""
+
+    def _output_child_to_const(self, *_: Any) -> NoReturn:
+        raise nodes.Impossible
+
+
+def _takes_tools(source: str) -> bool:
+    """Whether a template names them. Raises TemplateError, RecursionError where it is not valid."""
+    environment = new_environment()
+    environment.optimized = False
+    environment.code_generator_class = _Unfolded
+    parsed = environment.parse(source)
+    environment.compile(parsed, raw=True)
+    return any(name.name == "tools" and name.ctx == "load" for name in parsed.find_all(nodes.Name))
+
+
+def _message(message: generate_pb2.ChatMessage) -> dict[str, Any]:
     """As templates expect it: what a message does not have is not defined."""
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name:
@@ -87,47 +104,16 @@ def _message(index: int, message: generate_pb2.ChatMessage) -> dict[str, Any]:
     if message.tool_call_id:
         fields["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        fields["tool_calls"] = _tool_calls(index, message.tool_calls)
+        fields["tool_calls"] = _tool_calls(message.tool_calls)
     return fields
 
 
-def _tool_calls(index: int, calls: Sequence[generate_pb2.ToolCall]) -> list[dict[str, Any]]:
-    """Templates write arguments out themselves, so they get them as an object."""
-    shown = []
-    for number, call in enumerate(calls):
-        field = f"chat.messages[{index}].tool_calls[{number}].arguments"
-        function = {"name": call.name, "arguments": _object(field, call.arguments or "{}")}
-        shown.append({"type": "function", "id": call.id, "function": function})
-    return shown
+def _tool_calls(calls: Sequence[generate_pb2.ToolCall]) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
 
 
-def _further(chat: generate_pb2.ChatInput) -> dict[str, Any]:
-    if not chat.template_kwargs:
-        return {}
-    variables = _object("chat.template_kwargs", chat.template_kwargs)
-    if taken := sorted(_OURS & variables.keys()):
-        raise invalid("chat.template_kwargs", f"sets {', '.join(taken)}", "leave those out: the request has them")
-    return variables
-
-
-def _object(field: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise invalid(field, f"is not JSON ({error})", "send a JSON object") from None
-    if not isinstance(value, dict):
-        raise invalid(field, f"is a {type(value).__name__}", "send a JSON object")
-    return value
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Not Jinja's own: that one escapes HTML characters."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
+def _later(code: grpc.StatusCode, problem: str) -> Refusal:
+    return Refusal(code, f"chat: {problem}; try again later", retry_after_ms=_RETRY_AFTER_MS)

@@ -1,43 +1,27 @@
 """Constraints at the door: compiled in a process that a hostile one may kill, before an attention server sees them.
 
-One process, at low priority, checks one constraint after the other; its own limits (``mesh.constraint_worker``) end it
-when one is too much, and the next check starts another one.
+One process, at low priority, checks one constraint after the other (``mesh.constraint_worker``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import logging
-import signal
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from expertmesh.mesh.constraint import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_SOURCE_BYTES, Constraint
-from expertmesh.mesh.constraint_worker import CPU_LIMIT_S, MEMORY_LIMIT_BYTES
+from expertmesh.mesh.constraint_worker import LIMITS
+from expertmesh.mesh.killable_worker import BusyError, KillableWorker, LostError, TooMuchError, UnusableError
 from expertmesh.router.errors import Refusal, invalid
 
-log = logging.getLogger(__name__)
-
-_TIMEOUT_S = 30.0
-"""Of one check: the process ends itself long before, unless it gets no CPU time at all."""
-
-_START_TIMEOUT_S = 60.0
-_MAX_PENDING = 64
 _KEPT = 1024
 _RETRY_AFTER_MS = 1000
-_TOO_MUCH = {
-    -signal.SIGPROF: f"takes more than {CPU_LIMIT_S:g} s of CPU time to compile",
-    -signal.SIGABRT: f"takes more than {MEMORY_LIMIT_BYTES >> 20} MiB of memory to compile",
-    -signal.SIGSEGV: "is nested too deeply",
-    1: "cannot be compiled",
-}
 _REMEDIES = {
     "json_schema": "send a JSON schema with the keywords that docs/structured-output.md lists",
     "json_object": "leave it out",
@@ -45,14 +29,6 @@ _REMEDIES = {
     "grammar": "send a grammar in llguidance's Lark, with a rule `start`",
     "choice": "send other choices",
 }
-
-
-class _TooMuchError(Exception):
-    """The process ended because of what it was to check; the message says how."""
-
-
-class _LostError(Exception):
-    """The process ended or did not answer, which says nothing of what it was to check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +61,12 @@ class ConstraintChecker:
     def __init__(
         self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int], command: Sequence[str] = ()
     ) -> None:
-        arguments = (str(tokenizer_json), str(vocab_size), json.dumps(list(eos_token_ids)))
-        self._command = command or (sys.executable, "-P", "-m", "expertmesh.mesh.constraint_worker", *arguments)
+        setup = {"tokenizer": str(tokenizer_json), "vocab_size": vocab_size, "eos_token_ids": list(eos_token_ids)}
+        self.worker = KillableWorker(
+            "expertmesh.mesh.constraint_worker", setup, LIMITS, verb="compile", command=command
+        )
         self._verdicts: OrderedDict[Constraint, _Verdict] = OrderedDict()
-        self._checks: dict[Constraint, asyncio.Task[_Verdict]] = {}
-        self._turn = asyncio.Lock()
-        self._worker: asyncio.subprocess.Process | None = None
+        self._checks: dict[Constraint, asyncio.Task[dict[str, Any]]] = {}
 
     async def check(self, constraint: Constraint) -> None:
         """Returns when attention servers may compile it.
@@ -104,102 +80,54 @@ class ConstraintChecker:
             self._verdicts.move_to_end(constraint)
             verdict = self._verdicts[constraint]
         else:
-            # Others may wait for the same; who goes away does not leave half an answer in the pipe.
-            verdict = await asyncio.shield(self._checks.get(constraint) or self._start_check(constraint))
+            # Others may wait for the same.
+            check = self._checks.get(constraint) or self._start_check(constraint)
+            await asyncio.wait([check])
+            verdict = _verdict(check)
         verdict.enforce(constraint)
 
     async def close(self) -> None:
         """Give up all checks and end the process."""
-        checks = list(self._checks.values())
-        for task in checks:
-            task.cancel()
-        await asyncio.gather(*checks, return_exceptions=True)
-        await self._kill()
+        await self.worker.close()
 
-    def _start_check(self, constraint: Constraint) -> asyncio.Task[_Verdict]:
-        if len(self._checks) >= _MAX_PENDING:
+    def _start_check(self, constraint: Constraint) -> asyncio.Task[dict[str, Any]]:
+        try:
+            check = self.worker.start({"kind": constraint.kind, "source": constraint.source})
+        except BusyError as error:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{constraint.field}: {_MAX_PENDING} other constraints wait for their check; try again later",
+                f"{constraint.field}: {error} for the check of their constraints; try again later",
                 retry_after_ms=_RETRY_AFTER_MS,
-            )
-        task = asyncio.create_task(self._check(constraint), name=f"check {constraint.field}")
-        self._checks[constraint] = task
-        task.add_done_callback(lambda _: self._checks.pop(constraint, None))
-        return task
+            ) from None
+        self._checks[constraint] = check
+        check.add_done_callback(lambda _: self._remember(constraint))
+        return check
 
-    async def _check(self, constraint: Constraint) -> _Verdict:
-        async with self._turn:
-            try:
-                verdict = await self._ask_worker(constraint)
-            except _LostError as error:
-                log.warning("the process that checks constraints is lost, another one is started: %s", error)
-                try:
-                    verdict = await self._ask_worker(constraint)
-                except _LostError as again:
-                    return _Verdict(grpc.StatusCode.UNAVAILABLE, f"could not be checked ({again})")
+    def _remember(self, constraint: Constraint) -> None:
+        """What was found, even where all who asked went away: it costs its time once."""
+        check = self._checks.pop(constraint)
+        if check.cancelled():
+            return
+        verdict = _verdict(check)
+        if verdict.code is grpc.StatusCode.UNAVAILABLE:
+            return
         self._verdicts[constraint] = verdict
         while len(self._verdicts) > _KEPT:
             self._verdicts.popitem(last=False)
-        return verdict
 
-    async def _ask_worker(self, constraint: Constraint) -> _Verdict:
-        try:
-            worker, unusable = await self._open_worker()
-            if unusable:
-                problem = f"the output of this model cannot be constrained: {unusable}"
-                return _Verdict(grpc.StatusCode.FAILED_PRECONDITION, problem)
-            wrong = await self._ask(worker, constraint)
-        except _TooMuchError as error:
-            log.warning("%s: %s", constraint.field, error)
-            wrong = str(error)
-        except BaseException:
-            await self._kill()
-            raise
-        return _Verdict() if wrong is None else _Verdict(grpc.StatusCode.INVALID_ARGUMENT, wrong)
 
-    async def _open_worker(self) -> tuple[asyncio.subprocess.Process, str | None]:
-        """The process, and why it cannot be used, if so."""
-        worker = self._worker
-        if worker is not None and worker.returncode is None:
-            return worker, None
-        try:
-            self._worker = worker = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-            )
-            return worker, await self._answer(worker, _START_TIMEOUT_S)
-        except (OSError, _TooMuchError) as error:
-            raise _LostError(f"it does not start: {error}") from None
-
-    async def _ask(self, worker: asyncio.subprocess.Process, constraint: Constraint) -> str | None:
-        assert worker.stdin is not None, "it was opened with a pipe"
-        line = json.dumps({"kind": constraint.kind, "source": constraint.source}) + "\n"
-        with contextlib.suppress(ConnectionError):  # it is gone: reading says so
-            worker.stdin.write(line.encode())
-            await asyncio.wait_for(worker.stdin.drain(), _TIMEOUT_S)
-        return await self._answer(worker, _TIMEOUT_S)
-
-    async def _answer(self, worker: asyncio.subprocess.Process, timeout_s: float) -> str | None:
-        assert worker.stdout is not None, "it was opened with a pipe"
-        try:
-            line = await asyncio.wait_for(worker.stdout.readline(), timeout_s)
-            status = 0 if line else await asyncio.wait_for(worker.wait(), timeout_s)
-        except TimeoutError:
-            raise _LostError(f"no answer within {timeout_s:g} s") from None
-        if not line:
-            if status in _TOO_MUCH:
-                raise _TooMuchError(_TOO_MUCH[status])
-            raise _LostError(f"it ended with status {status}")
-        problem: str | None = json.loads(line)["problem"]
-        return problem
-
-    async def _kill(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            worker.kill()
-        await worker.wait()  # it was killed: this ends
+def _verdict(check: asyncio.Task[dict[str, Any]]) -> _Verdict:
+    """Of a check that is done. Raises CancelledError when it was given up."""
+    try:
+        problem = check.result()["problem"]
+    except UnusableError as error:
+        unusable = f"the output of this model cannot be constrained: {error}"
+        return _Verdict(grpc.StatusCode.FAILED_PRECONDITION, unusable)
+    except TooMuchError as error:
+        problem = str(error)
+    except LostError as error:
+        return _Verdict(grpc.StatusCode.UNAVAILABLE, f"could not be checked ({error})")
+    return _Verdict() if problem is None else _Verdict(grpc.StatusCode.INVALID_ARGUMENT, problem)
 
 
 def _check_size(constraint: Constraint) -> None:

@@ -159,7 +159,7 @@ class Runner:
             case "text":
                 token_ids, field = await tokenizer.text_ids(request.text, limits), "text"
             case "chat":
-                token_ids, field = await tokenizer.chat_ids(request.chat, limits), "chat"
+                token_ids, field = await tokenizer.chat_ids(request.chat, limits, self._config.max_prompt_bytes), "chat"
             case _:
                 field = "tokenized.input_ids"
                 validation.check_prompt_length(field, len(request.tokenized.input_ids), limits)

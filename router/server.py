@@ -149,7 +149,7 @@ class Router:
         if self.prefill is not None:
             await self.prefill.pool.close()
         await self.runner.constraints.close()
-        self.model.tokenizer.close()
+        await self.model.tokenizer.close()
 
     def _on_capacity_change(self) -> None:
         if self._server is not None:

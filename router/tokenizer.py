@@ -28,7 +28,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class PromptTokenizer:
-    """What a prompt becomes. ``close`` ends its threads."""
+    """What a prompt becomes. ``close`` ends its threads and the process of its chat template."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
         self.tokenizer = tokenizer
@@ -44,12 +44,12 @@ class PromptTokenizer:
         """
         return await self._encode("text", text, limits, special_tokens=True)
 
-    async def chat_ids(self, chat: generate_pb2.ChatInput, limits: ModelLimits) -> Sequence[int]:
-        """Token ids of a conversation.
+    async def chat_ids(self, chat: generate_pb2.ChatInput, limits: ModelLimits, max_bytes: int) -> Sequence[int]:
+        """Token ids of a conversation, whose text has at most ``max_bytes``.
 
         Raises:
             Refusal: FAILED_PRECONDITION without a chat template; INVALID_ARGUMENT without messages, when the template
-                rejects them or their tools, or when they are too long.
+                rejects them or their tools, or when they are too long; and those of ``ChatTemplate.render``.
         """
         if self.chat_template is None:
             raise Refusal(
@@ -60,10 +60,13 @@ class PromptTokenizer:
             )
         if not chat.messages:
             raise invalid("chat.messages", "is empty", "send at least one message")
-        return await self._encode("chat", self.chat_template.render(chat), limits, special_tokens=False)
+        text = await self.chat_template.render(chat, max_bytes)
+        return await self._encode("chat", text, limits, special_tokens=False)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.chat_template is not None:
+            await self.chat_template.close()
 
     async def _encode(self, field: str, text: str, limits: ModelLimits, *, special_tokens: bool) -> Sequence[int]:
         if len(text) <= INLINE_CHARS:

@@ -17,6 +17,7 @@ from expertmesh.router.validation import ModelLimits, SamplingDefaults
 from expertmesh.v1.generate_pb2 import ChatInput, ChatMessage, ToolCall
 
 LIMITS = ModelLimits(name="demo", vocab_size=8192, max_model_len=1024, defaults=SamplingDefaults())
+MAX_BYTES = 4096
 TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role not in ('user', 'assistant') %}
@@ -42,7 +43,7 @@ async def test_text(folder: Path) -> None:
     assert await tokenizer.text_ids(short, LIMITS) == tokenizer.tokenizer.encode(short).ids
     assert len(long) > INLINE_CHARS
     assert await tokenizer.text_ids(long, LIMITS) == tokenizer.tokenizer.encode(long).ids
-    tokenizer.close()
+    await tokenizer.close()
 
 
 @pytest.mark.parametrize("words", [1100, 1_000_000])
@@ -52,7 +53,7 @@ async def test_text_that_is_too_long(folder: Path, words: int) -> None:
         await tokenizer.text_ids("one " * words, LIMITS)
     assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert ("at least" in refused.value.message) == (words == 1_000_000)
-    tokenizer.close()
+    await tokenizer.close()
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "named"])
@@ -65,14 +66,15 @@ async def test_chat(folder: Path, place: str) -> None:
         settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
         path.write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = load_tokenizer(folder)
-    ids = await tokenizer.chat_ids(HELLO, LIMITS)
+    ids = await tokenizer.chat_ids(HELLO, LIMITS, MAX_BYTES)
     text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
     assert text == "<|endoftext|>user: Hello <b>\nassistant:"
     with pytest.raises(Refusal, match="no role system") as refused:
-        await tokenizer.chat_ids(ChatInput(messages=[ChatMessage(role="system", content="x")]), LIMITS)
+        await tokenizer.chat_ids(ChatInput(messages=[ChatMessage(role="system", content="x")]), LIMITS, MAX_BYTES)
     assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
     with pytest.raises(Refusal, match=r"chat\.messages: is empty"):
-        await tokenizer.chat_ids(ChatInput(), LIMITS)
+        await tokenizer.chat_ids(ChatInput(), LIMITS, MAX_BYTES)
+    await tokenizer.close()
 
 
 async def test_chat_with_what_the_template_has_no_place_for(folder: Path) -> None:
@@ -89,21 +91,23 @@ async def test_chat_with_what_the_template_has_no_place_for(folder: Path) -> Non
         ),
     ):
         with pytest.raises(Refusal, match=problem) as refused:
-            await tokenizer.chat_ids(chat, LIMITS)
+            await tokenizer.chat_ids(chat, LIMITS, MAX_BYTES)
         assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_chat_without_a_template_names_the_remedy(folder: Path) -> None:
     with pytest.raises(Refusal, match=r"chat_template\.jinja") as refused:
-        await load_tokenizer(folder).chat_ids(HELLO, LIMITS)
+        await load_tokenizer(folder).chat_ids(HELLO, LIMITS, MAX_BYTES)
     assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_a_template_cannot_reach_python(folder: Path) -> None:
     source = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
     with pytest.raises(Refusal, match="rejects them"):
-        await load_tokenizer(folder).chat_ids(HELLO, LIMITS)
+        await tokenizer.chat_ids(HELLO, LIMITS, MAX_BYTES)
+    await tokenizer.close()
 
 
 @pytest.mark.parametrize(
