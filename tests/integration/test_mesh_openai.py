@@ -106,6 +106,23 @@ async def test_token_ids_as_prompt_and_stop(live: LiveMesh, client: openai.Async
     assert (choice.model_extra or {})["stop_reason"] == stop
 
 
+@pytest.mark.parametrize(("skip", "shown"), [(True, ""), (None, ""), (False, "<|pad|>")])
+async def test_special_tokens_in_text(
+    live: LiveMesh, client: openai.AsyncOpenAI, skip: bool | None, shown: str
+) -> None:
+    """One that ends nothing, made the only likely one."""
+    pad = Tokenizer.from_file(str(demo_model_path() / "tokenizer.json")).token_to_id("<|pad|>")
+    asked: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0}
+    choices: dict[str, Any] = {} if skip is None else {"skip_special_tokens": skip}
+    answer = await client.completions.create(
+        model=MODEL, prompt=PROMPT, logit_bias={str(pad): 100}, extra_body=TOKEN_IDS | choices, **asked
+    )
+    (choice,) = answer.choices
+    assert (choice.model_extra or {})["token_ids"] == [pad] * 3
+    assert choice.text == shown * 3
+    assert (await own_answer(live, logit_bias={pad: 100.0}, **choices, **asked)).text == shown * 3
+
+
 async def test_logprobs(live: LiveMesh, client: openai.AsyncOpenAI) -> None:
     expected = await own_answer(live, logprobs=2, **SAMPLED)
     answer = await client.completions.create(model=MODEL, prompt=PROMPT, logprobs=2, **SAMPLED)
