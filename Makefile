@@ -123,5 +123,5 @@ dashboards: $(VENV)/.installed-dev
 	$(PY) deploy/dashboards/generate.py
 
 $(VENV)/tools/%/.installed: tests/tools/%.txt $(VENV)/.created
-	@$(PY) -m venv $(VENV)/tools/$* && $(VENV)/tools/$*/bin/python -m pip --disable-pip-version-check install --quiet -r $< \
+	@$(PY) -m venv $(VENV)/tools/$* && $(VENV)/tools/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -r $< \
 	&& touch $@ || echo "not installed: $*: its tests will be skipped"
