@@ -22,8 +22,6 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING = 64
-
 _TIMEOUT_S = 30.0
 """Of one question: the process ends itself long before, unless it gets no CPU time at all."""
 
@@ -66,6 +64,7 @@ class KillableWorker:
         module: whose ``main`` is a ``serve``.
         setup: what it is to work with.
         verb: what it does with a question, for messages.
+        max_pending: questions without an answer.
         command: to start instead of the module, for tests.
     """
 
@@ -76,12 +75,14 @@ class KillableWorker:
         limits: WorkerLimits,
         *,
         verb: str,
+        max_pending: int,
         command: Sequence[str] = (),
     ) -> None:
         self._name = module.rpartition(".")[2]
         self._command = command or (sys.executable, "-P", "-m", module)
         self._setup = setup
         self._limits = limits
+        self._max_pending = max_pending
         self._too_much = {
             -signal.SIGPROF: f"takes more than {limits.cpu_s:g} s of CPU time to {verb}",
             -signal.SIGABRT: f"takes more than {limits.memory_bytes >> 20} MiB of memory to {verb}",
@@ -105,8 +106,8 @@ class KillableWorker:
         Raises:
             BusyError: too many others wait.
         """
-        if len(self._tasks) >= MAX_PENDING:
-            raise BusyError(f"{MAX_PENDING} others wait")
+        if len(self._tasks) >= self._max_pending:
+            raise BusyError(f"{self._max_pending} others wait")
         task = asyncio.create_task(self._answer(question), name=self._name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

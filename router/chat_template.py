@@ -22,6 +22,9 @@ from expertmesh.v1 import generate_pb2
 MAX_TEMPLATE_CHARS = 128 * 2**10
 """Some five times the longest in use; the process that renders them has the time to compile so much."""
 
+MAX_PENDING = 1024
+"""Many come at once, and each takes a fraction of a millisecond."""
+
 _RETRY_AFTER_MS = 1000
 
 
@@ -45,7 +48,9 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(origin, f"the chat template is not valid ({error})", "mend it or remove it") from None
         setup = {"template": source, "takes_tools": takes_tools, "special_tokens": dict(special_tokens)}
-        self.worker = KillableWorker("expertmesh.mesh.chat_template_worker", setup, LIMITS, verb="render")
+        self.worker = KillableWorker(
+            "expertmesh.mesh.chat_template_worker", setup, LIMITS, verb="render", max_pending=MAX_PENDING
+        )
 
     async def render(self, chat: generate_pb2.ChatInput, max_bytes: int) -> str:
         """The prompt that asks for the assistant's next message.

@@ -20,6 +20,7 @@ from expertmesh.mesh.constraint_worker import LIMITS
 from expertmesh.mesh.killable_worker import BusyError, KillableWorker, LostError, TooMuchError, UnusableError
 from expertmesh.router.errors import Refusal, invalid
 
+_MAX_PENDING = 64
 _KEPT = 1024
 _RETRY_AFTER_MS = 1000
 _REMEDIES = {
@@ -63,7 +64,12 @@ class ConstraintChecker:
     ) -> None:
         setup = {"tokenizer": str(tokenizer_json), "vocab_size": vocab_size, "eos_token_ids": list(eos_token_ids)}
         self.worker = KillableWorker(
-            "expertmesh.mesh.constraint_worker", setup, LIMITS, verb="compile", command=command
+            "expertmesh.mesh.constraint_worker",
+            setup,
+            LIMITS,
+            verb="compile",
+            max_pending=_MAX_PENDING,
+            command=command,
         )
         self._verdicts: OrderedDict[Constraint, _Verdict] = OrderedDict()
         self._checks: dict[Constraint, asyncio.Task[dict[str, Any]]] = {}

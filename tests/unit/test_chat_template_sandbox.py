@@ -16,8 +16,7 @@ import pytest_asyncio
 
 from expertmesh.mesh.chat_template_worker import LIMITS
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.killable_worker import MAX_PENDING
-from expertmesh.router.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
+from expertmesh.router.chat_template import MAX_PENDING, MAX_TEMPLATE_CHARS, ChatTemplate
 from expertmesh.router.errors import Refusal
 from expertmesh.v1.generate_pb2 import ChatInput, ChatMessage
 
