@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from expertmesh.mesh.addresses import is_address, split_addresses
-from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_section import Section, YamlSwitch
 
 
 class DisaggregationConfig(Section):
     """See docs/disaggregation.md."""
 
-    role: Literal["off", "prefill", "decode"] = Field(
+    role: Annotated[Literal["off", "prefill", "decode"], YamlSwitch] = Field(
         "off",
         description="prefill: attention servers hand the KV blocks of prompts out; decode: routers have prompts "
         "computed by the mesh of `prefill_balancer`, and attention servers fetch their KV blocks",
@@ -28,12 +28,6 @@ class DisaggregationConfig(Section):
     timeout_s: float = Field(
         5.0, gt=0, description="how long KV blocks may take to come; those that are late are computed again"
     )
-
-    @field_validator("role", mode="before")
-    @classmethod
-    def _read_yaml_switch(cls, value: object) -> object:
-        """YAML 1.1 reads a bare ``off`` as false."""
-        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _knows_where_prompts_go(self) -> DisaggregationConfig:

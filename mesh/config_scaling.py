@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_section import Section, YamlSwitch
 
 
 class RoleScaling(Section):
@@ -23,7 +23,7 @@ class RoleScaling(Section):
 
 
 class ScalingConfig(Section):
-    policy: Literal["off", "dry-run", "on"] = Field(
+    policy: Annotated[Literal["off", "dry-run", "on"], YamlSwitch] = Field(
         "off", description="dry-run: what would be done goes to the events; on: it is done where a launcher watches"
     )
     hook: str | None = Field(
@@ -46,9 +46,3 @@ class ScalingConfig(Section):
     low_share: float = Field(
         0.5, gt=0, lt=1, description="a server goes when the rest would stay below this share of what adds one"
     )
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _read_yaml_switch(cls, value: object) -> object:
-        """YAML 1.1 reads a bare ``on`` and ``off`` as true and false."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_section import Section, YamlSwitch
 
 
 class SpeculationConfig(Section):
     """Keys are named as vLLM's ``speculative_config`` names them."""
 
-    method: Literal["off", "ngram", "mtp"] = Field(
+    method: Annotated[Literal["off", "ngram", "mtp"], YamlSwitch] = Field(
         "off",
         description="where drafts come from: ngram = the request's own tokens, for every model; mtp = the checkpoint's "
         "layer of multi-token prediction (DeepSeek-V3, GLM-4.5); CPU only, see docs/speculation.md",
@@ -22,12 +22,6 @@ class SpeculationConfig(Section):
     )
     prompt_lookup_min: int = Field(2, ge=1, le=64, description="ngram: so many last tokens must have occurred before")
     prompt_lookup_max: int = Field(4, ge=1, le=64, description="ngram: and so many are looked for first")
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _read_yaml_switch(cls, value: object) -> object:
-        """YAML 1.1 reads a bare ``off`` as false."""
-        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _in_order(self) -> SpeculationConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,11 +16,10 @@ from expertmesh.mesh.model.demo import demo_model_path
 from support.live_mesh import LiveMesh
 from support.mesh import demo_prompts, generate_all, greedy_request
 from support.mesh_state import until
-from support.node import node_script
+from support.node import look
 
 pytestmark = pytest.mark.slow
 
-BROWSER = Path(__file__).parents[1] / "browser"
 TIMEOUT_S = 60.0
 LAYER = 1
 
@@ -100,24 +98,10 @@ async def test_coactivation_counts_the_pairs_of_the_tokens_routed(live: LiveMesh
 
 
 async def test_a_browser_shows_the_mesh(live: LiveMesh, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("the page is not looked at: there is no command 'chromium' (Debian: apt-get install chromium)")
-    command = await asyncio.to_thread(node_script, BROWSER, "mesh_page.mjs", tmp_path)
     await traffic(live)
     screenshot = Path(os.environ.get("SCREENSHOT", tmp_path / "page.png"))
-    process = await asyncio.create_subprocess_exec(
-        *command, chromium, await page_of(live), str(LAYER), str(screenshot), stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0
-    seen, status = json.loads(output), await live.status()
+    seen = await look("mesh_page.mjs", await page_of(live), str(LAYER), str(screenshot), folder=tmp_path)
+    status = await live.status()
     assert seen["state"] == "serving"
     assert status.mesh_id in seen["facts"]
     assert set(live.ranks) <= set(seen["servers"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import shutil
@@ -25,7 +24,7 @@ from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2_grpc
 from support.mesh import REQUEST_TIMEOUT_S, mesh_config, start_mesh
 from support.mesh_state import swap_two_experts
-from support.node import node_script
+from support.node import look
 from support.tools import needs_tool
 from support.trace_parts import Phoenix, running_phoenix, running_rotel
 
@@ -33,8 +32,6 @@ pytestmark = [pytest.mark.slow, needs_tool("rotel"), needs_tool("phoenix")]
 
 NUM_TOKENS, NUM_LAYERS, NUM_RANKS = 24, 8, 3
 ARRIVAL_TIMEOUT_S = 60.0
-BROWSER_TIMEOUT_S = 120.0
-BROWSER = Path(__file__).parents[1] / "browser"
 
 
 @contextmanager
@@ -121,20 +118,6 @@ def assert_whole(spans: list[dict[str, Any]], trace_id: str) -> None:
 
 async def seen_in_a_browser(phoenix: Phoenix, trace_id: str, folder: Path) -> str:
     """The text of the trace's page; ``SCREENSHOT`` says where to leave a picture of it."""
-    chromium = shutil.which("chromium")
-    assert chromium is not None, "asked for where it is installed only"
     folder.mkdir()
-    command = await asyncio.to_thread(node_script, BROWSER, "trace.mjs", folder)
     screenshot = os.environ.get("SCREENSHOT", str(folder / "trace.png"))
-    process = await asyncio.create_subprocess_exec(
-        *command, chromium, phoenix.url, trace_id, screenshot, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(BROWSER_TIMEOUT_S):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode == 0
-    return str(json.loads(output)["text"])
+    return str((await look("trace.mjs", phoenix.url, trace_id, screenshot, folder=folder))["text"])

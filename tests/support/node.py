@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+BROWSER = Path(__file__).parents[1] / "browser"
 INSTALL_TIMEOUT_S = 120.0
+LOOK_TIMEOUT_S = 90.0
 
 
 def node_script(source: Path, script: str, folder: Path) -> list[str]:
@@ -29,3 +34,22 @@ def node_script(source: Path, script: str, folder: Path) -> list[str]:
     if result.returncode:
         pytest.skip(f"{script} is not run: npm cannot install its packages: {result.stderr.strip()[-300:]}")
     return [node, str(folder / script)]
+
+
+async def look(script: str, url: str, *arguments: str, folder: Path) -> Any:
+    """What a script of tests/browser sees there in Chromium, from the JSON that it prints; skips the test where there
+    is no browser."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip(f"{script} is not run: there is no command 'chromium' (Debian: apt-get install chromium)")
+    command = await asyncio.to_thread(node_script, BROWSER, script, folder)
+    process = await asyncio.create_subprocess_exec(*command, chromium, url, *arguments, stdout=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    return json.loads(output)
