@@ -33,7 +33,12 @@ class SaidBefore:
     remembers = scale(1, 3)
 
     def __init__(
-        self, addresses: object, tls: object, launcher: str, on_scale: Callable[[admin_pb2.Scale], None]
+        self,
+        addresses: object,
+        tls: object,
+        launcher: str,
+        on_scale: Callable[[admin_pb2.Scale], None],
+        api_key: object,
     ) -> None:
         self.say = on_scale
 
