@@ -130,10 +130,15 @@ class Recorder:
     def close(self, row: int) -> None:
         self._sampler.close(row)
 
-    def sample(self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray) -> Sampled:
+    def accept(self, rows_S: np.ndarray, tokens_S: np.ndarray) -> None:
+        self._sampler.accept(rows_S, tokens_S)
+
+    def choose(
+        self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray, drafted_S: Any = None
+    ) -> Sampled:
         for row, logits_V in zip(rows_S.tolist(), logits_SV.clone(), strict=True):
             self._logits.setdefault(self._handle_of_row[row], []).append(logits_V)
-        return self._sampler.sample(logits_SV, rows_S, position_S)
+        return self._sampler.choose(logits_SV, rows_S, position_S, drafted_S)
 
     def run(self, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[tuple[list[int], torch.Tensor]]:
         """For each prompt its tokens and the logits of each, [tokens, V]."""
