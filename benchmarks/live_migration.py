@@ -57,9 +57,9 @@ SETTINGS = {
     "expert.servers": 4,
     "expert.num_slots": 48,
     "balancer.stats_half_life_tokens": 8000,
-    "balancer.stats_interval_s": 0.5,
+    "balancer.stats_interval_s": 1.0,
     "balancer.layer_updates_per_iter": 1,
-    "balancer.migration_bytes_per_s": 1_000_000,
+    "balancer.migration_bytes_per_s": 400_000,
     "telemetry.metrics_port": 0,
 }
 SHIFTS_PER_ROUND = 2

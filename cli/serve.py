@@ -135,7 +135,9 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
     try:
         if role is ServiceRole.BALANCER:
             from expertmesh.balancer.server import serve as serve_balancer
+            from expertmesh.mesh.background import preempt_nobody
 
+            preempt_nobody()  # where ranks share its cores, all steps would wait for its turns, and it can wait for them
             await serve_balancer(config, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry)
         elif role is ServiceRole.ROUTER:
             from expertmesh.router.server import serve as serve_router

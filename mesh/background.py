@@ -20,7 +20,7 @@ def preempt_nobody() -> None:
     """Let the calling thread wait for its turn when it wakes up.
 
     For short pieces of work in the process of a step thread: under SCHED_IDLE it might hold the interpreter's lock
-    without getting a core, on a machine that others keep busy, and the step with it.
+    without getting a core, on a machine that others keep busy, and the step with it. Threads that it starts inherit it.
     """
     _schedule("SCHED_BATCH")
 
