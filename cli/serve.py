@@ -137,7 +137,7 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
             from expertmesh.balancer.server import serve as serve_balancer
             from expertmesh.mesh.background import preempt_nobody
 
-            preempt_nobody()  # where ranks share its cores, all steps would wait for its turns, and it can wait for them
+            preempt_nobody()  # where ranks share its cores, every step would wait for its turns; it can wait for theirs
             await serve_balancer(config, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry)
         elif role is ServiceRole.ROUTER:
             from expertmesh.router.server import serve as serve_router
