@@ -20,7 +20,7 @@ class PrefillMesh:
     """Followed as the router follows its own mesh; without it prompts are computed where their tokens are generated.
 
     Args:
-        registration, heartbeat: the router's, as it would tell its own balancer.
+        registration: the router's, as it would tell its own balancer.
     """
 
     def __init__(
@@ -28,13 +28,11 @@ class PrefillMesh:
         config: MeshConfig,
         hello: attention_pb2.LinkHello,
         registration: Callable[[], mesh_pb2.Registration],
-        heartbeat: Callable[[], mesh_pb2.Heartbeat],
     ) -> None:
         settings = config.disaggregation
         assert settings.prefill_balancer is not None, "role decode has one"
         self._min_prompt_tokens = settings.min_prompt_tokens
         self._base_registration = registration
-        self._base_heartbeat = heartbeat
         self._server_id = f"{config.name}-{hello.router_id}"  # that mesh may have a router of our name
         self._incarnation = uuid.uuid4().hex
         self._view_number = 0
@@ -68,9 +66,9 @@ class PrefillMesh:
         return registration
 
     def _heartbeat(self) -> mesh_pb2.Heartbeat:
-        heartbeat = self._base_heartbeat()
-        heartbeat.view_number = self._view_number
-        return heartbeat
+        """Without the router's load: that is its own mesh's, and what was counted since the last one is told once."""
+        state = mesh_pb2.SERVER_STATE_SERVING if self.pool.any_serving else mesh_pb2.SERVER_STATE_STARTING
+        return mesh_pb2.Heartbeat(view_number=self._view_number, state=state)
 
     def _on_message(self, message: mesh_pb2.JoinResponse) -> None:
         match message.WhichOneof("message"):

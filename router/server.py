@@ -70,7 +70,7 @@ class Router:
         )
         self.prefill: PrefillMesh | None = None
         if config.disaggregation.role == "decode":
-            self.prefill = PrefillMesh(config, hello, self._registration, self._heartbeat)
+            self.prefill = PrefillMesh(config, hello, self._registration)
         self.runner = Runner(config.router, self.model, self.pool, self.prefill)
         settings = config.telemetry
         self.observer = RequestObserver(
