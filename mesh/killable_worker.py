@@ -167,9 +167,12 @@ class KillableWorker:
         assert process.stdout is not None, "it was opened with pipes"
         try:
             async with asyncio.timeout(timeout_s):
-                with contextlib.suppress(ConnectionError):  # it is gone: reading says so
+                try:
                     process.stdin.write(_line(message))
                     await process.stdin.drain()
+                except (ConnectionError, RuntimeError):  # the latter is what uvloop says of a pipe that closed
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()  # nothing reaches it any more; if it ended before, reading says how
                 line = await process.stdout.readline()
                 status = 0 if line.endswith(b"\n") else await process.wait()
         except TimeoutError:

@@ -193,10 +193,11 @@ async def test_the_examples_of_the_documentation(live: LiveMesh, tmp_path: Path)
         assert shell.returncode == 0, err.decode()
         return out.decode().splitlines()
 
-    (sentence, answer), (person,), (names,), (whole, plain) = [await run(block) for block in blocks]
+    (sentence, answer), person, (names,), (whole, plain) = [await run(block) for block in blocks]
     assert re.fullmatch(r"(Tom|Lily) was [0-9]{1,2} years old\.", sentence)
     assert answer in ("yes", "no")
-    assert set(json.loads(person)) == {"name", "age"}
+    # Sampled, and a model may write JSON over several lines.
+    assert set(json.loads("\n".join(person))) == {"name", "age"}
     assert re.fullmatch(r"[A-Z][a-z]{2,6}(, [A-Z][a-z]{2,6}){1,3}\.", names)
     assert all(type(item) is bool for item in json.loads(json.loads(whole)["text"]))
     assert len(json.loads(plain)["token_ids"]) == 8
