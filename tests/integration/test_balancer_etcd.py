@@ -29,8 +29,8 @@ from expertmesh.mesh.config import EtcdConfig, MeshConfig, TlsConfig
 from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
+from support.balancer_parts import registration
 from support.balancer_stand import TIMEOUT_S, Stream, balancer, cli, config, join, wait_serving
-from support.balancer_world import registration
 from support.etcd import EtcdProcess, free_ports, why_not
 from support.mesh_state import until
 

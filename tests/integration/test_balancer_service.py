@@ -19,8 +19,8 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
+from support.balancer_parts import registration
 from support.balancer_stand import TIMEOUT_S, Stream, balancer, cli, config, join, wait_serving
-from support.balancer_world import registration
 
 
 async def test_a_view_forms_and_the_store_of_its_address_answers(tmp_path: Path) -> None:

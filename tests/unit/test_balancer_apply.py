@@ -9,7 +9,8 @@ import pytest
 
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 NOW = [0, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1]
 WANTED = [4, 1, 2, 3, -1, -1, -1, -1, 0, 5, 6, 7, -1, -1, -1, -1]

@@ -6,7 +6,8 @@ import pytest
 
 from expertmesh.balancer.actual import Phase
 from expertmesh.balancer.door import Over, Welcomed
-from support.balancer_world import World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import World
 
 
 def test_a_broken_stream_alone_changes_nothing_within_the_lease() -> None:

@@ -6,7 +6,8 @@ import grpc
 import pytest
 
 from expertmesh.balancer.door import Over, Refused, Welcomed
-from support.balancer_world import World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import World
 
 
 def test_another_model_is_refused_and_both_fingerprints_are_named() -> None:

@@ -9,7 +9,8 @@ from expertmesh.balancer.actual import Phase
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.draining import Draining
 from expertmesh.v1 import admin_pb2, mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 
 def ask(world: World, server_id: str, *, force: bool = False) -> None:

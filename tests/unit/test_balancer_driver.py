@@ -11,7 +11,8 @@ from expertmesh.balancer.load_gauges import LoadGauges
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.statistics import Statistics
 from expertmesh.mesh.telemetry import disabled_telemetry
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 
 def driver_of(world: World) -> Driver:

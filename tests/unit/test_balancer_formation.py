@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from expertmesh.balancer.actual import Phase
-from support.balancer_world import World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import World
 
 
 def test_the_first_view_waits_for_all_configured_servers_and_says_so() -> None:

@@ -13,7 +13,8 @@ from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.service import MembershipServicer, Sessions
 from expertmesh.balancer.statistics import Statistics
 from expertmesh.v1 import mesh_pb2
-from support.balancer_world import World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import World
 
 TIMEOUT_S = 10.0
 

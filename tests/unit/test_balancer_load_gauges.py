@@ -14,7 +14,8 @@ from expertmesh.balancer.statistics import Statistics
 from expertmesh.mesh.telemetry.metrics import Metrics
 from expertmesh.mesh.telemetry.prometheus import MetricsEndpoint
 from expertmesh.v1 import mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 Samples = dict[tuple[str, str], float]
 NUM_PAIRS = 8 * 7 // 2

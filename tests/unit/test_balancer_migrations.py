@@ -15,7 +15,8 @@ from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.door import Over
 from expertmesh.balancer.state import decode, encode, fresh_state
 from expertmesh.v1 import mesh_pb2
-from support.balancer_world import STEP_S, World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import STEP_S, World
 
 SWAPPED = [4, 1, 2, 3, -1, -1, -1, -1, 0, 5, 6, 7, -1, -1, -1, -1]
 """The first placement of two expert servers, experts 0 and 4 swapped."""

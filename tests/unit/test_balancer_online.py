@@ -11,33 +11,9 @@ import pytest
 from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
 from expertmesh.balancer.state import decode, encode
-from support.balancer_world import World, config, registration
-
-HALF_LIFE = 1000
-EVEN = [1.0] * 8
-SKEWED = [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-"""Experts 0 and 1 are both on the first server."""
-VERY_SKEWED = [9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-
-
-def world(**balancer: Any) -> World:
-    settings = {"mode": "online", "stats_half_life_tokens": HALF_LIFE, "migration_timeout_s": 10, **balancer}
-    made = World(config(**settings))
-    made.form("a1", "e1", "e2")
-    return made
-
-
-def traffic(
-    w: World, load_E: list[float], windows: int = 1, tokens: float = 2000, layers: tuple[int, ...] = (0, 2)
-) -> None:
-    for _ in range(windows):
-        for layer in layers:
-            w.statistics.count(layer, load_E, tokens)
-        w.advance(1)
-
-
-def loads(w: World) -> int:
-    return sum(len(plan.transfers) for plan in w.heard("a1", "plan"))
+from support.balancer_parts import config, registration
+from support.balancer_world import World
+from support.online_world import EVEN, HALF_LIFE, SKEWED, VERY_SKEWED, loads, traffic, world
 
 
 def test_steady_balanced_traffic_moves_nothing() -> None:
@@ -321,101 +297,3 @@ def test_traffic_that_changes_is_followed() -> None:
     traffic(w, [9.0 if expert in hot else 1.0 for expert in range(8)], windows=4)
     assert w.slots(0) != before
     assert w.agree()
-
-
-@pytest.mark.parametrize(("mode", "replicas"), [("online", 2), ("static", 1)])
-def test_a_view_starts_from_replicas_by_load_where_traffic_decides(mode: str, replicas: int) -> None:
-    settings = config(mode=mode, stats_half_life_tokens=HALF_LIFE)
-    settings = settings.model_copy(update={"expert": settings.expert.model_copy(update={"num_slots": 10})})
-    w = World(settings)
-    w.form("a1", "e1", "e2")
-    assert [w.slots(0).count(expert) for expert in (0, 1, 5)] == [2, 2, 1], "no traffic yet"
-    traffic(w, [1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0], layers=(0,))
-    w.join("e3")
-    w.advance(1)
-    assert w.view.number == 2
-    assert w.slots(0).count(5) == replicas
-    assert w.slots(2).count(5) == 1, "nothing is known of this layer"
-    assert sum(expert >= 0 for expert in w.slots(0)) == 10
-
-
-def test_too_few_tokens_make_no_replicas_by_load() -> None:
-    settings = config(mode="online", stats_half_life_tokens=HALF_LIFE)
-    settings = settings.model_copy(update={"expert": settings.expert.model_copy(update={"num_slots": 10})})
-    w = World(settings)
-    w.form("a1", "e1", "e2")
-    traffic(w, [1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0], tokens=200)
-    w.join("e3")
-    w.advance(1)
-    assert w.slots(0).count(5) == 1
-
-
-def test_replicas_that_the_loop_added_outlive_a_view() -> None:
-    w = world()
-    w.apply(0, [0, 1, 2, 3, 4, -1, -1, -1, 4, 5, 6, 7, 0, -1, -1, -1])
-    w.advance(1)
-    traffic(w, [3.0, 1.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0])
-    before = w.slots(0)
-    assert sum(expert >= 0 for expert in before) == 10
-    w.join("a2")
-    w.join("e3")
-    w.advance(1)
-    assert sum(expert >= 0 for expert in w.slots(0)) == 10
-    assert sum(expert >= 0 for expert in w.slots(2)) == 8
-
-
-def two_nodes() -> World:
-    """An attention and an expert server on each of two nodes; experts 0 and 1 are on both."""
-    w = World(config(attention=2, mode="online", stats_half_life_tokens=HALF_LIFE))
-    for number in "12":
-        w.join(f"a{number}", f"e{number}", node=f"n{number}")
-    w.advance(1)
-    w.apply(0, [0, 1, 2, 3, 4, -1, -1, -1, 0, 1, 5, 6, 7, -1, -1, -1])
-    w.advance(1)
-    return w
-
-
-def test_quotas_of_sources_are_a_new_version_that_loads_nothing() -> None:
-    w = two_nodes()
-    version, before = w.versions()[0], w.slots(0)
-    moved = loads(w)
-    for _ in range(3):
-        w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
-        w.advance(1)
-    assert w.versions()[0] == version + 1, "once: they are in force then"
-    assert (w.slots(0), loads(w)) == (before, moved)
-    assert w.agree()
-    quotas = {quota.server_id: list(quota.rank_share) for quota in w.view.placement[0].source_quotas}
-    assert quotas["a1"] == pytest.approx(quotas["a2"][::-1])
-    assert sum(quotas["a1"]) == pytest.approx(1)
-    assert quotas["a1"][0] > 0.55
-    w.restart_balancer()
-    for server_id in list(w.servers):
-        w.rejoin(server_id)
-    w.advance(2)
-    assert quotas == {quota.server_id: list(quota.rank_share) for quota in w.view.placement[0].source_quotas}
-    assert w.versions()[0] == version + 1
-
-
-def test_quotas_follow_the_sources() -> None:
-    w = two_nodes()
-    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
-    w.advance(1)
-    version, first = w.versions()[0], w.view.placement[0].source_quotas[0].rank_share[0]
-    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.9, "a2": 0.1})
-    w.advance(1)
-    assert w.versions()[0] == version + 1
-    assert w.view.placement[0].source_quotas[0].rank_share[0] < first, "the other source fills less of its own node"
-
-
-def test_quotas_end_with_the_set_of_sources() -> None:
-    """Those that are left would not be level without those that have gone."""
-    w = two_nodes()
-    w.statistics.count(0, EVEN, 8000, sources={"a1": 0.5, "a2": 0.5})
-    w.advance(1)
-    before = w.slots(0)
-    assert w.view.placement[0].source_quotas
-    w.join("a3")
-    w.advance(1)
-    assert not w.view.placement[0].source_quotas
-    assert w.slots(0) == before

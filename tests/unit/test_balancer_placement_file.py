@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from expertmesh.balancer.actual import Phase
 from expertmesh.balancer.placement_file import read_placement_file, write_placement_file
 from expertmesh.mesh.errors import UserError
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 SLOTS = [7, 6, 5, 4, 0, 3, 2, 1, 0]
 SERVERS = ["e2"] * 5 + ["e1"] * 4

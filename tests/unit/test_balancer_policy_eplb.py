@@ -20,7 +20,8 @@ from expertmesh.balancer.solver.expected import balancedness, rank_loads
 from expertmesh.balancer.transfers import plan_transfers
 from expertmesh.mesh.config import parse_config
 from expertmesh.v1 import mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 pytestmark = pytest.mark.slow  # the first run compiles
 

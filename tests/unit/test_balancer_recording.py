@@ -15,7 +15,8 @@ from expertmesh.balancer.actual import Actual, Phase
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.recording import RecordingRefusedError, Recordings
 from expertmesh.v1 import admin_pb2, mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 TIMEOUT_S = 10.0

@@ -20,7 +20,8 @@ from expertmesh.balancer.replicas import ReplicaRule, hold, restore
 from expertmesh.balancer.solver import SolverOptions
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.mesh.errors import UserError
-from support.balancer_world import World, registration
+from support.balancer_parts import registration
+from support.balancer_world import World
 
 
 @st.composite

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from expertmesh.balancer.actual import Phase
 from expertmesh.balancer.door import Over, Refused
-from support.balancer_world import World, config, registration
+from support.balancer_parts import config, registration
+from support.balancer_world import World
 
 
 def test_a_balancer_that_stood_still_fences_nobody() -> None:

@@ -27,7 +27,8 @@ from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.mesh.config_scaling import RoleScaling, ScalingConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import mesh_pb2
-from support.balancer_world import World, registration
+from support.balancer_parts import registration
+from support.balancer_world import World
 
 MAX_REQUESTS = 16
 

@@ -14,7 +14,8 @@ from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.state import decode, encode
 from expertmesh.mesh.config import parse_config
 from expertmesh.v1 import admin_pb2, mesh_pb2
-from support.balancer_world import World, config
+from support.balancer_parts import config
+from support.balancer_world import World
 
 EXPERT = mesh_pb2.ROLE_EXPERT
 

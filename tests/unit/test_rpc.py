@@ -5,136 +5,27 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.rpc import RpcServer, join_host_port, open_channel, start_server
+from expertmesh.mesh.rpc import join_host_port, open_channel
 from expertmesh.mesh.telemetry import Metrics, Telemetry, disabled_telemetry
-
-NO_TLS = TlsConfig()
-SERVICE = "test.Service"
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-
-Context = grpc.aio.ServicerContext[bytes, bytes]
-
-
-class Behaviours:
-    """One method for each way in which a handler can end. ``entered`` is set when ``hang`` runs."""
-
-    def __init__(self) -> None:
-        self.entered = asyncio.Event()
-        self.cancelled = asyncio.Event()
-        self.closed = asyncio.Event()
-
-    async def echo(self, request: bytes, context: Context) -> bytes:
-        return request
-
-    async def crash(self, request: bytes, context: Context) -> bytes:
-        raise RuntimeError("secret detail")
-
-    async def refuse(self, request: bytes, context: Context) -> bytes:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "set x to 1")
-        raise AssertionError
-
-    async def hang(self, request: bytes, context: Context) -> bytes:
-        self.entered.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        return b""
-
-    async def stream_echo(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        async for request in requests:
-            yield request
-
-    async def stream_crash(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
-        yield b"first"
-        raise RuntimeError("secret detail")
-
-    async def stream_hang(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
-        try:
-            yield b"first"
-            await asyncio.Event().wait()
-        finally:
-            self.closed.set()
-
-    async def stream_flood(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
-        try:
-            while True:
-                yield bytes(1 << 16)
-        finally:
-            self.closed.set()
-            raise RuntimeError("the clean-up failed")
-
-    async def write_echo(self, request: bytes, context: Context) -> None:
-        await context.write(request)
-        await context.write(request)
-
-    async def sum_requests(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
-        return b"".join([request async for request in requests])
-
-    def register(self, server: grpc.aio.Server) -> Sequence[str]:
-        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        handlers: dict[str, Any] = {
-            "Echo": unary(self.echo),
-            "Crash": unary(self.crash),
-            "Refuse": unary(self.refuse),
-            "Hang": unary(self.hang),
-            "StreamEcho": grpc.stream_stream_rpc_method_handler(self.stream_echo),
-            "StreamCrash": stream(self.stream_crash),
-            "StreamHang": stream(self.stream_hang),
-            "StreamFlood": stream(self.stream_flood),
-            "WriteEcho": stream(self.write_echo),
-            "SumRequests": grpc.stream_unary_rpc_method_handler(self.sum_requests),
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        return (SERVICE,)
-
-
-@asynccontextmanager
-async def running(
-    behaviours: Behaviours | None = None,
-    *,
-    tls: TlsConfig = NO_TLS,
-    telemetry: Telemetry | None = None,
-    **options: Any,
-) -> AsyncIterator[RpcServer]:
-    register: Callable[[grpc.aio.Server], Sequence[str]] = (behaviours or Behaviours()).register
-    server = await start_server(
-        **{"host": "127.0.0.1", "port": 0, **options},
-        tls=tls,
-        register=register,
-        telemetry=telemetry or disabled_telemetry(),
-    )
-    try:
-        yield server
-    finally:
-        await server.stop(0)
-
-
-def calling(kind: Callable[[str], Any], method: str) -> Any:
-    """A method of raw bytes, which the types of grpc.aio cannot express."""
-    return kind(f"/{SERVICE}/{method}")
-
-
-async def health_of(channel: grpc.aio.Channel, service: str = "") -> int:
-    response = await health_pb2_grpc.HealthStub(channel).Check(
-        health_pb2.HealthCheckRequest(service=service), timeout=10
-    )
-    return int(response.status)
+from support.rpc_stand import (
+    NO_TLS,
+    NOT_SERVING,
+    SERVICE,
+    SERVICE_UNKNOWN,
+    SERVING,
+    Behaviours,
+    calling,
+    failure,
+    health_of,
+    running,
+)
 
 
 async def test_health_of_the_server_and_of_each_service() -> None:
@@ -206,12 +97,6 @@ async def test_each_kind_of_handler_passes_the_guard() -> None:
         assert await calling(channel.stream_unary, "SumRequests")(iter([b"a", b"b"]), timeout=10) == b"ab"
         echoed = calling(channel.stream_stream, "StreamEcho")(iter([b"a", b"b"]), timeout=10)
         assert [part async for part in echoed] == [b"a", b"b"]
-
-
-async def failure(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value.code(), caught.value.details() or ""
 
 
 async def test_an_unforeseen_error_is_internal_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -373,54 +258,3 @@ async def test_frequent_pings_are_not_answered_with_goaway() -> None:
     async with running(behaviours) as server, open_channel(server.address, NO_TLS, options=quick) as channel:
         call = calling(channel.unary_unary, "Hang")(b"", timeout=4.5)
         assert (await failure(call))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def tls_of(folder: Path, name: str, ca: str | None = "ca.pem") -> TlsConfig:
-    return TlsConfig(
-        cert_file=folder / f"{name}.pem", key_file=folder / f"{name}.key", ca_file=folder / ca if ca else None
-    )
-
-
-@pytest.mark.slow
-async def test_mutual_tls(certificates: Path) -> None:
-    tls = tls_of(certificates, "mesh")
-    async with running(tls=tls) as server:
-        async with open_channel(server.address, tls) as channel:
-            assert await health_of(channel) == NOT_SERVING
-        strangers = (NO_TLS, TlsConfig(ca_file=certificates / "ca.pem"), tls_of(certificates, "other"))
-        for stranger in strangers:
-            async with open_channel(server.address, stranger) as channel:
-                assert (await failure(health_of(channel)))[0] == grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.mark.slow
-async def test_tls_of_the_server_alone(certificates: Path) -> None:
-    async with running(tls=tls_of(certificates, "mesh", ca=None)) as server:
-        async with open_channel(server.address, TlsConfig(ca_file=certificates / "ca.pem")) as channel:
-            assert await health_of(channel) == NOT_SERVING
-        async with open_channel(server.address, TlsConfig(ca_file=certificates / "other-ca.pem")) as channel:
-            assert (await failure(health_of(channel)))[0] == grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.mark.slow
-async def test_tls_files_that_cannot_be_used(certificates: Path, tmp_path: Path) -> None:
-    key, cert, ca = certificates / "mesh.key", certificates / "mesh.pem", certificates / "ca.pem"
-    garbage = tmp_path / "garbage.pem"
-    garbage.write_text("-----BEGIN CERTIFICATE-----\nx\n")
-    for tls, blamed in (
-        (TlsConfig(cert_file=tmp_path / "missing.pem", key_file=key), r"tls\.cert_file: .*missing\.pem cannot be read"),
-        (TlsConfig(cert_file=cert, key_file=tmp_path), r"tls\.key_file: .*cannot be read"),
-        (
-            TlsConfig(cert_file=cert, key_file=certificates / "other.key"),
-            r"tls\.cert_file: .*not a certificate and its",
-        ),
-        (TlsConfig(cert_file=cert, key_file=key, ca_file=garbage), r"tls\.ca_file: .*garbage\.pem"),
-    ):
-        with pytest.raises(UserError, match=blamed):
-            open_channel("127.0.0.1:1", tls)
-        with pytest.raises(UserError, match=blamed):
-            async with running(tls=tls):
-                raise AssertionError
-    with pytest.raises(UserError, match=r"tls\.cert_file: is unset"):
-        async with running(tls=TlsConfig(ca_file=ca)):
-            raise AssertionError

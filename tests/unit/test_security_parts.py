@@ -25,7 +25,7 @@ from expertmesh.mesh.identity import identity_of, peer_identity
 from expertmesh.mesh.telemetry.logs import TextFormatter
 from expertmesh.mesh.token_bucket import TokenBucket
 from expertmesh.v1 import admin_pb2, mesh_pb2
-from support.balancer_world import registration
+from support.balancer_parts import registration
 
 pytestmark = pytest.mark.security
 
