@@ -64,9 +64,9 @@ async def test_a_balancer_that_is_compiling_its_solver_serves_and_stops_at_once(
         for stream in (await join(channel, "a1", "e1", "e2")).values():
             await stream.next_view()
         await wait_serving(channel, 1)
-        ended_s = time.monotonic() + 5
+        ended_s = time.monotonic() + 10
     assert time.monotonic() < ended_s
-    started = [r.getMessage() for r in caplog.records]
+    started = [r.getMessage() for r in caplog.records if r.name == "expertmesh.balancer.compiling"]
     assert len(started) == 1, "it had compiled before it was told to stop"
     assert not Path("/proc", started[0].rsplit(" ", 1)[1]).exists()
 

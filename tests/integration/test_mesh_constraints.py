@@ -159,7 +159,9 @@ async def test_a_hostile_constraint_costs_nobody_else_anything(live: LiveMesh) -
     """It is checked beside the router: other requests go on meanwhile, and the next constraint is checked as usual."""
     hostile = "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(40)) + 'A40: "x"\n'
     async with GenerateClient(live.router) as client:
-        attempt = asyncio.create_task(client.generate(build_request("Once", grammar=hostile), timeout_s=30))
+        attempt = asyncio.create_task(
+            client.generate(build_request("Once", grammar=hostile), timeout_s=REQUEST_TIMEOUT_S)
+        )
         started_s = time.monotonic()
         plain = await client.generate(build_request("Once", max_tokens=8), timeout_s=REQUEST_TIMEOUT_S)
         print(f"\na plain request took {time.monotonic() - started_s:.2f} s beside the check of a hostile constraint")
@@ -200,7 +202,7 @@ async def test_the_examples_of_the_documentation(live: LiveMesh, tmp_path: Path)
     assert set(json.loads("\n".join(person))) == {"name", "age"}
     assert re.fullmatch(r"[A-Z][a-z]{2,6}(, [A-Z][a-z]{2,6}){1,3}\.", names)
     assert all(type(item) is bool for item in json.loads(json.loads(whole)["text"]))
-    assert len(json.loads(plain)["token_ids"]) == 8
+    assert 1 <= len(json.loads(plain)["token_ids"]) <= 8, "sampled: it may end before"
 
 
 async def test_an_attention_server_dies_under_constrained_streams(live: LiveMesh) -> None:

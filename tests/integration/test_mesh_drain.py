@@ -17,6 +17,7 @@ from support.mesh_state import until
 pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 48
+TIMEOUT_S = 60.0
 PROMPTS = [prompt.text for prompt in demo_prompts()[::3]]
 
 
@@ -33,7 +34,7 @@ async def until_ended(mesh: LocalMesh, server: str) -> None:
     async def ended() -> bool:
         return mesh.servers[server].pid is None
 
-    await until(ended, 10.0, lambda: f"{server} did not end\n{logs(mesh)}")
+    await until(ended, TIMEOUT_S, lambda: f"{server} did not end\n{logs(mesh)}")
     assert mesh.servers[server].starts == 1
 
 

@@ -87,8 +87,12 @@ async def test_a_queue_brings_a_server_which_goes_when_it_is_idle(mesh: LocalMes
     assert len(said) == 2, said
     assert said[0].startswith("1 → 2 servers, by the scale policy (")
     assert said[1].startswith("2 → 1 servers, by the scale policy (")
-    scale = (await asyncio.to_thread(balancer, mesh, "scale"))["roles"]["attention"]
-    assert scale == {"target": 1, "servers": 1, "serving": 1}
+
+    async def one_is_left() -> bool:
+        scale = (await asyncio.to_thread(balancer, mesh, "scale"))["roles"]["attention"]
+        return bool(scale == {"target": 1, "servers": 1, "serving": 1})
+
+    await until(one_is_left, TIMEOUT_S, lambda: f"the other one did not leave\n{logs(mesh)}")
 
 
 async def test_servers_are_added_by_hand_and_drained_ones_stay_away(mesh: LocalMesh) -> None:

@@ -275,21 +275,51 @@ METRICS = {
 }
 
 
+GROWTH = {
+    ("attention", "vllm:generation_tokens_total"): NUM_TOKENS,
+    ("attention", "expertmesh_step_duration_seconds_count"): 2 * NUM_TOKENS,
+    ("expert", "expertmesh_step_duration_seconds_count"): 3 * NUM_TOKENS,
+    ("router", "vllm:request_success_total"): 1,
+}
+"""What one request adds, over the servers of a role."""
+RANK_TOKENS = ("expert", "expertmesh_expert_rank_tokens_total")
+
+
 async def test_metrics_have_their_names_and_count(live: LiveMesh) -> None:
-    servers = [server for server in live.mesh.servers.values() if server.role in METRICS]
-    before = {server.id: await asyncio.to_thread(live.metrics, server.id) for server in servers}
+    before = await settled(live)
     await generate_traced(live, "")
+
+    async def all_counted() -> bool:
+        now = await counted(live)
+        return all(now[key] >= before[key] + growth for key, growth in GROWTH.items())
+
+    await until(all_counted, EXPORT_TIMEOUT_S, lambda: f"not counted since {before}: {GROWTH}")
+    after = await settled(live)
+    assert {key: after[key] - before[key] for key in GROWTH} == GROWTH
+    assert after[RANK_TOKENS] > before[RANK_TOKENS]
+    for server in live.mesh.servers.values():
+        found = await asyncio.to_thread(live.metrics, server.id)
+        missing = [name for name in METRICS.get(server.role, []) if name not in found]
+        assert not missing, f"{server.id} has {sorted(found)}"
+
+
+async def counted(live: LiveMesh) -> Counter[tuple[str, str]]:
+    found = Counter[tuple[str, str]]()
+    for server in live.mesh.servers.values():
+        values = await asyncio.to_thread(live.metrics, server.id) if server.role in METRICS else {}
+        for role, name in (*GROWTH, RANK_TOKENS):
+            found[role, name] += int(values.get(name, 0)) if role == server.role else 0
+    return found
+
+
+async def settled(live: LiveMesh) -> Counter[tuple[str, str]]:
+    """What is counted once nothing runs: a step counts at its end, on each rank, a moment behind its tokens."""
     await live.until_idle()
-    after = {server.id: await asyncio.to_thread(live.metrics, server.id) for server in servers}
-    for server in servers:
-        missing = [name for name in METRICS[server.role] if name not in after[server.id]]
-        assert not missing, f"{server.id} has {sorted(after[server.id])}"
+    seen = [await counted(live)]
 
-    def grown(role: str, name: str) -> float:
-        return sum(after[s.id][name] - before[s.id].get(name, 0.0) for s in servers if s.role == role)
+    async def is_settled() -> bool:
+        seen.append(await counted(live))
+        return len(seen) > 2 and seen[-1] == seen[-2] == seen[-3]
 
-    assert grown("attention", "vllm:generation_tokens_total") == NUM_TOKENS
-    assert grown("attention", "expertmesh_step_duration_seconds_count") == 2 * NUM_TOKENS
-    assert grown("expert", "expertmesh_step_duration_seconds_count") == 3 * NUM_TOKENS
-    assert grown("router", "vllm:request_success_total") == 1
-    assert grown("expert", "expertmesh_expert_rank_tokens_total") > 0
+    await until(is_settled, EXPORT_TIMEOUT_S, lambda: f"an idle mesh counts on: {seen[-3:]}")
+    return seen[-1]

@@ -152,7 +152,7 @@ async def _until(attempt: Any, wanted: grpc.StatusCode) -> None:
 
 async def test_a_rate_limit_says_when_to_try_again(tmp_path: Path) -> None:
     keys = Keys(tmp_path / "keys.json")
-    slow, fast = keys.add("slow", "generate", requests_per_s=0.5), keys.add("fast", "generate")
+    slow, fast = keys.add("slow", "generate", requests_per_s=0.05), keys.add("fast", "generate")
     api = ApiConfig(keys_file=keys.path)
     async with guarded(api=api) as address, rpc.open_channel(address, TlsConfig()) as channel:
         assert await call(channel, GENERATE, slow) == b"hello"
@@ -160,7 +160,7 @@ async def test_a_rate_limit_says_when_to_try_again(tmp_path: Path) -> None:
         assert refused.code() is Code.RESOURCE_EXHAUSTED
         assert "requests_per_s" in (refused.details() or "")
         (hint,) = [value for key, value in refused.trailing_metadata() if key == "retry-after-ms"]
-        assert 0 < int(hint) <= 2000
+        assert 0 < int(hint) <= 20_000
         for _ in range(5):
             assert await call(channel, GENERATE, fast) == b"hello"
 

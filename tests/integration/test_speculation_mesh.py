@@ -60,6 +60,7 @@ async def test_same_tokens_whatever_dies(meshes: Meshes, tmp_path: Path) -> None
     assert [output.token_ids for output in again] == answers
     assert any(output.finish.cached_tokens for output in again)
     sampled = [output.token_ids for output in await ask(**SAMPLED, logprobs=1)]
+    await mesh_state.until_idle(mesh, REQUEST_TIMEOUT_S)
     drafted, accepted = count(mesh)
     assert 0 < accepted < drafted
     assert [output.token_ids for output in await ask(**SAMPLED, disable_speculation=True)] == sampled

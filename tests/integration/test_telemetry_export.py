@@ -70,7 +70,7 @@ def test_without_a_collector_shutdown_is_bounded_and_the_log_quiet(
             telemetry.tracer.start_span("x").end()
         started = time.monotonic()
         telemetry.shutdown(1.0)
-        assert time.monotonic() - started < 4.0
+        assert time.monotonic() - started < 8.0
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len([text for text in warnings if "do not reach" in text]) <= 2, warnings
     assert len(warnings) <= 3, warnings

@@ -112,7 +112,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         for link in self._links:
             link.outbox.put_nowait(attention_pb2.LinkResponse(load=self._load(link)))
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         """Wait for something that a message to this server brings about."""
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(condition)

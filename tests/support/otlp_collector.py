@@ -42,7 +42,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
                     self.metrics.extend((attributes(part.resource.attributes), metric) for metric in scope.metrics)
             self._changed.notify_all()
 
-    def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 30.0) -> None:
         with self._changed:
             assert self._changed.wait_for(predicate, timeout_s), f"nothing of the kind within {timeout_s} s"
 

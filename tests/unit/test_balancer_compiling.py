@@ -117,7 +117,7 @@ async def test_the_child_ends_with_the_balancer(
     worker.warm_up()
     pid = await asyncio.wait_for(heard.pid, 20)
     assert not is_gone(pid)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):  # compiling takes longer
         await worker.close()
         await compiler.close()
     assert is_gone(pid)

@@ -33,6 +33,7 @@ async def test_what_can_wait_a_moment_is_dealt_with_in_one_round(monkeypatch: py
 
     monkeypatch.setattr(world.reconciler, "tick", tick)
     monkeypatch.setattr(world.reconciler, "due_in_s", lambda now: 60.0)
+    monkeypatch.setattr("expertmesh.balancer.leading.SOON_S", 0.2)  # a busy machine may take a moment between two lines
     driver = driver_of(world)
     running = asyncio.create_task(driver.run())
     await ticked.wait()
@@ -45,7 +46,7 @@ async def test_what_can_wait_a_moment_is_dealt_with_in_one_round(monkeypatch: py
             assert not rounds
         if urgent:
             driver.wake()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await ticked.wait()
         assert rounds == 1
     running.cancel()

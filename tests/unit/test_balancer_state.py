@@ -204,7 +204,7 @@ async def test_waiting_for_an_event_ends_with_it() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     events.add("paused", "mesh", "why")
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 20)
     assert fresh_state().mesh_id != fresh_state().mesh_id
 
 

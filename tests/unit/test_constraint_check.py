@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -80,7 +79,9 @@ async def test_verdicts_are_remembered(opened: Open) -> None:
         ("hostile = lambda *_: 1 / 0", "fails to compile"),
     ],
 )
-async def test_what_is_too_much_ends_the_process_and_nothing_else(opened: Open, patch: str, message: str) -> None:
+async def test_what_is_too_much_ends_the_process_and_nothing_else(
+    opened: Open, patch: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patch += "\nreal = worker.compile_constraint"
     patch += "\nworker.compile_constraint = lambda v, c: (hostile if c.source == 'bad' else real)(v, c)"
     checker = opened(patch=patch)
@@ -94,9 +95,8 @@ async def test_what_is_too_much_ends_the_process_and_nothing_else(opened: Open, 
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refusal.message.startswith(f"sampling_params.regex: {message}; ")
     assert (await same).message == refusal.message
-    started_s = time.monotonic()
+    monkeypatch.setattr(checker.worker, "start", None)  # it costs its time once
     assert (await refusal_of(checker.check(Constraint("regex", "bad")))).message == refusal.message
-    assert time.monotonic() - started_s < 0.5, "it costs its time once"
 
 
 async def test_a_process_that_does_not_start_says_nothing_of_the_constraint(opened: Open) -> None:

@@ -176,13 +176,13 @@ def test_ranks_agree_when_all_have_come() -> None:
     store = HashStore()
     assert not agree(store, "ready", 0, 2, timeout_s=0.02)
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(lambda rank: agree(store, "ready", rank, 2, timeout_s=5.0), range(2)))
+        assert all(pool.map(lambda rank: agree(store, "ready", rank, 2, timeout_s=20.0), range(2)))
 
 
 def test_ranks_stop_waiting_for_each_other_when_the_view_is_superseded() -> None:
     began = time.monotonic()
     assert not agree(HashStore(), "ready", 0, 2, timeout_s=30.0, is_over=lambda: True)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
 
 
 def test_a_rank_stops_connecting_when_the_view_is_superseded() -> None:
@@ -191,7 +191,7 @@ def test_a_rank_stops_connecting_when_the_view_is_superseded() -> None:
         connecting = pool.submit(within, 60.0, CPU, "connecting", never.wait, over.is_set)
         over.set()
         with pytest.raises(DataPlaneError, match=r"connecting was given up: a newer view is known"):
-            connecting.result(5.0)
+            connecting.result(20.0)
     never.set()
     assert within(5.0, CPU, "connecting", lambda: 7) == 7
     with pytest.raises(DataPlaneError, match=r"given up: 0.1 s are over"):
@@ -239,7 +239,7 @@ def test_a_wait_for_the_device_ends_when_the_view_is_over() -> None:
         waiting = pool.submit(wait_for, None, wait)
         wait.abandon()
         with pytest.raises(DeviceLostError, match="a newer view is out"):
-            waiting.result(5)
+            waiting.result(20)
 
 
 # -- nccl, its exchanges carried by hand ------------------------------------------------------------------------------

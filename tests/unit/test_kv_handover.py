@@ -169,7 +169,7 @@ async def test_an_asker_that_does_not_read_frees_the_blocks_in_the_end() -> None
     theirs = Cache(1, num_blocks=600, width=512)
     digests = digests_of(512)  # more than sockets buffer
     theirs.compute(digests)
-    async with giving(theirs, timeout_s=0.3) as giver:
+    async with giving(theirs, timeout_s=1.0) as giver:
         host, _, port = source_of(giver).address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         ask = struct.pack("<4s32sIIQ", b"EMKV", source_of(giver).ticket, BLOCK_SIZE, 512, theirs.memory.block_bytes)

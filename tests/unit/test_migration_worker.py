@@ -49,7 +49,7 @@ def test_the_next_view_does_not_wait_for_a_disk_that_hangs(ranks: Ranks) -> None
     assert rank.checkpoint.asked.wait(10)
     started_s = time.monotonic()
     rank.migrations.call_off()
-    assert time.monotonic() - started_s < 1.0, "it waited for the disk"
+    assert time.monotonic() - started_s < 5.0, "it waited for the disk"
 
 
 def counted(rank: Rank, family: str, **labels: str) -> float:
@@ -148,7 +148,7 @@ def test_an_abort_in_the_middle_ends_the_waits(ranks: Ranks, monkeypatch: pytest
 
 
 def test_a_source_that_never_hears_of_the_plan(ranks: Ranks) -> None:
-    plan = ranks.plan(1, NEW, timeout_s=0.5)
+    plan = ranks.plan(1, NEW, timeout_s=2.0)
     for rank in ranks.ranks[:2]:
         rank.hear(plan=plan)
     status = ranks.ranks[1].await_status(plan.id)
@@ -255,7 +255,7 @@ def test_a_lone_rank_has_no_side_group(path: Path) -> None:
     migrations.start()
     plan = make_plan(1, view, 1, [7, 6, 5, 4, 3, 2, 1, 0])
     migrations.hear(mesh_pb2.JoinResponse(plan=plan))
-    assert reported.staged.wait(5)
+    assert reported.staged.wait(20)
     migrations.hear(mesh_pb2.JoinResponse(commit=mesh_pb2.MigrationCommit(id=1)))
     migrations.switch(migrations.listed(), 3)
     migrations.close()

@@ -192,7 +192,7 @@ async def test_a_channel_finds_a_restarted_server_within_seconds() -> None:
         async with running(port=int(first.address.rpartition(":")[2])) as second:
             second.set_serving(True)
             stub = health_pb2_grpc.HealthStub(channel)
-            response = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=5)
+            response = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=10)
             assert response.status == SERVING
 
 
@@ -239,15 +239,15 @@ class Relay:
 @pytest.mark.slow
 async def test_a_silent_peer_is_noticed_by_both_sides() -> None:
     behaviours = Behaviours()
-    quick = (("grpc.keepalive_time_ms", 300), ("grpc.http2.ping_timeout_ms", 300))
+    quick = (("grpc.keepalive_time_ms", 300), ("grpc.http2.ping_timeout_ms", 1000))
     async with running(behaviours, options=quick) as server:
         relay = Relay(server.address)
         async with relay as address, open_channel(address, NO_TLS, options=quick) as channel:
             call = calling(channel.unary_unary, "Hang")(b"", timeout=60)
             await asyncio.wait_for(behaviours.entered.wait(), 10)
             relay.freeze()
-            assert (await failure(asyncio.wait_for(call, 5)))[0] == grpc.StatusCode.UNAVAILABLE
-            await asyncio.wait_for(behaviours.cancelled.wait(), 5)
+            assert (await failure(asyncio.wait_for(call, 20)))[0] == grpc.StatusCode.UNAVAILABLE
+            await asyncio.wait_for(behaviours.cancelled.wait(), 20)
 
 
 @pytest.mark.slow
