@@ -79,7 +79,7 @@ def measure(limits: dict[str, float]) -> Iterator[Row]:
 
 def _compile(job: tuple[int, ...]) -> None:
     inputs = Inputs(2, 64, equal=True)
-    with compile_only(kernel_module, "_paged_decode_kernel"):
+    with compile_only(kernel_module, "paged_decode_kernel"):
         inputs.call(inputs.caches[0], inputs.plan(Tuning(4, *job)))
 
 
