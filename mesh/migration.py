@@ -11,50 +11,23 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from opentelemetry import trace
 
 from expertmesh.mesh.background import preempt_nobody
-from expertmesh.mesh.device import CPU, beside_steps
-from expertmesh.mesh.halves import ExpertHalf, SlotChange
+from expertmesh.mesh.device import beside_steps
 from expertmesh.mesh.migration_book import Migration, MigrationBook, PlanRefusedError, committed_status
-from expertmesh.mesh.placement import RoutingTables
-from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take
-from expertmesh.mesh.telemetry import Telemetry, context_from_traceparent, is_sampled, record_span
+from expertmesh.mesh.migration_spans import record_migration
+from expertmesh.mesh.migration_staging import CalledOffError, Stager
+from expertmesh.mesh.migration_staging import MigrationContext as MigrationContext
+from expertmesh.mesh.telemetry import is_sampled
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
 
 _FORGOTTEN_CHECK_S = 1.0
-
-LOCAL, PEER, CHECKPOINT = "local", "peer", "checkpoint"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MigrationContext:
-    """What the migrations of one view work with.
-
-    ``routing`` is None on a rank that routes nothing, ``experts`` on one without slots, ``side`` on the only one with
-    slots. ``report`` is thread-safe; ``wake`` ends the step thread's wait.
-    """
-
-    view: ViewInfo
-    num_experts: int
-    experts: ExpertHalf | None
-    routing: RoutingTables | None
-    side: SideGroup | None
-    report: Callable[[mesh_pb2.JoinRequest], None]
-    wake: Callable[[], None]
-    telemetry: Telemetry
-    device: torch.device = CPU
-
-
-class _CalledOffError(Exception):
-    """Whoever called it off knows why."""
 
 
 class Migrations:
@@ -67,6 +40,7 @@ class Migrations:
         self._c = context
         self._metrics = context.telemetry.metrics
         self._book = MigrationBook(context.view, context.num_experts)
+        self._stager = Stager(context, lambda: self.view)
         self._work: queue.SimpleQueue[Migration | None] = queue.SimpleQueue()
         name = f"migrations of view {context.view.number}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -199,8 +173,8 @@ class Migrations:
     def _stage(self, migration: Migration) -> None:
         try:
             with beside_steps(self._c.device):
-                self._prepare(migration)
-        except _CalledOffError:
+                self._stager.prepare(migration)
+        except CalledOffError:
             return  # whoever called it off has it finished
         except Exception as error:  # whatever it is, it voids this plan and nothing else
             log.warning("migration %d of layer %d failed", migration.id, migration.layer, exc_info=True)
@@ -224,82 +198,6 @@ class Migrations:
         self._metrics.rank_migration_duration_seconds.observe(seconds, exemplar, phase="stage")
         self._report(status)
 
-    def _prepare(self, migration: Migration) -> None:
-        if self._c.routing is not None:
-            migration.routing = self._c.routing.prepare(migration.plan.placement)
-        if self._c.experts is not None:
-            self._load(self._c.experts, migration)
-
-    def _load(self, experts: ExpertHalf, migration: Migration) -> None:
-        """Fill staging memory with what comes to this rank's slots, and send peers what they take from it."""
-        plan, own, width = migration.plan, self._c.view.expert_index, self._c.view.slots_per_rank
-        assert own is not None, "a rank with experts has slots"
-        arriving = [i for i, transfer in enumerate(plan.transfers) if transfer.slot // width == own]
-        migration.staged = experts.reserve(len(arriving))
-        memory = dict(zip(arriving, migration.staged, strict=True))
-        came_from: dict[int, str] = {}
-        takes, gives = [], []
-        for number, transfer in enumerate(plan.transfers):
-            source, slot = divmod(transfer.source_slot, width) if transfer.HasField("source_slot") else (None, 0)
-            if number in memory and source == own:
-                for part, held in zip(memory[number], experts.read(migration.layer, slot), strict=True):
-                    part.copy_(held)
-                came_from[number] = LOCAL
-            elif number in memory and source is not None:
-                takes.append(Take(number, source, memory[number]))
-                came_from[number] = PEER
-            elif source == own:
-                gives.append(Give(number, transfer.slot // width, experts.read(migration.layer, slot)))
-        if takes or gives:
-            for number in self._exchange(migration, takes, gives):
-                del came_from[number]
-        for number in arriving:
-            if number not in came_from:
-                self._check_time(migration)
-                experts.fetch(migration.layer, plan.transfers[number].expert, memory[number])
-        migration.came_from = [came_from.get(number, CHECKPOINT) for number in arriving]
-        changes = [SlotChange(plan.transfers[i].slot % width, plan.transfers[i].expert, memory[i]) for i in arriving]
-        migration.changes = sorted([*changes, *self._emptied(migration)], key=lambda change: change.slot)
-
-    def _exchange(self, migration: Migration, takes: Sequence[Take], gives: Sequence[Give]) -> list[int]:
-        """Take part in the transfers between ranks. Returns the numbers of those that did not come: the checkpoint
-        has to stand in, for which time is left."""
-        side, plan = self._c.side, migration.plan
-        assert side is not None, "two expert ranks have a side group"
-        patience = Patience(migration.called_off, migration.deadline_s)
-        side.begin(plan.id, takes, gives, patience)
-        try:
-            failed = side.take(patience.half())
-            not_given = side.give(patience.half())
-        finally:
-            side.end()
-        self._check_time(migration)
-        for number, error in failed.items():
-            migration.num_fallbacks += 1
-            self._metrics.migration_fallbacks.add(cause=error.cause)
-            log.warning(
-                "migration %d: expert %d of layer %d comes from the checkpoint: %s",
-                *(migration.id, plan.transfers[number].expert, migration.layer, error),
-            )
-        for number in not_given:
-            log.warning("migration %d: nobody took expert %d", migration.id, plan.transfers[number].expert)
-        return list(failed)
-
-    @staticmethod
-    def _check_time(migration: Migration) -> None:
-        if migration.outcome:
-            raise _CalledOffError
-        if time.monotonic() > migration.deadline_s:
-            raise TimeoutError("not all transfers were done in time")
-
-    def _emptied(self, migration: Migration) -> list[SlotChange]:
-        old = next(layer.slots for layer in self.view.proto.placement if layer.layer == migration.layer)
-        own, width = self._c.view.expert_index, self._c.view.slots_per_rank
-        assert own is not None, "a rank with experts has slots"
-        first = own * width
-        new = migration.plan.placement.slots
-        return [SlotChange(slot, -1, None) for slot in range(width) if new[first + slot] == -1 != old[first + slot]]
-
     def _fail(self, migration: Migration, reason: str) -> None:
         if self._book.drop(migration.id, "failed") is not None:
             self._report(failed_status(migration.id, reason))
@@ -321,35 +219,7 @@ class Migrations:
             for source in migration.came_from:
                 metrics.migrated_slots.add(source=source)
         if self._c.telemetry.tracing:
-            self._record_spans(migration)
-
-    def _record_spans(self, migration: Migration) -> None:
-        """What this rank did, as a part of the migration's trace, which the balancer began."""
-        tracer, traceparent = self._c.telemetry.tracer, migration.plan.traceparent
-        if not is_sampled(traceparent):
-            return
-        span = record_span(
-            tracer,
-            "rank migration",
-            context_from_traceparent(traceparent),
-            migration.received_ns,
-            migration.switched_ns or time.time_ns(),
-            {
-                "expertmesh.migration": migration.id,
-                "expertmesh.layer": migration.layer,
-                "expertmesh.placement.version": migration.plan.placement.version,
-                "expertmesh.rank": self._c.view.rank,
-                "expertmesh.migration.slots": len(migration.came_from),
-                "expertmesh.migration.sources": migration.came_from,
-                "expertmesh.migration.outcome": migration.outcome,
-            },
-        )
-        parent = trace.set_span_in_context(span)
-        if migration.staged_ns:
-            record_span(tracer, "stage", parent, migration.received_ns, migration.staged_ns)
-        if migration.switched_ns:
-            began_ns = migration.switched_ns - int(migration.switch_seconds * 1e9)
-            record_span(tracer, "switch", parent, began_ns, migration.switched_ns)
+            record_migration(self._c.telemetry.tracer, self._c.view.rank, migration)
 
     def _report(self, status: mesh_pb2.MigrationStatus) -> None:
         self._c.report(mesh_pb2.JoinRequest(migration=status))
