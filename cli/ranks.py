@@ -19,16 +19,15 @@ import typer
 import yaml
 
 from expertmesh.cli.local_plan import environment
+from expertmesh.cli.next_ports import with_next_ports
 from expertmesh.cli.process import ProcessEvent, ServiceProcess
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.slurm import RankRole
-from expertmesh.cli.up import with_overrides
 from expertmesh.mesh.config import MeshConfig, load_config
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
-_PORTS = ("attention.port", "expert.port", "dataplane.port", "telemetry.metrics_port")
 
 
 def ranks(
@@ -52,20 +51,6 @@ def ranks(
         raise typer.Exit(group.run())
 
 
-def rank_config(config: MeshConfig, index: int) -> MeshConfig:
-    """The configuration of the rank with this number on its machine: ports that are set are the first rank's.
-
-    Raises:
-        UserError: there are not so many ports.
-    """
-    ports = {}
-    for key in _PORTS:
-        section, name = key.split(".")
-        port = getattr(getattr(config, section), name)
-        ports[key] = port + index if port else None
-    return with_overrides(config, ports)
-
-
 class RankGroup:
     """The ranks of one machine; ``folder`` takes their configurations."""
 
@@ -77,7 +62,7 @@ class RankGroup:
         self._changed = threading.Condition()
         self._stopping = False
         self._servers = [
-            self._service(rank_config(config, index), role, f"{server_id}-{index}", index, options, folder)
+            self._service(with_next_ports(config, index), role, f"{server_id}-{index}", index, options, folder)
             for index in range(count)
         ]
 

@@ -30,16 +30,15 @@ class RankRole(enum.StrEnum):
     BOTH = "both"
 
 
-class TaskRole(enum.StrEnum):
-    CONTROL = "control"
-    ATTENTION = "attention"
-    EXPERT = "expert"
-    BOTH = "both"
-
-
 @app.command()
 def job(
-    roles: Annotated[list[RankRole], typer.Argument(help="Of the job's components after the first, in order.")],
+    roles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ROLE...",
+            help="Of the job's components after the first, in order; attention+expert = its tasks take them in turn.",
+        ),
+    ],
     run_dir: RunDirOption,
     config_file: Annotated[Path | None, typer.Option("--config", help="mesh.yaml; unset = every default.")] = None,
     join_script: Annotated[
@@ -51,11 +50,11 @@ def job(
 ) -> None:
     """Run in the batch script of a heterogeneous job: component 0 takes the balancer and the routers.
 
-    Ends in good order on SIGTERM; on SIGUSR1 it has the job requeued first.
+    On SIGTERM all servers stop in good order, and the job ends; on SIGUSR1 it is requeued first.
     """
     _log_to_stderr("job")
     options = JobOptions(
-        roles=[role.value for role in roles],
+        roles=roles,
         run_dir=run_dir.absolute(),
         join_script=join_script,
         replace_after_s=replace_after_s,
@@ -69,7 +68,7 @@ def job(
 
 @app.command()
 def task(
-    role: Annotated[TaskRole, typer.Argument(help="What the tasks of this step are.")],
+    role: Annotated[str, typer.Argument(help="What the tasks of this step are: control, or roles of ranks with +.")],
     run_dir: RunDirOption,
     joins: Annotated[bool, typer.Option("--joins", help="This server has a job of its own.")] = False,
     log_bytes: Annotated[int, typer.Option(min=4096, help="A server's log is rolled before it is larger.")] = 2**26,
@@ -79,7 +78,7 @@ def task(
     _log_to_stderr("task")
     config = load_config(run_dir / "mesh.yaml")
     size = LogSize(max_bytes=log_bytes, keep=log_keep)
-    supervisor = TaskSupervisor(config, task_from(os.environ), role.value, run_dir=run_dir, joins=joins, log_size=size)
+    supervisor = TaskSupervisor(config, task_from(os.environ), role, run_dir=run_dir, joins=joins, log_size=size)
     raise typer.Exit(supervisor.run())
 
 

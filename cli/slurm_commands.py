@@ -122,6 +122,15 @@ async def cancel_named(name: str, *, waiting_only: bool = False) -> None:
     await call("scancel", "--me", f"--name={name}", *(["--state=PENDING"] if waiting_only else []))
 
 
+async def signal_steps(job_id: int, name: str) -> None:
+    """Send a signal to all tasks of a job, of all its components, but not to its batch script.
+
+    Raises:
+        SlurmError: a node does not answer, or the job is ending by itself.
+    """
+    await call("scancel", f"--signal={name}", str(job_id))
+
+
 async def requeue(job_id: int) -> None:
     """
     Raises:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from expertmesh.cli.up import with_overrides
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.rpc import join_host_port
-from expertmesh.mesh.slurm import CONTROL, Job
+from expertmesh.mesh.slurm import CONTROL, Job, servers_of, turns
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _COUNTS = {"attention": "attention.servers", "expert": "expert.servers", "both":
 class JobOptions:
     """
     Args:
-        roles: of components 1, 2 ...
+        roles: of components 1, 2 ...; ``attention+expert`` where the tasks of one take them in turn.
         join_script: for servers that come later; None = nobody brings them.
         replace_after_s: how long a server may be away before another one is asked for.
     """
@@ -46,39 +47,35 @@ class JobOptions:
     replace_after_s: float
 
 
-def job_config(config: MeshConfig, job: Job, options: JobOptions, host: str) -> MeshConfig:
+def job_config(config: MeshConfig, job: Job, options: JobOptions, host: str, balancer_port: int) -> MeshConfig:
     """The configuration that all servers of the job read: with as many servers as there are tasks.
 
     Args:
         host: address of the node that the balancer runs on.
+        balancer_port: where it listens there.
 
     Raises:
-        UserError: components and roles do not fit, or a port is left to chance that others have to know.
+        UserError: components and roles do not fit.
     """
     if len(options.roles) != len(job.num_tasks) - 1:
         raise UserError(
             "ROLE", f"{len(options.roles)} for {len(job.num_tasks) - 1} components after the first", "give one for each"
         )
-    if len(set(options.roles)) < len(options.roles):
+    named = [role for asked in options.roles for role in sorted(set(turns(asked)))]
+    if len(set(named)) < len(named):
         raise UserError(
-            "ROLE", f"{' '.join(options.roles)} names one twice", "one component for a role, with more tasks"
+            "ROLE",
+            f"{' '.join(options.roles)} names one in two components",
+            "one component for a role, with more tasks",
         )
     if job.num_tasks[0] < 2:
         raise UserError("--ntasks", f"{job.num_tasks[0]} in component 0", "2 or more: the balancer and its routers")
-    for role in ("balancer", "router"):
-        if getattr(config, role).port == 0:
-            raise UserError(
-                f"{role}.port", "is 0, and others have to know it", "set one that is free on the first node"
-            )
-    if config.telemetry.metrics_port:
-        raise UserError(
-            "telemetry.metrics_port",
-            f"the tasks of a node cannot share port {config.telemetry.metrics_port}",
-            "set it to 0: each picks a port and logs it",
-        )
-    counts = dict(zip(options.roles, job.num_tasks[1:], strict=True))
-    overrides: dict[str, Any] = {key: counts.get(role, 0) for role, key in _COUNTS.items()}
-    overrides["balancer.address"] = join_host_port(host, config.balancer.port)
+    components = list(zip(options.roles, job.num_tasks[1:], strict=True))
+    overrides: dict[str, Any] = {
+        key: sum(servers_of(role, asked, num_tasks) for asked, num_tasks in components) for role, key in _COUNTS.items()
+    }
+    overrides["balancer.port"] = balancer_port
+    overrides["balancer.address"] = join_host_port(host, balancer_port)
     if config.balancer.state == "file" and config.balancer.state_dir is None:
         overrides["balancer.state_dir"] = options.run_dir / "balancer"  # a job that is requeued finds it again
     return with_overrides(config, overrides)
@@ -93,7 +90,7 @@ class SlurmJob:
         self._options = options
         self._stop = asyncio.Event()
         self._requeue = False
-        names = {role: f"{config.name}-{job.job_id}-{role}" for role in options.roles}
+        names = {role: f"{config.name}-{job.job_id}-{role}" for asked in options.roles for role in turns(asked)}
         self._joins = Joins(
             config,
             names=names,
@@ -124,6 +121,8 @@ class SlurmJob:
         if self._requeue:
             log.info("the time limit is near: the job is requeued")
             await slurm.requeue(self._job.job_id)
+        elif self._stop.is_set():
+            await self._stop_steps()
         return await self._end(tasks)
 
     def _catch_signals(self) -> None:
@@ -148,13 +147,16 @@ class SlurmJob:
         """A step with all tasks of a component. One that loses a task or a node goes on with the others."""
         role = (CONTROL, *self._options.roles)[number]
         task = [sys.executable, "-P", "-m", "expertmesh.cli.main", "slurm", "task", role]
+        cpus = self._job.cpus_per_task[number]  # since 22.05 srun does not take it from the job
         return await asyncio.create_subprocess_exec(
             "srun",
             f"--het-group={number}",
             "--no-kill",
             "--kill-on-bad-exit=0",
             "--wait=0",
+            "--distribution=block",  # each node has all of the roles that its tasks take in turn
             f"--job-name={role}",
+            *([f"--cpus-per-task={cpus}"] if cpus is not None else []),
             *task,
             "--run-dir",
             str(self._options.run_dir),
@@ -177,8 +179,15 @@ class SlurmJob:
             await asyncio.Event().wait()
         await self._joins.run()
 
+    async def _stop_steps(self) -> None:
+        """A signal that went to this script alone is not known to the tasks; one that comes twice changes nothing."""
+        try:
+            await slurm.signal_steps(self._job.job_id, "TERM")
+        except slurm.SlurmError as error:  # the job is cancelled, and Slurm has told them already
+            log.info("%s", error)
+
     async def _end(self, tasks: Sequence[asyncio.Task[int]]) -> int:
-        """When the job was asked to end, so were all its tasks; else Slurm ends those left with this script."""
+        """When this script was asked to end, so were all tasks; else Slurm ends those left with this script."""
         if not self._stop.is_set():
             control = tasks[0].result()
             for task in tasks:
@@ -192,6 +201,17 @@ class SlurmJob:
         return 0
 
 
+def _free_port(host: str) -> int:
+    """One of this node, where the balancer will run, by which ``host`` is its address.
+
+    Somebody may take it before the balancer does; the job then ends, as with a port that is set.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_job(config: MeshConfig, job: Job, options: JobOptions) -> int:
     """
     Raises:
@@ -201,7 +221,8 @@ def run_job(config: MeshConfig, job: Job, options: JobOptions) -> int:
 
     async def run() -> int:
         host = await slurm.node_address(job.node)
-        return await SlurmJob(job_config(config, job, options, host), job, options).run()
+        port = config.balancer.port or _free_port(host)
+        return await SlurmJob(job_config(config, job, options, host, port), job, options).run()
 
     # For the steps and the jobs that are started from here.
     os.environ["EXPERTMESH_RUN_DIR"] = str(options.run_dir)

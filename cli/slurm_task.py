@@ -10,12 +10,16 @@ import sys
 import threading
 from pathlib import Path
 
+import yaml
+
 from expertmesh.cli import slurm_commands as slurm
 from expertmesh.cli.local_plan import environment
+from expertmesh.cli.next_ports import with_free_ports, with_next_ports
 from expertmesh.cli.process import ProcessEvent, ServiceProcess
 from expertmesh.cli.rolling_log import LogSize
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.slurm_balancer import Balancer
+from expertmesh.cli.state_dir import write_atomically
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.slurm import Task, address_towards
 from expertmesh.v1 import mesh_pb2
@@ -44,7 +48,7 @@ class TaskSupervisor:
     """Starts one server, starts it again when it dies, and stops it in its turn when Slurm asks the task to end.
 
     Args:
-        asked: the role, or ``control``.
+        asked: ``control``, or roles that the tasks of the step take in turn.
         run_dir: has the job's mesh.yaml, and takes the logs.
         joins: the server has a job of its own, and stops at once when that is asked to.
     """
@@ -60,11 +64,13 @@ class TaskSupervisor:
         self._over = False
         server_id = task.server_id(asked, joins=joins)
         host = address_towards(self._balancer.addresses[0].rpartition(":")[0].strip("[]"))
-        serve = ["serve", self._role, "--id", server_id, "--config", str(run_dir / "mesh.yaml"), "--host", host]
+        file = run_dir / "servers" / f"{server_id}.yaml"
+        serve = ["serve", self._role, "--id", server_id, "--config", str(file), "--host", host]
         serve += ["--node", task.node, "--stop-with-stdin", "--ignore-sigterm"]
-        if self._role == "router":  # several may be on one node
-            serve += ["--port", str(config.router.port + task.local_index)]
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "servers"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        own = with_free_ports(config) if joins else with_next_ports(config, task.local_index)
+        write_atomically(file, yaml.safe_dump(own.model_dump(mode="json", exclude_none=True), sort_keys=False))
         self._server = ServiceProcess(
             role=self._role,
             server_id=server_id,

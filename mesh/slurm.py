@@ -1,7 +1,8 @@
 """What Slurm tells a process about its place in a job, from the variables that slurmd and srun set.
 
-A mesh is one heterogeneous job: component 0 has the balancer and the routers, each further one the ranks of a role. The
-tasks of a component are one job step. A server that comes later has a job of its own.
+A mesh is one heterogeneous job: component 0 has the balancer and the routers, each further one the ranks of a role, or
+of several roles that share its nodes. The tasks of a component are one step. A server that comes later has a job of its
+own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,22 @@ from expertmesh.mesh.errors import UserError
 
 CONTROL = "control"
 """Instead of a role, for component 0: the task on the batch script's node is the balancer, all others are routers."""
+
+RANK_ROLES = ("attention", "expert", "both")
+
+
+def turns(asked: str) -> list[str]:
+    """The roles that the tasks of a component take in turn: of ``attention+expert+expert`` every third task, from the
+    first one, is an attention server.
+
+    Raises:
+        UserError: one is no role of a rank.
+    """
+    roles = asked.split("+")
+    for role in roles:
+        if role not in RANK_ROLES:
+            raise UserError("ROLE", f"{role!r} in {asked!r} is none", f"give {', '.join(RANK_ROLES)}, joined with +")
+    return roles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +50,10 @@ class Task:
     node: str
 
     def role(self, asked: str) -> str:
-        """What this task serves: ``asked``, which may be ``CONTROL``."""
+        """What this task serves, where its step was asked for ``CONTROL`` or for ``turns`` of roles."""
         if asked != CONTROL:
-            return asked
+            roles = turns(asked)
+            return roles[self.index % len(roles)]
         return "balancer" if self.index == 0 else "router"
 
     def server_id(self, asked: str, *, joins: bool) -> str:
@@ -45,7 +63,15 @@ class Task:
         """
         if asked == CONTROL:
             return "balancer" if self.index == 0 else f"router-{self.index - 1}"
-        return joined_id(asked, self.job_id, self.index) if joins else f"{asked}-{self.index}"
+        role = self.role(asked)
+        number = servers_of(role, asked, self.index)  # those before this one
+        return joined_id(role, self.job_id, number) if joins else f"{role}-{number}"
+
+
+def servers_of(role: str, asked: str, num_tasks: int) -> int:
+    """How many of the first ``num_tasks`` tasks of a component take the role."""
+    roles = turns(asked)
+    return sum(roles[index % len(roles)] == role for index in range(num_tasks))
 
 
 def joined_id(role: str, job_id: int, index: int = 0) -> str:
@@ -69,11 +95,17 @@ def task_from(environ: Mapping[str, str]) -> Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A heterogeneous job as its batch script sees it; ``num_tasks`` by component."""
+    """A heterogeneous job as its batch script sees it.
+
+    Args:
+        num_tasks: by component.
+        cpus_per_task: likewise; None where the component does not say.
+    """
 
     job_id: int
     node: str
     num_tasks: tuple[int, ...]
+    cpus_per_task: tuple[int | None, ...]
 
 
 def job_from(environ: Mapping[str, str]) -> Job:
@@ -92,6 +124,10 @@ def job_from(environ: Mapping[str, str]) -> Job:
         job_id=_number(environ, "SLURM_JOB_ID"),
         node=_text(environ, "SLURMD_NODENAME"),
         num_tasks=tuple(_number(environ, f"SLURM_NTASKS_HET_GROUP_{component}") for component in components),
+        cpus_per_task=tuple(
+            _number(environ, name) if (name := f"SLURM_CPUS_PER_TASK_HET_GROUP_{component}") in environ else None
+            for component in components
+        ),
     )
 
 

@@ -1,20 +1,31 @@
-"""A job that starts again as a whole. It takes another minute: `make slurm-test` runs it, `make test` does not."""
+"""A job of three components that starts again as a whole, and one that stops by a signal of its time limit's.
+
+It takes another minute: `make slurm-test` runs it, `make test` does not.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
 from support.slurm import SlurmCluster, until
-from support.slurm_mesh import AT_FIRST, START_TIMEOUT_S, SlurmMesh, cluster, expected
+from support.slurm_mesh import START_TIMEOUT_S, SlurmMesh, expected, slurm
 
-__all__ = ["cluster"]
+AT_FIRST = {"attention-0": "n3", "attention-1": "n4", "expert-0": "n5", "expert-1": "n6"}
+"""Where the ranks run; the balancer is on n1, the router on n2, and n7 is spare."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[SlurmCluster]:
+    with slurm(num_nodes=7, cpus=1) as running:
+        yield running
 
 
 @pytest.mark.timeout(290)
 def test_job_is_requeued_before_its_time_is_over_and_when_the_balancer_is_lost(cluster: SlurmCluster) -> None:
-    mesh = SlurmMesh(cluster)
+    mesh = SlurmMesh(cluster, "mesh.sbatch")
     mesh.until_serving(lambda servers: servers == AT_FIRST)
     tokens = expected()
 
@@ -32,8 +43,10 @@ def test_job_is_requeued_before_its_time_is_over_and_when_the_balancer_is_lost(c
     again = mesh.until_serving(lambda servers: servers.keys() == AT_FIRST.keys())
     assert "n1" not in again.values()
     assert mesh.generate() == tokens
-    cluster.run("scancel", mesh.job)
-    until(lambda: not cluster.queue(), START_TIMEOUT_S, mesh.logs)
+
+    # As `--signal=B:TERM@...` does: the script alone is told, and everything stops in good order.
+    mesh.end("--batch", "--signal=TERM")
+    assert mesh.killed((*again, "balancer", "router-0")) == []
 
 
 def start_again(mesh: SlurmMesh) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from expertmesh.cli.ranks import rank_config
+from expertmesh.cli.next_ports import with_next_ports
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig, TlsConfig, parse_config
 from expertmesh.mesh.errors import UserError
@@ -28,12 +28,12 @@ TIMEOUT_S = 60.0
 
 def test_each_rank_has_the_next_ports() -> None:
     config = parse_config({"attention": {"port": 50052}, "dataplane": {"port": 50100}})
-    third = rank_config(config, 2)
+    third = with_next_ports(config, 2)
     assert (third.attention.port, third.dataplane.port) == (50054, 50102)
     assert third.expert.port == 0, "any free one stays any free one"
     assert third.telemetry.metrics_port is None
     with pytest.raises(UserError, match=r"attention\.port"):
-        rank_config(parse_config({"attention": {"port": 65535}}), 1)
+        with_next_ports(parse_config({"attention": {"port": 65535}}), 1)
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -1,4 +1,4 @@
-"""A real Slurm for tests: a controller and seven nodes, all daemons on this machine, in a folder of its own."""
+"""A real Slurm for tests: a controller and some nodes, all daemons on this machine, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import psutil
 
 from support.etcd import free_ports
 
-NODES = ("n1", "n2", "n3", "n4", "n5", "n6", "n7")
 NODE_TIMEOUT_S = 6
 START_TIMEOUT_S = 30.0
 _POLL_S = 0.1
@@ -69,10 +68,16 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """Nodes of one processor, so of one task; ``start`` it, and ``stop`` it in the end, with all that its jobs left."""
+    """``start`` it, and ``stop`` it in the end, with all that its jobs left.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        cpus: of a node; a task takes one.
+    """
+
+    def __init__(self, folder: Path, *, num_nodes: int, cpus: int) -> None:
         self.folder = folder
+        self.nodes = tuple(f"n{number}" for number in range(1, num_nodes + 1))
+        self._cpus = cpus
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._config = folder / "slurm.conf"
 
@@ -85,13 +90,13 @@ class SlurmCluster:
 
     def start(self) -> None:
         self.folder.chmod(0o711)  # munged insists that everybody can reach its socket
-        for name in ("munge", "state", "log", *(f"spool-{node}" for node in NODES)):
+        for name in ("munge", "state", "log", *(f"spool-{node}" for node in self.nodes)):
             (self.folder / name).mkdir(mode=0o711)
-        controller_port, *ports = free_ports(1 + len(NODES))
+        controller_port, *ports = free_ports(1 + len(self.nodes))
         host = socket.gethostname()
         nodes = [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=4000"
-            for node, port in zip(NODES, ports, strict=True)
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} RealMemory=4000"
+            for node, port in zip(self.nodes, ports, strict=True)
         ]
         text = _CONFIG.format(
             host=host,
@@ -109,23 +114,32 @@ class SlurmCluster:
         self._start_daemon("munged", "munged", "--foreground", *options)
         until(files["socket"].exists, START_TIMEOUT_S, lambda: self.logs("munged"))
         self._start_daemon("slurmctld", "slurmctld", "-D", "-f", str(self._config))
-        for node in NODES:
+        for node in self.nodes:
             self.start_node(node)
-        until(lambda: self.states() == dict.fromkeys(NODES, "idle"), START_TIMEOUT_S, self.logs)
+        until(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), START_TIMEOUT_S, self.logs)
 
     def start_node(self, node: str) -> None:
         self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self._config))
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL its daemon and everything that runs on it, as if it had lost its power."""
-        self._daemons[node].kill()
-        self._daemons.pop(node).wait()
-        for process in self.processes(node):
-            _kill(process)
+        """SIGKILL its daemon and everything that runs on it, as if it had lost its power: none sees another one die.
+
+        An srun there that did would have time to end the tasks that it has elsewhere.
+        """
+        daemon = self._daemons.pop(node)
+        daemon.send_signal(signal.SIGSTOP)
+        dying = self.processes(node)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in dying:
+                _send(process, number)
+        daemon.kill()
+        daemon.wait()
 
     def processes(self, *nodes: str) -> list[psutil.Process]:
-        """What runs on these nodes, without their daemons: tasks, what they started, and Slurm's managers of steps."""
-        tasks = [process for process in psutil.process_iter() if self._node_of(process) in nodes]
+        """What runs on these nodes (none given: on any), without their daemons: tasks, what they started, and Slurm's
+        managers of steps."""
+        asked = nodes or self.nodes
+        tasks = [process for process in psutil.process_iter() if self._node_of(process) in asked]
         managers = {parent for task in tasks if (parent := _manager_of(task)) is not None}
         return [*managers, *tasks]
 
@@ -157,8 +171,8 @@ class SlurmCluster:
         return "\n".join(line for part in parts for line in part)
 
     def stop(self) -> None:
-        for process in self.processes(*NODES):
-            _kill(process)
+        for process in self.processes():
+            _send(process, signal.SIGKILL)
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGKILL)
             daemon.wait()
@@ -195,8 +209,8 @@ def _manager_of(task: psutil.Process) -> psutil.Process | None:
         return None
 
 
-def _kill(process: psutil.Process) -> None:
+def _send(process: psutil.Process, number: signal.Signals) -> None:
     try:
-        process.kill()
+        process.send_signal(number)
     except psutil.NoSuchProcess:
         return

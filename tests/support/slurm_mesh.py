@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import grpc
 import pytest
 import yaml
 
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 from support.etcd import free_ports
-from support.mesh import demo_prompts
+from support.mesh import demo_prompts, generate_all, greedy_request
 from support.reference import encode, greedy
 from support.slurm import SlurmCluster, until, why_not
 
 DEPLOY = Path(__file__).parents[2] / "deploy/slurm"
 START_TIMEOUT_S = 90.0
+ASK_TIMEOUT_S = 5.0
 REPLACE_AFTER_S = 2
 NUM_TOKENS = 16
-AT_FIRST = {"attention-0": "n3", "attention-1": "n4", "expert-0": "n5", "expert-1": "n6"}
-"""Where the ranks run; the balancer is on n1, the router on n2, and n7 is spare."""
+STOP_TIMEOUT_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[SlurmCluster]:
+@contextmanager
+def slurm(num_nodes: int, cpus: int) -> Iterator[SlurmCluster]:
+    """A cluster that runs, or a skipped test."""
     reason = why_not()
     if reason is not None:
         print(reason)
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="expertmesh-slurm-") as folder:
-        running = SlurmCluster(Path(folder))
+        running = SlurmCluster(Path(folder), num_nodes=num_nodes, cpus=cpus)
         try:
             running.start()
             yield running
@@ -43,9 +49,13 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 class SlurmMesh:
-    """A mesh that ``mesh.sbatch`` runs, as its user sees it."""
+    """A mesh that one of the job scripts runs, as its user sees it.
 
-    def __init__(self, cluster: SlurmCluster) -> None:
+    Args:
+        script: a file of deploy/slurm.
+    """
+
+    def __init__(self, cluster: SlurmCluster, script: str) -> None:
         self.cluster = cluster
         self.run_dir = cluster.folder / "run"
         router_port, balancer_port = free_ports(2)
@@ -58,7 +68,7 @@ class SlurmMesh:
             "sbatch",
             "--parsable",
             f"--output={cluster.folder}/job.out",
-            str(DEPLOY / "mesh.sbatch"),
+            str(DEPLOY / script),
             str(file),
             EXPERTMESH_SLURM_DIR=str(DEPLOY),
             EXPERTMESH_RUN_DIR=str(self.run_dir),
@@ -71,15 +81,26 @@ class SlurmMesh:
         assert result.returncode == 0, result.stderr + self.logs()
         return result.stdout
 
+    def status(self) -> admin_pb2.GetStatusResponse | None:
+        """None while no balancer answers."""
+
+        async def ask() -> admin_pb2.GetStatusResponse:
+            async with rpc.open_channel(self.balancer, TlsConfig()) as channel:
+                stub = admin_pb2_grpc.AdminServiceStub(channel)
+                return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=ASK_TIMEOUT_S)
+
+        try:
+            return asyncio.run(ask())
+        except grpc.aio.AioRpcError:
+            return None
+
     def serving(self) -> dict[str, str]:
         """Rank → node of those that serve in the current view; empty while nothing does, and without a balancer."""
-        try:
-            status = json.loads(self.expertmesh("balancer", "status", "--json", "--balancer", self.balancer))
-        except AssertionError:
+        status = self.status()
+        if status is None or not status.serving:
             return {}
-        servers = status["servers"] if status["serving"] else []
-        ranks = [server for server in servers if server["role"] != "router" and server["state"] == "serving"]
-        return {server["id"]: server["node"] for server in ranks}
+        ranks = [server for server in status.servers if server.HasField("rank")]
+        return {rank.server_id: rank.node for rank in ranks if rank.state == mesh_pb2.SERVER_STATE_SERVING}
 
     def until_serving(
         self, is_so: Callable[[dict[str, str]], bool], timeout_s: float = START_TIMEOUT_S
@@ -95,11 +116,29 @@ class SlurmMesh:
 
     def generate(self) -> list[list[int]]:
         """Greedy tokens for two of the demo's prompts."""
-        prompts = [prompt.text for prompt in demo_prompts()[:2]]
-        options = ["--router", self.router, "--max-tokens", str(NUM_TOKENS), "--temperature", "0", "--json"]
-        lines = self.expertmesh("generate", *options, *prompts).splitlines()
-        answers: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        return [answer["token_ids"] for answer in answers]
+        requests = [greedy_request(text, NUM_TOKENS) for text in prompts()]
+        try:
+            outputs = asyncio.run(generate_all(self.router, requests, concurrency=2))
+        except* grpc.aio.AioRpcError as errors:
+            pytest.fail(f"{errors.exceptions}\n{self.logs()}")
+        return [output.token_ids for output in outputs]
+
+    def end(self, *signal: str) -> None:
+        """Cancel the job, or send it a signal, and wait until nothing of it is left.
+
+        Args:
+            signal: options of scancel.
+        """
+        self.cluster.run("scancel", *signal, self.job)
+        until(lambda: not self.cluster.queue(), STOP_TIMEOUT_S, self.logs)
+        until(lambda: not self.cluster.processes(), STOP_TIMEOUT_S, lambda: f"still run: {self.cluster.processes()}")
+
+    def killed(self, servers: Iterable[str]) -> list[str]:
+        """Those that did not stop in good order, with the end of their logs."""
+        logs = {server: (self.run_dir / "logs" / f"{server}.log").read_text(encoding="utf-8") for server in servers}
+        return [
+            f"{server}: {log[-500:]}" for server, log in logs.items() if not log.rstrip().endswith(f"{server} stopped")
+        ]
 
     def logs(self) -> str:
         files = [self.cluster.folder / "job.out", *sorted(self.run_dir.glob("logs/*"))]
@@ -107,8 +146,12 @@ class SlurmMesh:
         return "\n".join((*parts, self.cluster.logs(lines=10)))
 
 
+def prompts() -> list[str]:
+    return [prompt.text for prompt in demo_prompts()[:2]]
+
+
 def expected() -> list[list[int]]:
     model = demo_model_path()
-    prompts = tuple(encode(model, prompt.text) for prompt in demo_prompts()[:2])
+    encoded = tuple(encode(model, text) for text in prompts())
     eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    return [list(tokens) for tokens in greedy(model, prompts, NUM_TOKENS, eos)]
+    return [list(tokens) for tokens in greedy(model, encoded, NUM_TOKENS, eos)]

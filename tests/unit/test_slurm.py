@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cli import slurm_commands
+from expertmesh.cli.next_ports import with_free_ports, with_next_ports
 from expertmesh.cli.slurm_job import JobOptions, job_config
 from expertmesh.cli.slurm_joins import Gap
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.slurm import CONTROL, Job, Task, address_towards, job_from, joined_id, task_from
+from expertmesh.mesh.slurm import CONTROL, Job, Task, address_towards, job_from, joined_id, servers_of, task_from
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "2", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "n4"}
 JOB = {
@@ -24,8 +25,9 @@ JOB = {
     "SLURM_NTASKS_HET_GROUP_0": "2",
     "SLURM_NTASKS_HET_GROUP_1": "4",
     "SLURM_NTASKS_HET_GROUP_2": "8",
+    "SLURM_CPUS_PER_TASK_HET_GROUP_2": "12",
 }
-PORTS = {"balancer": {"port": 50050}, "router": {"port": 50051}}
+HOST, PORT = "10.0.0.1", 50050
 
 
 def options(tmp_path: Path, *roles: str) -> JobOptions:
@@ -46,6 +48,24 @@ def test_control_is_a_balancer_and_routers() -> None:
     assert [task.server_id(CONTROL, joins=False) for task in tasks] == ["balancer", "router-0", "router-1"]
 
 
+def test_the_tasks_of_a_component_take_its_roles_in_turn() -> None:
+    asked = "attention+expert+expert"
+    tasks = [task_from({**TASK, "SLURM_PROCID": str(index)}) for index in range(7)]
+    ids = [task.server_id(asked, joins=False) for task in tasks]
+    assert ids == ["attention-0", "expert-0", "expert-1", "attention-1", "expert-2", "expert-3", "attention-2"]
+    assert [task.role(asked) for task in tasks] == [server.rpartition("-")[0] for server in ids]
+    assert (servers_of("attention", asked, 7), servers_of("expert", asked, 7), servers_of("both", asked, 7)) == (
+        3,
+        4,
+        0,
+    )
+
+
+def test_a_role_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"ROLE: 'router' in 'expert\+router' is none; give attention"):
+        task_from(TASK).server_id("expert+router", joins=False)
+
+
 @pytest.mark.parametrize("name", list(TASK))
 def test_a_task_outside_of_srun_is_told_what_is_missing(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: is not set; start this with srun"):
@@ -58,16 +78,23 @@ def test_a_number_that_is_none() -> None:
 
 
 def test_a_job_knows_its_components() -> None:
-    assert job_from(JOB) == Job(job_id=7, node="n1", num_tasks=(2, 4, 8))
+    assert job_from(JOB) == Job(job_id=7, node="n1", num_tasks=(2, 4, 8), cpus_per_task=(None, None, 12))
     with pytest.raises(UserError, match="SLURM_HET_SIZE"):
         job_from(TASK)
 
 
-def test_the_configuration_follows_the_tasks(tmp_path: Path) -> None:
-    asked = parse_config({**PORTS, "attention": {"servers": 1}, "both_servers": 3})
-    config = job_config(asked, job_from(JOB), options(tmp_path, "attention", "expert"), "10.0.0.1")
-    assert (config.attention.servers, config.expert.servers, config.both_servers) == (4, 8, 0)
-    assert config.balancer.address == "10.0.0.1:50050"
+@pytest.mark.parametrize(
+    ("roles", "attention", "expert"),
+    [(("attention", "expert"), 4, 8), (("expert", "attention"), 8, 4), (("attention+expert", "both"), 2, 2)],
+)
+def test_the_configuration_follows_the_tasks(
+    tmp_path: Path, roles: tuple[str, ...], attention: int, expert: int
+) -> None:
+    asked = parse_config({"attention": {"servers": 1}, "both_servers": 3, "balancer": {"port": 1}})
+    config = job_config(asked, job_from(JOB), options(tmp_path, *roles), HOST, PORT)
+    both = 8 if "both" in roles else 0
+    assert (config.attention.servers, config.expert.servers, config.both_servers) == (attention, expert, both)
+    assert (config.balancer.port, config.balancer.address) == (PORT, f"{HOST}:{PORT}")
     assert config.balancer.state_dir == tmp_path / "balancer"
 
 
@@ -76,9 +103,8 @@ def test_the_configuration_follows_the_tasks(tmp_path: Path) -> None:
     [
         ({}, ("attention",), "ROLE"),
         ({}, ("expert", "expert"), "ROLE"),
-        ({"balancer": {"port": 0}}, ("attention", "expert"), "balancer.port"),
-        ({"router": {"port": 0}}, ("attention", "expert"), "router.port"),
-        ({"telemetry": {"metrics_port": 9100}}, ("attention", "expert"), "telemetry.metrics_port"),
+        ({}, ("attention+expert", "expert"), "ROLE"),
+        ({}, ("attention", "router"), "ROLE"),
         ({"expert": {"min_replicas": 9}}, ("attention", "expert"), "the command line"),
     ],
 )
@@ -86,16 +112,31 @@ def test_what_does_not_fit_is_refused(
     tmp_path: Path, changes: dict[str, object], roles: tuple[str, ...], key: str
 ) -> None:
     # More replicas than servers is refused by the configuration itself: the counts of the job are what it is held to.
-    config = parse_config({**PORTS, **changes, "both_servers": 9})
+    config = parse_config({**changes, "both_servers": 9})
     with pytest.raises(UserError) as caught:
-        job_config(config, job_from(JOB), options(tmp_path, *roles), "10.0.0.1")
+        job_config(config, job_from(JOB), options(tmp_path, *roles), HOST, PORT)
     assert caught.value.key == key
 
 
 def test_a_job_of_one_control_task_has_no_router(tmp_path: Path) -> None:
     job = job_from({**JOB, "SLURM_NTASKS_HET_GROUP_0": "1"})
     with pytest.raises(UserError, match="2 or more"):
-        job_config(MeshConfig(), job, options(tmp_path, "attention", "expert"), "10.0.0.1")
+        job_config(MeshConfig(), job, options(tmp_path, "attention", "expert"), HOST, PORT)
+
+
+def test_servers_of_a_node_have_ports_of_their_own() -> None:
+    asked = {
+        "router": {"port": 50051, "http": {"port": 8000}},
+        "expert": {"port": 50052},
+        "telemetry": {"metrics_port": 9464},
+    }
+    config = with_next_ports(parse_config(asked), 3)
+    assert (config.router.port, config.router.http.port, config.expert.port) == (50054, 8003, 50055)
+    assert (config.telemetry.metrics_port, config.attention.port) == (9467, 0)
+    # Nobody knows what runs where a server comes with a job of its own.
+    config = with_free_ports(parse_config(asked))
+    assert (config.router.port, config.router.http.port, config.expert.port) == (0, 0, 0)
+    assert config.telemetry.metrics_port == 0
 
 
 def test_own_address_is_that_of_the_way() -> None:
