@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from expertmesh.cli.ranks import STOP_TIMEOUT_S as RANKS_STOP_S
+from expertmesh.mesh.telemetry.metrics import ATTENTION, Declared, Metrics
+from expertmesh.router.server import DRAIN_TIMEOUT_S as ROUTER_DRAIN_S
 from support import helm
 from support.helm import CHART, RANK_ROLES, ROOT, VALUES, Document, container, rendered, tool
 
@@ -45,7 +49,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 @each_values
 def test_lint(values: Path) -> None:
-    result = helm.run("lint", "--strict", CHART, "--values", values)
+    result = helm.run("lint", "--strict", CHART, *helm.options(values))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -162,9 +166,11 @@ def started_ranks(made: helm.Rendered, role: str) -> int:
     found = made.of_kind("LeaderWorkerSet").get(role)
     if found is None:
         return 0
+    scaler = made.of_kind("HorizontalPodAutoscaler").get(role)
+    groups = scaler["spec"]["minReplicas"] if scaler is not None else found["spec"]["replicas"]
     command = container(made.pods[role])["command"]
     in_a_pod = int(command[command.index("--count") + 1]) if "--count" in command else 1
-    return int(found["spec"]["replicas"] * found["spec"]["leaderWorkerTemplate"]["size"] * in_a_pod)
+    return int(groups * found["spec"]["leaderWorkerTemplate"]["size"] * in_a_pod)
 
 
 @each_values
@@ -210,15 +216,51 @@ def test_budgets_leave_replicas_and_let_nodes_be_drained(values: Path) -> None:
     budgets = made.of_kind("PodDisruptionBudget")
     deployments = {role: found["spec"].get("replicas", 2) for role, found in made.of_kind("Deployment").items()}
     sets = {
-        role: found["spec"]["replicas"] * found["spec"]["leaderWorkerTemplate"]["size"]
+        role: found["spec"].get("replicas", 2) * found["spec"]["leaderWorkerTemplate"]["size"]
         for role, found in made.of_kind("LeaderWorkerSet").items()
     }
+    assert "balancer" not in budgets, "one that stands by is not ready, so the leader could never be evicted"
+    del deployments["balancer"]
     for role, pods in {**deployments, **sets}.items():
         assert (role in budgets) is (pods > 1), role
         if role in budgets:
             spec = budgets[role]["spec"]
             assert 0 < spec["maxUnavailable"] < pods
             assert spec["selector"]["matchLabels"].items() <= made.pods[role]["metadata"]["labels"].items()
+
+
+@each_values
+def test_pods_have_the_time_that_draining_takes(values: Path) -> None:
+    for role, pod in rendered(values).pods.items():
+        before = container(pod).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        assert (before > 0) is (role == "router"), "services lead to it for a moment more, and a draining one refuses"
+        drain_s = {"router": ROUTER_DRAIN_S, "balancer": 0}.get(role, RANKS_STOP_S)
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= before + drain_s + 3
+
+
+def test_a_long_sleep_before_the_end_takes_nothing_from_draining() -> None:
+    pod = rendered(CHART / "values.yaml", "router.preStopSeconds=120").pods["router"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= 120 + ROUTER_DRAIN_S + 3
+
+
+@each_values
+def test_what_a_pod_may_write_is_bounded(values: Path) -> None:
+    for role, pod in rendered(values).pods.items():
+        empty = {volume["name"]: volume["emptyDir"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
+        assert {"cache", "tmp"} <= empty.keys()
+        assert (role in RANK_ROLES) is ("shm" in empty)
+        for name, volume in empty.items():
+            assert "sizeLimit" in volume or volume["medium"] == "HugePages-2Mi", f"{role} {name}"
+
+
+@pytest.mark.parametrize("role", ["router", "balancer", "attention"])
+def test_a_component_has_nodes_of_its_own(role: str) -> None:
+    settings = [f"{role}.{key}" for key in ("nodeSelector.pool=a", "priorityClassName=high", "tolerations[0].key=b")]
+    made = rendered(CHART / "values.yaml", *settings)
+    for other, pod in made.pods.items():
+        spec = pod["spec"]
+        found = (spec.get("nodeSelector"), spec.get("priorityClassName"), spec.get("tolerations"))
+        assert found == (({"pool": "a"}, "high", [{"key": "b"}]) if other == role else (None, None, None))
 
 
 @each_values
@@ -248,16 +290,24 @@ def test_secrets_are_names_and_each_pod_gets_its_own_key() -> None:
         assert {item["path"] for item in tls["items"]} == {"ca.pem", f"{role}.pem", f"{role}.key"}
 
 
-@pytest.mark.parametrize("name", ["values-nvlink-8gpu.yaml", "values-efa.yaml"])
-def test_gpus_cards_and_pages(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cards"),
+    [
+        ("values-nvlink-8gpu.yaml", None),
+        ("values-efa.yaml", "16"),
+        ("nodes/p5.yaml", "32"),
+        ("nodes/p6-b200.yaml", "8"),
+    ],
+)
+def test_gpus_cards_and_pages(name: str, cards: str | None) -> None:
     made = rendered(CHART / name)
-    has_efa = name == "values-efa.yaml"
+    has_efa = cards is not None
     for role in made.of_kind("LeaderWorkerSet"):
         only = container(made.pods[role])
         resources = only["resources"]
         assert resources["requests"] == resources["limits"], "guaranteed, so that cores are not shared"
         assert resources["limits"]["nvidia.com/gpu"] == only["command"][only["command"].index("--count") + 1] == "8"
-        assert ("vpc.amazonaws.com/efa" in resources["limits"]) is has_efa
+        assert resources["limits"].get("vpc.amazonaws.com/efa") == cards
         mounts = {mount["mountPath"] for mount in only["volumeMounts"]}
         assert "/dev/shm" in mounts
         assert ("hugepages-2Mi" in resources["limits"]) is ("/dev/hugepages" in mounts) is has_efa
@@ -277,10 +327,23 @@ def test_autoscaling_takes_what_can_be_scaled() -> None:
         "attention": ("LeaderWorkerSet", "mesh-expertmesh-attention"),
     }
     assert made.config.scaling.policy == "off", "two who scale would work against each other"
-    assert "replicas" not in made.of_kind("Deployment")["router"]["spec"]
-    rules = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
-    for metric in made.of_kind("HorizontalPodAutoscaler")["attention"]["spec"]["metrics"]:
-        assert f"as: {metric['pods']['metric']['name']}" in rules, "the adapter's rule for it is in the docs"
+    for role, (kind, _) in targets.items():
+        assert "replicas" not in made.of_kind(kind)[role]["spec"], "an upgrade must not take the scaler's number back"
+
+
+def test_autoscaling_follows_metrics_that_attention_servers_export() -> None:
+    """Adapter rules of docs/kubernetes.md, name by name: from the registry of metrics to the scaler."""
+    text = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(rules:.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    declared = {metric.name: metric for metric in vars(Metrics).values() if isinstance(metric, Declared)}
+    offered = {}
+    for rule in yaml.safe_load(block)["rules"]:
+        series = rule["seriesQuery"].split('"')[1]
+        assert declared[series].starts_on == ATTENTION, series
+        offered[rule["name"]["as"]] = series
+    scaler = rendered(CHART / "values-production.yaml").of_kind("HorizontalPodAutoscaler")["attention"]
+    asked = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
+    assert sorted(asked) == sorted(offered)
 
 
 # -- network policies against docs/design.md -------------------------------------------------------------------------

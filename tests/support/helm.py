@@ -22,7 +22,7 @@ from expertmesh.mesh.config import MeshConfig, parse_config
 ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.prefix) / "tools"
 CHART = ROOT / "deploy/helm/expertmesh"
-VALUES = sorted(CHART.glob("values*.yaml"))
+VALUES = sorted((*CHART.glob("values*.yaml"), *CHART.glob("nodes/*.yaml")))
 NAMESPACE = "models"
 RANK_ROLES = ("attention", "expert", "both")
 _PACKAGE = ROOT / "tests/tools/package.json"
@@ -79,6 +79,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def options(values: Path) -> list[str | Path]:
+    """Of Helm, for a values file; those of ``nodes`` go on top of the one for EFA."""
+    below = [CHART / "values-efa.yaml"] if values.parent.name == "nodes" else []
+    return [word for file in (*below, values) for word in ("--values", file)]
+
+
 @dataclass(frozen=True)
 class Rendered:
     """What the chart gives for some values."""
@@ -115,8 +121,8 @@ def rendered(values: Path, *settings: str) -> Rendered:
     Args:
         settings: as Helm's ``--set``.
     """
-    options = [word for setting in settings for word in ("--set", setting)]
-    result = run("template", "mesh", CHART, "--namespace", NAMESPACE, "--values", values, *options)
+    changes = [word for setting in settings for word in ("--set", setting)]
+    result = run("template", "mesh", CHART, "--namespace", NAMESPACE, *options(values), *changes)
     assert result.returncode == 0, result.stderr
     return Rendered(tuple(document for document in yaml.safe_load_all(result.stdout) if document))
 

@@ -99,8 +99,8 @@ seccompProfile: { type: RuntimeDefault }
 
 {{- define "expertmesh.volumes" -}}
 - { name: mesh, configMap: { name: {{ include "expertmesh.name" .root }} } }
-- { name: cache, emptyDir: {} }
-- { name: tmp, emptyDir: {} }
+- { name: cache, emptyDir: { sizeLimit: {{ .root.Values.scratch.cache }} } }
+- { name: tmp, emptyDir: { sizeLimit: {{ .root.Values.scratch.tmp }} } }
 {{- if .root.Values.secrets.tls }}
 - name: tls # its own key and no other
   secret:
@@ -131,11 +131,32 @@ grpc: { port: {{ .port }} }
 {{- end }}
 {{- end }}
 
+{{/* A router answers for a while after it was asked to end, since services lead to it for a moment more, and then drains. */}}
+{{- define "expertmesh.grace" -}}
+{{- $grace := .root.Values.terminationGracePeriodSeconds | int }}
+{{- if eq .role "router" }}{{ max $grace (add .root.Values.router.preStopSeconds 35) }}{{ else }}{{ $grace }}{{ end -}}
+{{- end }}
+
 {{- define "expertmesh.pod" -}}
+{{- $values := get .root.Values .role }}
 serviceAccountName: {{ include "expertmesh.name" .root }}-{{ .role }}
 automountServiceAccountToken: false
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ .root.Values.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ include "expertmesh.grace" . }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
