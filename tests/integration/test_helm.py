@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from expertmesh.cli.ranks import STOP_TIMEOUT_S as RANKS_STOP_S
+from expertmesh.mesh.addresses import split_addresses, split_host_port
 from expertmesh.mesh.telemetry.metrics import ATTENTION, Declared, Metrics
 from expertmesh.router.server import DRAIN_TIMEOUT_S as ROUTER_DRAIN_S
 from support import helm
@@ -36,6 +37,7 @@ KINDS = {
     "PodDisruptionBudget",
     "Service",
     "ServiceAccount",
+    "StatefulSet",
 }
 each_values = pytest.mark.parametrize("values", VALUES, ids=[file.stem for file in VALUES])
 
@@ -155,11 +157,21 @@ def test_the_configuration_is_one_of_ours(values: Path) -> None:
     config = made.config
     counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
     assert {role: started_ranks(made, role) for role in RANK_ROLES} == counts
-    assert config.balancer.address == f"mesh-expertmesh-balancer:{config.balancer.port}"
-    service = made.of_kind("Service")["balancer"]
-    assert service["metadata"]["name"] == "mesh-expertmesh-balancer"
-    deployment = made.of_kind("Deployment")["balancer"]
-    assert config.balancer.state == "etcd" or deployment["spec"]["replicas"] == 1
+    balancers = made.of_kind("StatefulSet")["balancer"]
+    replicas = balancers["spec"]["replicas"]
+    assert config.balancer.state == "etcd" or replicas == 1
+    assert config.balancer.address is not None
+    addresses = split_addresses(config.balancer.address)
+    assert len(addresses) == replicas, "who looks for the one that leads asks each by its name"
+    for number, address in enumerate(addresses):
+        host, port = split_host_port(address)
+        assert port == config.balancer.port
+        pod, _, service = host.rpartition(".")
+        found = made.services[service]["spec"]
+        if pod:
+            assert pod == f"{balancers['metadata']['name']}-{number}"
+            assert service == balancers["spec"]["serviceName"]
+            assert (found["clusterIP"], found["publishNotReadyAddresses"]) == ("None", True)
 
 
 def started_ranks(made: helm.Rendered, role: str) -> int:
@@ -193,7 +205,8 @@ def test_probes_ask_the_port_that_is_configured(values: Path) -> None:
             assert kind == "grpc" or has_tls or role in ("router", "balancer"), (
                 "the kubelet speaks no TLS to gRPC health"
             )
-        assert ("grpc" in only["readinessProbe"]) is not (config.tls.cert_file is not None)
+        stands_by = role == "balancer" and made.of_kind("StatefulSet")[role]["spec"]["replicas"] > 1
+        assert ("grpc" in only["readinessProbe"]) is not (config.tls.cert_file is not None or stands_by)
         listens = {port["containerPort"] for port in only["ports"]}
         assert ports[role] in listens
         assert config.telemetry.metrics_port in listens
@@ -203,7 +216,8 @@ def test_probes_ask_the_port_that_is_configured(values: Path) -> None:
 @each_values
 def test_services_lead_to_what_listens(values: Path) -> None:
     made = rendered(values)
-    for role, service in made.of_kind("Service").items():
+    for service in made.services.values():
+        role = helm.component(service["metadata"]["labels"])
         names = {port["name"]: port["containerPort"] for port in container(made.pods[role])["ports"]}
         assert service["spec"]["selector"].items() <= made.pods[role]["metadata"]["labels"].items()
         for port in service["spec"]["ports"]:
@@ -219,9 +233,8 @@ def test_budgets_leave_replicas_and_let_nodes_be_drained(values: Path) -> None:
         role: found["spec"].get("replicas", 2) * found["spec"]["leaderWorkerTemplate"]["size"]
         for role, found in made.of_kind("LeaderWorkerSet").items()
     }
-    assert "balancer" not in budgets, "one that stands by is not ready, so the leader could never be evicted"
-    del deployments["balancer"]
-    for role, pods in {**deployments, **sets}.items():
+    balancers = made.of_kind("StatefulSet")["balancer"]["spec"]["replicas"]
+    for role, pods in {**deployments, **sets, "balancer": balancers}.items():
         assert (role in budgets) is (pods > 1), role
         if role in budgets:
             spec = budgets[role]["spec"]

@@ -105,10 +105,16 @@ class Rendered:
     @property
     def pods(self) -> dict[str, Document]:
         """The template of each component's pods."""
-        deployments = {role: found["spec"]["template"] for role, found in self.of_kind("Deployment").items()}
+        kinds = {**self.of_kind("Deployment"), **self.of_kind("StatefulSet")}
+        plain = {role: found["spec"]["template"] for role, found in kinds.items()}
         sets = self.of_kind("LeaderWorkerSet").items()
         ranks = {role: found["spec"]["leaderWorkerTemplate"]["workerTemplate"] for role, found in sets}
-        return {**deployments, **ranks}
+        return {**plain, **ranks}
+
+    @property
+    def services(self) -> dict[str, Document]:
+        """By name: a component may have several."""
+        return {found["metadata"]["name"]: found for found in self.documents if found["kind"] == "Service"}
 
     def as_plain_kinds(self) -> list[Document]:
         """With a Deployment of the same pods instead of each LeaderWorkerSet, for tools that know none."""

@@ -24,13 +24,24 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{ mul .groups .podsPerGroup .ranksPerPod }}
 {{- end }}
 
+{{/* Where the balancer is: of one alone its service, which needs no new look-up when its pod changes; else each by its name. */}}
+{{- define "expertmesh.balancers" -}}
+{{- $name := include "expertmesh.name" . }}
+{{- $port := .Values.ports.balancer | int }}
+{{- $addresses := list }}
+{{- range $number := until (.Values.balancer.replicas | int) }}
+{{- $addresses = append $addresses (printf "%s-balancer-%d.%s-balancers:%d" $name $number $name $port) }}
+{{- end }}
+{{- if gt (len $addresses) 1 }}{{ join "," $addresses }}{{ else }}{{ printf "%s-balancer:%d" $name $port }}{{ end -}}
+{{- end }}
+
 {{/* mesh.yaml: what the values say, and what follows from them. */}}
 {{- define "expertmesh.mesh" -}}
 {{- $ports := .Values.ports }}
 {{- $derived := dict
   "both_servers" (include "expertmesh.count" .Values.both | int)
   "router" (dict "port" ($ports.router | int) "http" (dict "port" ($ports.http | int)))
-  "balancer" (dict "port" ($ports.balancer | int) "address" (printf "%s-balancer:%d" (include "expertmesh.name" .) ($ports.balancer | int)) "state_dir" "/state")
+  "balancer" (dict "port" ($ports.balancer | int) "address" (include "expertmesh.balancers" .) "state_dir" "/state")
   "attention" (dict "servers" (include "expertmesh.count" .Values.attention | int) "port" ($ports.rank | int))
   "expert" (dict "servers" (include "expertmesh.count" .Values.expert | int) "port" ($ports.rank | int))
   "dataplane" (dict "port" ($ports.dataplane | int))
