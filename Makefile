@@ -37,7 +37,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/expertmesh up -- sh demo/demo.sh
 
-test: lint gen-check $(VENV)/.etcd tools
+test: lint gen-check $(VENV)/.etcd $(VENV)/.nixl tools
 	$(PY) -m expertmesh.balancer.solver.warm_up  # compiles the solver's kernels once: half a minute that no test waits for
 	$(PY) -m pytest
 
@@ -109,6 +109,12 @@ $(VENV)/.etcd: $(VENV)/.created
 	&& { apt-get -qq download etcd-server || { apt-get -qq update && apt-get -qq download etcd-server; }; } 2>/dev/null \
 	&& dpkg-deb -x etcd-server_*.deb etcd && rm etcd-server_*.deb && ln -sf ../etcd/usr/bin/etcd bin/etcd) \
 	&& touch $@ || echo "no etcd here: the tests that need one will be skipped"
+
+# Servers import NIXL, so that it cannot have an environment of its own: 59 MB, 240 MB unpacked, and it asks for torch and
+# NumPy alone, which are there. Where it cannot be installed its tests are skipped and say so.
+$(VENV)/.nixl: $(VENV)/.installed-dev
+	@$(PIP) install --quiet --no-compile -c constraints-cpu.txt -e '.[nixl]' \
+	&& touch $@ || echo "not installed: nixl: its tests will be skipped"
 
 # Tools that tests start as processes and whose dependencies must not meet ours, each in an environment of its own:
 # tests/tools/NAME.txt lists its packages. Where one cannot be installed its tests are skipped and say so.

@@ -229,6 +229,7 @@ class Engine:
             prefilled = sum([chunk.count for chunk in chunks if chunk.is_prefill])
             self._trace_chunks(chunks)
             launched = self._scheduler.launch(chunks)
+            self.prefixes.step_launched()
             self._metrics.step(sum([chunk.count for chunk in chunks]))
             self._metrics.computed(prefilled, sum([chunk.completes for chunk in launched]))
             self._unprepare()
@@ -243,6 +244,7 @@ class Engine:
         now = self._clock()
         with self._lock:
             self._scheduler.land(launched)
+            self.prefixes.step_landed()
             for chunk in launched:
                 if chunk.sequence.trace is not None:
                     chunk.sequence.trace.chunk_landed(chunk.end)
@@ -279,6 +281,7 @@ class Engine:
         with self._lock:
             self._unprepare()
             self._scheduler.take_back(launched)
+            self.prefixes.step_landed()
             for chunk in launched:
                 if chunk.sequence.trace is not None:
                     chunk.sequence.trace.taken_back()

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 from expertmesh.attention_server.engine import Engine
-from expertmesh.attention_server.kv_handover import BlockMemory, HandoverError, KvSource, fetch_blocks
+from expertmesh.attention_server.kv_handover import fetch_blocks
+from expertmesh.attention_server.kv_memory import BlockMemory
+from expertmesh.attention_server.kv_transport import HandoverError, KvSource, Transport
 from expertmesh.attention_server.request import Sequence
 from expertmesh.mesh.telemetry import Metrics
 
@@ -23,15 +25,23 @@ class Fetching:
     """Fetches, then posts. What cannot be fetched the engine computes, so that nothing here fails a request.
 
     Args:
+        transport: how blocks come.
         timeout_s: a sequence is posted after so long, with whatever has come.
         changed: called when a sequence has been posted or forgotten.
     """
 
     def __init__(
-        self, engine: Engine, memory: BlockMemory, metrics: Metrics, timeout_s: float, changed: Callable[[], None]
+        self,
+        engine: Engine,
+        memory: BlockMemory,
+        transport: Transport,
+        metrics: Metrics,
+        timeout_s: float,
+        changed: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._memory = memory
+        self._transport = transport
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._changed = changed
@@ -74,17 +84,12 @@ class Fetching:
     async def _fetch(self, sequence: Sequence, source: KvSource) -> None:
         started_s = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                async with self._turns:
-                    count = await fetch_blocks(
-                        source,
-                        self._engine.prefix_digests(sequence),
-                        self._memory,
-                        self._engine.prefixes,
-                        self._timeout_s,
-                    )
+            async with asyncio.timeout(self._timeout_s), self._turns:
+                digests, desk = self._engine.prefix_digests(sequence), self._engine.prefixes
+                count = await fetch_blocks(source, digests, self._memory, desk, self._transport)
         except (HandoverError, TimeoutError) as error:
-            log.warning("request %s: KV blocks are computed anew: %s", sequence.request_id, error or "no turn in time")
+            reason = str(error) or f"{source.address} did not give them within {self._timeout_s:g} s"
+            log.warning("request %s: KV blocks are computed anew: %s", sequence.request_id, reason)
             self._metrics.kv_handover_failures.add()
             return
         self._metrics.kv_handover_blocks.add(count)

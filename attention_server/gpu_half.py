@@ -23,6 +23,7 @@ from expertmesh.attention_server.gpu_model import GpuContext, GpuKvCache, GpuMod
 from expertmesh.attention_server.gpu_sampler import DeviceLogprobs, GpuSampler
 from expertmesh.attention_server.gpu_step import HostStep, SampleInputs, StepMemory, build_step
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
+from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.sampler import Sampled
 from expertmesh.attention_server.scheduler import LaunchedChunk
 from expertmesh.kernels.paged_prefill import queries_a_piece
@@ -93,6 +94,8 @@ class GpuHalf(HalfBase):
             step_sample_interval_s=step_sample_interval_s,
             clock=clock,
         )
+        if config.enable_prefix_caching:
+            self.block_memory = BlockMemory(self._cache.layers, config.block_size)
         self._queries_a_piece = queries_a_piece(spec.num_heads, spec.num_kv_heads)
         self._memory = StepMemory(
             max_tokens=max(config.max_num_batched_tokens, num_samples),

@@ -12,7 +12,7 @@ of the KV cache, L positions a sequence may have, W blocks that a block table na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,6 +96,11 @@ class GpuKvCache:
         shape = (spec.num_layers, num_blocks * block_size, 2 * spec.num_kv_heads, spec.head_dim)
         self._cache_LNKD = torch.empty(shape, dtype=spec.dtype, device=device)
         self._num_kv_heads, self._block_size = spec.num_kv_heads, block_size
+
+    @property
+    def layers(self) -> Sequence[torch.Tensor]:
+        """[N, 2K, D] of each layer."""
+        return self._cache_LNKD.unbind()
 
     def positions(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values by position, [N, K, D] each."""

@@ -18,7 +18,7 @@ from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.drafting import Draft, open_drafter
 from expertmesh.attention_server.engine import no_samples
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
-from expertmesh.attention_server.kv_handover import BlockMemory
+from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
 from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.attention_server.scheduler import Chunk

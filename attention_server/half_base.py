@@ -13,7 +13,7 @@ import numpy as np
 from expertmesh.attention_server.drafting import Drafter
 from expertmesh.attention_server.engine import Engine
 from expertmesh.attention_server.kv_cache import BlockManager
-from expertmesh.attention_server.kv_handover import BlockMemory
+from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.observe import RequestMetrics
 from expertmesh.attention_server.request import Sequence
 from expertmesh.attention_server.sampler import Sampler

@@ -14,6 +14,10 @@ from expertmesh.attention_server.engine import EndAll, Load, Output
 from expertmesh.attention_server.fetching import Fetching
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.kv_handover import KvGiver
+from expertmesh.attention_server.kv_memory import BlockMemory
+from expertmesh.attention_server.kv_nixl import NixlTransport
+from expertmesh.attention_server.kv_transport import TcpTransport, Transport
+from expertmesh.attention_server.nixl_agent import NixlAgent
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU
@@ -57,6 +61,20 @@ def _open_half(
     return GpuHalf(config.attention, spec, checkpoint, telemetry, device, step_sample_interval_s=interval_s)
 
 
+def _open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
+    """None = blocks travel by TCP alone."""
+    transport = config.disaggregation.transport
+    if transport == "tcp" and not memory.is_on_host:
+        raise UserError(
+            "disaggregation.transport",
+            f"is 'tcp', which moves blocks between memories of hosts, and the KV cache is on {memory.device}",
+            "set it to nixl or auto, or device: cpu",
+        )
+    if transport == "tcp" or (transport == "auto" and memory.is_on_host):
+        return None
+    return NixlAgent(memory, config.dataplane.interface_host)
+
+
 class AttentionServer:
     """``half`` belongs to the step thread, everything else to the event loop.
 
@@ -75,26 +93,32 @@ class AttentionServer:
         self.half = _open_half(config, spec, checkpoint, telemetry, device)
         self._max_num_seqs = config.attention.max_num_seqs
         self._service = AttentionService(self.half.engine, spec, telemetry)
-        self._interface_host = config.dataplane.interface_host
+        self._listen_at = config.dataplane.interface_host, config.disaggregation.port
         self._giver: KvGiver | None = None
+        self._nixl: NixlAgent | None = None
         self._hand_over(config, telemetry.metrics)
         self._ticking: asyncio.Task[None] | None = None
 
     def _hand_over(self, config: MeshConfig, metrics: Metrics) -> None:
-        role, memory = config.disaggregation.role, self.half.block_memory
-        if role == "off":
+        section, memory = config.disaggregation, self.half.block_memory
+        if section.role == "off":
             return
         if memory is None:
             raise UserError(
                 "disaggregation.role",
-                f"is {role!r}, and KV blocks are handed over from prefix cache to prefix cache on the CPU only",
-                "set it to off, or attention.enable_prefix_caching: true and device: cpu",
+                f"is {section.role!r}, and KV blocks are handed over from prefix cache to prefix cache",
+                "set it to off, or attention.enable_prefix_caching: true",
             )
-        engine, timeout_s = self.half.engine, config.disaggregation.timeout_s
-        if role == "prefill":
-            self._giver = KvGiver(memory, engine.prefixes, timeout_s)
+        self._nixl = _open_nixl(config, memory)
+        transports: list[Transport] = [] if self._nixl is None else [NixlTransport(memory, self._nixl)]
+        if memory.is_on_host:
+            transports.append(TcpTransport(memory))
+        engine, timeout_s = self.half.engine, section.timeout_s
+        if section.role == "prefill":
+            self._giver = KvGiver(memory, engine.prefixes, transports, timeout_s)
         else:
-            self._service.fetching = Fetching(engine, memory, metrics, timeout_s, self._service.changed.set)
+            service = self._service
+            service.fetching = Fetching(engine, memory, transports[0], metrics, timeout_s, service.changed.set)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the service to a gRPC server; returns its full name."""
@@ -124,7 +148,7 @@ class AttentionServer:
 
         self.half.engine.set_sink(sink)
         if self._giver is not None:
-            await self._giver.start(self._interface_host)
+            await self._giver.start(*self._listen_at)
             self._service.kv_source = self._giver.source
         self._ticking = asyncio.create_task(self._tick_for_ever(), name="attention-tick")
 
@@ -153,6 +177,8 @@ class AttentionServer:
         self._end_all("this attention server is stopping")
         if self._giver is not None:
             await self._giver.stop()
+        if self._nixl is not None:
+            await asyncio.to_thread(self._nixl.close)
         self.half.engine.set_sink(None)
         # The outputs are in the loop's queue; they reach the links before this does.
         asyncio.get_running_loop().call_soon(self._service.close)

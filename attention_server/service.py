@@ -17,7 +17,7 @@ import grpc
 from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.attention_server.engine import Abort, Engine, Load, Output, Unlink
 from expertmesh.attention_server.fetching import Fetching
-from expertmesh.attention_server.kv_handover import KvSource
+from expertmesh.attention_server.kv_transport import KvSource
 from expertmesh.attention_server.request import RefusedError, Sequence, parse_submit
 from expertmesh.attention_server.tracing import trace_request
 from expertmesh.mesh.constraint import Constraint, constraint_of
@@ -210,7 +210,8 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
 
     def _admit(self, sequence: Sequence, submit: attention_pb2.Submit) -> None:
         if self.fetching is not None and submit.HasField("kv_source"):
-            self.fetching.start(sequence, KvSource(submit.kv_source.address, submit.kv_source.ticket))
+            source = submit.kv_source
+            self.fetching.start(sequence, KvSource(source.address, source.ticket, source.nixl_digest))
         else:
             self._engine.post(sequence)
 
@@ -245,7 +246,10 @@ def _take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb
     if link.load is not None:
         response.load.CopyFrom(_load_message(link.load))
         if kv_source is not None:
-            response.load.kv_source.address, response.load.kv_source.ticket = kv_source.address, kv_source.ticket
+            told = attention_pb2.KvSource(
+                address=kv_source.address, ticket=kv_source.ticket, nixl_digest=kv_source.nixl_digest
+            )
+            response.load.kv_source.CopyFrom(told)
         link.sent_load = link.load
     link.outputs = []
     link.load = None

@@ -29,6 +29,18 @@ class DisaggregationConfig(Section):
         5.0, gt=0, description="how long KV blocks may take to come; those that are late are computed again"
     )
 
+    transport: Literal["auto", "tcp", "nixl"] = Field(
+        "auto",
+        description="how KV blocks travel: tcp between CPU ranks, nixl (docs/disaggregation.md) between ranks "
+        "of either kind; auto = nixl on a GPU, else tcp",
+    )
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="role prefill: where an attention server is asked for KV blocks; 0 = any free port",
+    )
+
     @model_validator(mode="after")
     def _knows_where_prompts_go(self) -> DisaggregationConfig:
         if (self.role == "decode") != (self.prefill_balancer is not None):

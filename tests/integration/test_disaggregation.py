@@ -1,4 +1,5 @@
-"""Two meshes: one computes prompts, the other one generates. The tokens are those of transformers."""
+"""Two meshes: one computes prompts, the other one generates. The tokens are those of transformers, whichever way the KV
+blocks travel."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pytest
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh.model.demo import demo_model_path
 from support import mesh_state, reference
+from support.kv_caches import NIXL_IS_MISSING, TRANSPORTS
 from support.mesh import Output, demo_prompts, generate_all, greedy_request, mesh_config, start_mesh
 
 pytestmark = pytest.mark.slow
@@ -23,17 +25,27 @@ SMALL = {"attention__servers": 0, "expert__servers": 0, "telemetry__metrics_port
 
 @pytest.fixture(scope="module")
 def prefill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
-    config = mesh_config(**SMALL, both_servers=1, disaggregation__role="prefill")
+    """It hands blocks over by TCP, and by NIXL where that is installed."""
+    disaggregation = {"role": "prefill", "transport": "tcp" if NIXL_IS_MISSING else "nixl", "timeout_s": TIMEOUT_S}
+    config = mesh_config(**SMALL, both_servers=1, disaggregation=disaggregation)
     mesh = start_mesh(tmp_path_factory.mktemp("prefill"), config, restart=True)
     yield mesh
     mesh.stop()
 
 
-@pytest.fixture(scope="module")
-def decode(prefill: LocalMesh, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
-    disaggregation = {"role": "decode", "prefill_balancer": prefill.balancer, "min_prompt_tokens": 32}
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def decode(
+    prefill: LocalMesh, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[LocalMesh]:
     # Blocks that were late would be computed again, which is right and not what is counted here.
-    config = mesh_config(**SMALL, both_servers=2, disaggregation={**disaggregation, "timeout_s": TIMEOUT_S})
+    disaggregation = {
+        "role": "decode",
+        "prefill_balancer": prefill.balancer,
+        "min_prompt_tokens": 32,
+        "transport": request.param,
+        "timeout_s": TIMEOUT_S,
+    }
+    config = mesh_config(**SMALL, both_servers=2, disaggregation=disaggregation)
     mesh = start_mesh(tmp_path_factory.mktemp("decode"), config)
     yield mesh
     mesh.stop()

@@ -150,19 +150,23 @@ class KvSource(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    NIXL_DIGEST_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """HOST:PORT"""
     ticket: _builtins.bytes
     """a secret"""
+    nixl_digest: _builtins.bytes
+    """BLAKE2b, 32 bytes, of its NIXL agent's metadata; empty = it hands none over by NIXL"""
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         ticket: _builtins.bytes = ...,
+        nixl_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "nixl_digest", b"nixl_digest", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
