@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 from expertmesh.mesh.config_security import TlsConfig
 
+_GUEST_OF = "@"
+
+
+def guest_id(server_id: str, mesh: str) -> str:
+    """The name of a router in another mesh than its own, which may have one of its name; its certificate speaks for it
+    there too."""
+    return f"{server_id}{_GUEST_OF}{mesh}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
@@ -20,7 +28,9 @@ class Identity:
         if role not in self.roles:
             return f"its certificate is for {', '.join(sorted(self.roles)) or 'no role'}, not for {role}"
         allowed = self.ids.get(role)
-        if allowed is not None and server_id not in allowed:
+        # A router is a guest in the mesh that computes its prompts; other servers are in one mesh only.
+        own_id = server_id.partition(_GUEST_OF)[0] if role == "router" else server_id
+        if allowed is not None and own_id not in allowed:
             return f"its certificate is for {', '.join(sorted(allowed))}, not for {server_id}"
         return ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,9 +18,9 @@ from expertmesh.mesh.http_server import HttpServer
 from expertmesh.mesh.membership import MembershipClient
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router.calls import Calls
+from expertmesh.router.following import FollowedMesh
 from expertmesh.router.http.server import make_http_server
 from expertmesh.router.model import RouterModel, load_router_model
-from expertmesh.router.pool import LinkPool
 from expertmesh.router.prefill import PrefillMesh
 from expertmesh.router.runner import Runner
 from expertmesh.router.service import GenerationService
@@ -61,16 +60,19 @@ class Router:
         self.telemetry = telemetry
         self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
         hello = attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint)
-        self.pool = LinkPool(
-            hello=hello,
-            tls=config.tls,
-            affinity_tokens=config.router.prefix_affinity_tokens,
-            slack_tokens=config.router.prefix_affinity_slack_tokens,
+        self._mesh = FollowedMesh(
+            _balancer_address(config),
+            config,
+            hello,
+            self._describe,
             on_change=self._on_capacity_change,
+            complete=self._complete_heartbeat,
+            on_drain=self._on_drain,
         )
+        self.pool = self._mesh.pool
         self.prefill: PrefillMesh | None = None
         if config.disaggregation.role == "decode":
-            self.prefill = PrefillMesh(config, hello, self._registration)
+            self.prefill = PrefillMesh(config, hello, self._describe)
         self.runner = Runner(config.router, self.model, self.pool, self.prefill)
         settings = config.telemetry
         self.observer = RequestObserver(
@@ -81,15 +83,10 @@ class Router:
         self.calls = Calls(self.runner, self.model, self.observer)
         self.service = GenerationService(self.calls)
         self.vllm_service = _vllm_service(self) if config.router.vllm_grpc else None
-        self.membership = MembershipClient(
-            _balancer_address(config), self._registration, self._on_message, config.tls, self._heartbeat
-        )
         self.gate = Gate(config.door_tls, config.api, server_id)
         self.drain_asked = asyncio.Event()
-        self._incarnation = uuid.uuid4().hex
         self._server: rpc.RpcServer | None = None
         self._http: HttpServer | None = None
-        self._view_number = 0
 
     async def start(self) -> str:
         """Listen; returns ``host:port``."""
@@ -124,7 +121,7 @@ class Router:
     @property
     def memberships(self) -> list[MembershipClient]:
         """In the own mesh, and in the one that computes prompts."""
-        return [self.membership, *([] if self.prefill is None else [self.prefill.membership])]
+        return [self._mesh.membership, *([] if self.prefill is None else [self.prefill.membership])]
 
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish, for ``DRAIN_TIMEOUT_S`` at most."""
@@ -161,24 +158,21 @@ class Router:
             return _DRAINING
         return "" if self.pool.any_serving else self.pool.why_not_serving()
 
-    def _registration(self) -> mesh_pb2.Registration:
+    def _describe(self) -> mesh_pb2.Registration:
         assert self._server is not None
         return mesh_pb2.Registration(
             server_id=self.server_id,
-            incarnation=self._incarnation,
             role=mesh_pb2.ROLE_ROUTER,
             node=self.config.node,
             pid=os.getpid(),
             grpc_address=self._server.address,
             fingerprint=self.model.spec.fingerprint,
-            view_number=self._view_number,
             model=self.model.shape(),
         )
 
-    def _heartbeat(self) -> mesh_pb2.Heartbeat:
-        state = mesh_pb2.SERVER_STATE_SERVING if self.pool.any_serving else mesh_pb2.SERVER_STATE_STARTING
+    def _complete_heartbeat(self, heartbeat: mesh_pb2.Heartbeat) -> None:
         if self.runner.admission.closed:
-            state = mesh_pb2.SERVER_STATE_DRAINING
+            heartbeat.state = mesh_pb2.SERVER_STATE_DRAINING
         totals = self.observer.totals
         load = mesh_pb2.ServerLoad(
             num_requests_running=len(self.runner.admission),
@@ -187,21 +181,11 @@ class Router:
             requests_ended=totals.ended,
             requests_failed=totals.failed,
         )
-        return mesh_pb2.Heartbeat(view_number=self._view_number, state=state, load=load)
+        heartbeat.load.CopyFrom(load)
 
-    def _on_message(self, message: mesh_pb2.JoinResponse) -> None:
-        match message.WhichOneof("message"):
-            case "view":
-                self._view_number = message.view.number
-                self.pool.set_view(message.view)
-            case "pause":
-                self.pool.set_pause(message.pause.reason)
-            case "fenced":
-                log.warning("fenced by the balancer: %s; coming back as a new server", message.fenced.reason)
-                self._incarnation = uuid.uuid4().hex
-            case "drain":
-                log.info("asked to drain: %s", message.drain.reason)
-                self.drain_asked.set()
+    def _on_drain(self, reason: str) -> None:
+        log.info("asked to drain: %s", reason)
+        self.drain_asked.set()
 
 
 async def serve(

@@ -27,6 +27,7 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.client import Completion, GenerateClient, build_request
 from expertmesh.mesh.client_key import key_interceptors, key_metadata
 from expertmesh.mesh.config import TlsConfig
+from expertmesh.mesh.identity import guest_id
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import (
     admin_pb2,
@@ -234,6 +235,7 @@ async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secu
     attempts = {
         "an attention server as an expert": ("attention-0", _registration("attention-0", mesh_pb2.ROLE_EXPERT)),
         "an attention server as another one": ("attention-0", _registration("attention-9", mesh_pb2.ROLE_ATTENTION)),
+        "a router as another one's guest": ("router-0", _registration("router-9@decode", mesh_pb2.ROLE_ROUTER)),
         "an expert as a router": ("expert-0", _registration("expert-0", mesh_pb2.ROLE_ROUTER)),
         "a client": ("client", of_expert),
         "an operator": ("operator", of_expert),
@@ -255,6 +257,22 @@ async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secu
     assert {(s.server_id, s.incarnation, s.pid) for s in after.servers} == {
         (s.server_id, s.incarnation, s.pid) for s in before.servers
     }
+    assert len((await secure.ask(secure.generate, PROMPTS[0])).token_ids) == NUM_TOKENS
+
+
+async def test_a_router_of_another_mesh_is_let_in_under_its_own_certificate(secure: SecureMesh) -> None:
+    """As the mesh that computes its prompts does; it has a router of that name already."""
+    async with secure.balancer(secure.as_("operator")) as channel:
+        registration = _registration(guest_id("router-0", "decode"), mesh_pb2.ROLE_ROUTER)
+        registration.fingerprint = (await _status(channel)).fingerprint
+    async with secure.balancer(secure.as_("router-0")) as channel:
+        join = mesh_pb2_grpc.MembershipServiceStub(channel).Join(timeout=TIMEOUT_S)
+        await join.write(mesh_pb2.JoinRequest(registration=registration))
+        first = await join.read()
+        assert isinstance(first, mesh_pb2.JoinResponse), await join.details()
+        assert first.WhichOneof("message") == "welcome"
+        await join.write(mesh_pb2.JoinRequest(leaving=mesh_pb2.Leaving(reason="it was a visit")))
+        await join.done_writing()
     assert len((await secure.ask(secure.generate, PROMPTS[0])).token_ids) == NUM_TOKENS
 
 

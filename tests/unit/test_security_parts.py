@@ -21,7 +21,7 @@ from expertmesh.mesh.audit import AuditLog
 from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import MeshConfig, TlsConfig, parse_config
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.identity import identity_of, peer_identity
+from expertmesh.mesh.identity import guest_id, identity_of, peer_identity
 from expertmesh.mesh.telemetry.logs import TextFormatter
 from expertmesh.mesh.token_bucket import TokenBucket
 from expertmesh.v1 import admin_pb2, mesh_pb2
@@ -271,6 +271,16 @@ def test_each_service_has_files_of_its_own() -> None:
         Path("tls/expert-3.key"),
         Path("ca.pem"),
     )
+
+
+def test_a_router_is_a_guest_under_its_own_certificate_and_nobody_else_is_one() -> None:
+    tls = TlsConfig()
+    router = identity_of(["router.mesh.expertmesh", "router-0.router.mesh.expertmesh"], tls)
+    assert router.why_not("router", guest_id("router-0", "decode")) == ""
+    assert "is for router-0, not for router-1@decode" in router.why_not("router", guest_id("router-1", "decode"))
+    assert "not for decode@router-0" in router.why_not("router", "decode@router-0")
+    expert = identity_of(["expert.mesh.expertmesh", "expert-0.expert.mesh.expertmesh"], tls)
+    assert "not for expert-0@decode" in expert.why_not("expert", guest_id("expert-0", "decode"))
 
 
 @pytest.mark.parametrize("field", ["server_id", "incarnation", "node", "grpc_address", "rank_address", "fingerprint"])
