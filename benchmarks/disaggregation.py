@@ -1,10 +1,10 @@
 """What streams that generate feel of long prompts, with and without a mesh of its own for prompts.
 
-    python benchmarks/disaggregation.py [--seconds 20] [--pairs 3] [--json FILE]
+    python benchmarks/disaggregation.py [--seconds 20] [--pairs 3] [--transport tcp] [--device cpu] [--json FILE]
 
 Together: one mesh of two `both` servers. Apart: a mesh of one that computes prompts and a mesh of one that generates.
-Each server has a core of its own in both. Short prompts with long answers run in a closed loop; long prompts with short
-answers arrive at a fixed rate. Rounds of the two alternate on one machine.
+Each server has a core of its own in both, with `--device cuda` a GPU. Short prompts with long answers run in a closed
+loop; long prompts with short answers arrive at a fixed rate. Rounds of the two alternate on one machine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -45,21 +47,34 @@ VOCABULARY = 1000
 """Token ids below it are in every vocabulary that is served here; what they mean does not matter."""
 
 
-def config(**overrides: Any) -> MeshConfig:
-    base = {"attention.servers": 0, "expert.servers": 0, "attention.max_num_batched_tokens": 512}
-    return with_overrides(MeshConfig(), base | overrides)
+ON_GPUS = {"device": "cuda", "dataplane.backend": "nccl", "balancer.view_timeout_s": START_TIMEOUT_S}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where everything computes, and how KV blocks travel between the two meshes."""
+
+    device: str
+    transport: str
+
+    def config(self, **overrides: Any) -> MeshConfig:
+        base = {"attention.servers": 0, "expert.servers": 0, "attention.max_num_batched_tokens": 512}
+        return with_overrides(MeshConfig(), base | (ON_GPUS if self.device == "cuda" else {}) | overrides)
 
 
 @asynccontextmanager
-async def mesh(folder: Path, settings: MeshConfig, cores: list[int]) -> AsyncIterator[LocalMesh]:
-    """Each of its servers with an attention half on one of the cores."""
+async def mesh(folder: Path, settings: MeshConfig, places: list[int]) -> AsyncIterator[LocalMesh]:
+    """Each of its servers with an attention half on one of the cores or GPUs."""
     started = LocalMesh(settings, StateDir.claim(folder), restart=False)
+    # A launcher counts GPUs from 0; each process sees them all, or it could not reach the other's memory.
+    order = [*places, *(gpu for gpu in (0, 1) if gpu not in places)]
     try:
-        await asyncio.to_thread(started.start)
-        await asyncio.to_thread(started.wait_ready, START_TIMEOUT_S)
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=",".join(map(str, order))):
+            await asyncio.to_thread(started.start)
+            await asyncio.to_thread(started.wait_ready, START_TIMEOUT_S)
         ranks = [server for server in started.servers.values() if server.role == "both"]
-        for server, core in zip(ranks, cores, strict=True):
-            for thread in psutil.Process(server.pid).threads():
+        for server, core in zip(ranks, places, strict=True):
+            for thread in psutil.Process(server.pid).threads() if settings.device != "cuda" else ():
                 os.sched_setaffinity(thread.id, {core})
         yield started
     finally:
@@ -112,26 +127,26 @@ async def play(router: str, seconds: float, seed: int) -> dict[str, float]:
     }
 
 
-async def together(folder: Path, seconds: float, seed: int) -> dict[str, float]:
-    async with mesh(folder / "together", config(both_servers=2), [0, 1]) as started:
+async def together(setting: Setting, folder: Path, seconds: float, seed: int) -> dict[str, float]:
+    async with mesh(folder / "together", setting.config(both_servers=2), [0, 1]) as started:
         return await play(started.router, seconds, seed)
 
 
-async def apart(folder: Path, seconds: float, seed: int) -> dict[str, float]:
-    prefill = config(name="prefill", both_servers=1, **{"disaggregation.role": "prefill"})
-    async with mesh(folder / "prefill", prefill, [0]) as first:
-        section = {"disaggregation.role": "decode", "disaggregation.prefill_balancer": first.balancer}
-        async with mesh(folder / "decode", config(name="decode", both_servers=1, **section), [1]) as second:
+async def apart(setting: Setting, folder: Path, seconds: float, seed: int) -> dict[str, float]:
+    section: dict[str, Any] = {"disaggregation.role": "prefill", "disaggregation.transport": setting.transport}
+    async with mesh(folder / "prefill", setting.config(name="prefill", both_servers=1, **section), [0]) as first:
+        section |= {"disaggregation.role": "decode", "disaggregation.prefill_balancer": first.balancer}
+        async with mesh(folder / "decode", setting.config(name="decode", both_servers=1, **section), [1]) as second:
             return await play(second.router, seconds, seed)
 
 
-async def alternate(pairs: int, seconds: float) -> dict[str, list[dict[str, float]]]:
+async def alternate(setting: Setting, pairs: int, seconds: float) -> dict[str, list[dict[str, float]]]:
     """Rounds of both kinds, each first in turn."""
     rounds: dict[str, list[dict[str, float]]] = {"together": [], "apart": []}
     for pair in range(pairs):
         for kind, round_ in islice(cycle((("together", together), ("apart", apart))), pair % 2, pair % 2 + 2):
             with tempfile.TemporaryDirectory(prefix="expertmesh-disaggregation-") as folder:
-                figures = await round_(Path(folder), seconds, pair)
+                figures = await round_(setting, Path(folder), seconds, pair)
             rounds[kind].append(figures)
             print(kind, {name: round(value, 1) for name, value in figures.items()}, file=sys.stderr, flush=True)
     return rounds
@@ -141,10 +156,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of a round")
     parser.add_argument("--pairs", type=int, default=3, help="of rounds")
+    parser.add_argument("--transport", choices=("auto", "tcp", "nixl"), default="auto", help="of KV blocks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: two GPUs")
     parser.add_argument("--json", type=Path, default=None, help="where the result goes")
     arguments = parser.parse_args()
     load_before = os.getloadavg()
-    rounds = asyncio.run(alternate(arguments.pairs, arguments.seconds))
+    setting = Setting(arguments.device, arguments.transport)
+    rounds = asyncio.run(alternate(setting, arguments.pairs, arguments.seconds))
     result = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -156,6 +174,8 @@ def main() -> None:
             "long_prompt_tokens": PROMPT_TOKENS,
             "long_prompts_per_s": PROMPTS_PER_S,
             "round_s": arguments.seconds,
+            "device": setting.device,
+            "transport": setting.transport,
         },
         "median_of_rounds": {
             kind: {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]}

@@ -11,6 +11,7 @@ _PORTS = (
     "attention.port",
     "expert.port",
     "dataplane.port",
+    "disaggregation.port",
     "telemetry.metrics_port",
 )
 

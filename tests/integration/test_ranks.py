@@ -27,9 +27,9 @@ TIMEOUT_S = 60.0
 
 
 def test_each_rank_has_the_next_ports() -> None:
-    config = parse_config({"attention": {"port": 50052}, "dataplane": {"port": 50100}})
-    third = with_next_ports(config, 2)
-    assert (third.attention.port, third.dataplane.port) == (50054, 50102)
+    set_ports = {"attention": {"port": 50052}, "dataplane": {"port": 50100}, "disaggregation": {"port": 50200}}
+    third = with_next_ports(parse_config(set_ports), 2)
+    assert (third.attention.port, third.dataplane.port, third.disaggregation.port) == (50054, 50102, 50202)
     assert third.expert.port == 0, "any free one stays any free one"
     assert third.telemetry.metrics_port is None
     with pytest.raises(UserError, match=r"attention\.port"):
