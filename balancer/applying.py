@@ -17,18 +17,10 @@ from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations
 from expertmesh.balancer.placement_rules import PlacementError, arrange
 from expertmesh.balancer.policy import Layout
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
-
-
-class RefusedError(Exception):
-    """What an administrator asked for cannot be done; nothing has changed."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 class Applying:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import grpc
 
 from expertmesh.balancer.actual import Actual, Effects
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_static import usable_slots
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.v1 import admin_pb2, mesh_pb2
 

@@ -23,12 +23,13 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from expertmesh.balancer.actual import Actual, Effects, Phase
-from expertmesh.balancer.applying import Applying, RefusedError
+from expertmesh.balancer.applying import Applying
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, Job, LayerQuestion
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations, Outcome
 from expertmesh.balancer.noise import Dispersion, has_drifted
 from expertmesh.balancer.policy import Floats, LayerStatistics, Layout, Proposal, StatisticsSource
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.source_quotas import quotas_of
 from expertmesh.balancer.state import ModeSwitch
 from expertmesh.mesh.config import BalancerConfig

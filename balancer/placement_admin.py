@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from expertmesh.balancer.actual import Actual, Phase
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, EvaluationWorker, Job, LayerQuestion
 from expertmesh.balancer.policy import Layout, Proposal
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.transfers import plan_transfers
 from expertmesh.balancer.views import slot_servers
 from expertmesh.v1 import admin_pb2, mesh_pb2

@@ -13,6 +13,7 @@ import numpy as np
 
 from expertmesh.balancer.actual import LIVE, Actual
 from expertmesh.balancer.members import Member
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -22,15 +23,6 @@ IDLE_TIMEOUT_S = 60.0
 """A recording ends when no token has come for so long."""
 _TELL_INTERVAL_S = 0.2  # servers that join or come back are told to record this soon
 _QUEUED_BYTES = 64 << 20  # an administrator who reads more slowly than this fills up is cut off
-
-
-class RecordingRefusedError(Exception):
-    """The recording cannot be made, or cannot go on."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 @dataclass(slots=True)
@@ -65,7 +57,7 @@ class Recordings:
         others go on.
 
         Raises:
-            RecordingRefusedError: INVALID_ARGUMENT, ALREADY_EXISTS while another recording runs, FAILED_PRECONDITION
+            RefusedError: INVALID_ARGUMENT, ALREADY_EXISTS while another recording runs, FAILED_PRECONDITION
                 without a view, DEADLINE_EXCEEDED when no token came at all, RESOURCE_EXHAUSTED when the parts are not
                 read.
         """
@@ -117,20 +109,20 @@ class Recordings:
     def _check(self, request: admin_pb2.RecordRequest) -> None:
         if not 0 < request.max_tokens <= MAX_TOKENS:
             text = f"max_tokens is {request.max_tokens}: record 1 to {MAX_TOKENS} tokens"
-            raise RecordingRefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
+            raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, text)
         if self._current is not None:
             text = "another recording runs: wait for its end"
-            raise RecordingRefusedError(grpc.StatusCode.ALREADY_EXISTS, text)
+            raise RefusedError(grpc.StatusCode.ALREADY_EXISTS, text)
         if self._actual.phase not in LIVE:
             text = f"nothing is served: {self._actual.why_not_serving()}"
-            raise RecordingRefusedError(grpc.StatusCode.FAILED_PRECONDITION, text)
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, text)
 
     async def _next(self, recording: _Recording) -> admin_pb2.RecordResponse | None:
         """The next part, None at the end."""
         while recording.left or not recording.parts.empty():
             if recording.queued_bytes > _QUEUED_BYTES:
                 text = "the recording is read too slowly: record fewer tokens"
-                raise RecordingRefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+                raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             self._tell(recording)
             try:
                 # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with a part.
@@ -142,7 +134,7 @@ class Recordings:
                 if recording.received:
                     return None
                 text = f"no token was routed for {IDLE_TIMEOUT_S:g} s"
-                raise RecordingRefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+                raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
             recording.queued_bytes -= len(part.topk)
             return part
         return None

@@ -14,9 +14,9 @@ from dataclasses import replace
 import grpc
 
 from expertmesh.balancer.actual import Actual, Effects, Phase
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import ROLE_NAMES, Member
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.state import ScaleState
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.v1 import admin_pb2, mesh_pb2

@@ -7,16 +7,16 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 
 from expertmesh.balancer import door
 from expertmesh.balancer.actual import LIVE, Actual, Phase
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import ROLE_NAMES
 from expertmesh.balancer.placement_admin import PlacementAdmin
-from expertmesh.balancer.recording import RecordingRefusedError
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.routing import RoutingDesk
 from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.views import slot_servers
@@ -57,6 +57,15 @@ class Sessions:
     def close_all(self) -> None:
         for session in self._outboxes:
             self.close(session)
+
+
+@contextlib.asynccontextmanager
+async def _refusing(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """A call of an administrator: what is refused ends it with its status."""
+    try:
+        yield
+    except RefusedError as refused:
+        await context.abort(refused.code, refused.message)
 
 
 ROUTINE = frozenset({"heartbeat", "stats", "trace", "migration"})
@@ -256,50 +265,40 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         request: admin_pb2.GetPlanRequest,
         context: grpc.aio.ServicerContext[admin_pb2.GetPlanRequest, Awaitable[admin_pb2.GetPlanResponse]],
     ) -> admin_pb2.GetPlanResponse:
-        try:
+        async with _refusing(context):
             return await self._placement.plan(request)
-        except RefusedError as refused:
-            await context.abort(refused.code, refused.message)
 
     async def Apply(
         self,
         request: admin_pb2.ApplyRequest,
         context: grpc.aio.ServicerContext[admin_pb2.ApplyRequest, Awaitable[admin_pb2.ApplyResponse]],
     ) -> admin_pb2.ApplyResponse:
-        try:
+        async with _refusing(context):
             return self._placement.apply(request)
-        except RefusedError as refused:
-            await context.abort(refused.code, refused.message)
 
     async def SetMode(
         self,
         request: admin_pb2.SetModeRequest,
         context: grpc.aio.ServicerContext[admin_pb2.SetModeRequest, Awaitable[admin_pb2.SetModeResponse]],
     ) -> admin_pb2.SetModeResponse:
-        try:
+        async with _refusing(context):
             return self._placement.set_mode(request)
-        except RefusedError as refused:
-            await context.abort(refused.code, refused.message)
 
     async def Drain(
         self,
         request: admin_pb2.DrainRequest,
         context: grpc.aio.ServicerContext[admin_pb2.DrainRequest, Awaitable[admin_pb2.DrainResponse]],
     ) -> admin_pb2.DrainResponse:
-        try:
+        async with _refusing(context):
             return self._scaling.drain(request)
-        except RefusedError as refused:
-            await context.abort(refused.code, refused.message)
 
     async def SetScale(
         self,
         request: admin_pb2.SetScaleRequest,
         context: grpc.aio.ServicerContext[admin_pb2.SetScaleRequest, Awaitable[admin_pb2.SetScaleResponse]],
     ) -> admin_pb2.SetScaleResponse:
-        try:
+        async with _refusing(context):
             return self._scaling.set(request)
-        except RefusedError as refused:
-            await context.abort(refused.code, refused.message)
 
     async def WatchScale(
         self, request: admin_pb2.WatchScaleRequest, context: object
@@ -328,9 +327,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         request: admin_pb2.RecordRequest,
         context: grpc.aio.ServicerContext[admin_pb2.RecordRequest, AsyncIterator[admin_pb2.RecordResponse]],
     ) -> AsyncIterator[admin_pb2.RecordResponse]:
-        try:
-            async with contextlib.aclosing(self._routing.record(request)) as parts:
-                async for part in parts:
-                    yield part
-        except RecordingRefusedError as refused:
-            await context.abort(refused.code, refused.message)
+        async with _refusing(context), contextlib.aclosing(self._routing.record(request)) as parts:
+            async for part in parts:
+                yield part

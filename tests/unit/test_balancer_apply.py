@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh.balancer.applying import RefusedError
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 from support.balancer_parts import config
 from support.balancer_world import World

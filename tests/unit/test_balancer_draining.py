@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from expertmesh.balancer.actual import Phase
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.draining import Draining
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 from support.balancer_parts import config
 from support.balancer_world import World

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.balancer.actual import Phase
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.door import Over
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.state import decode, encode, fresh_state
 from expertmesh.v1 import mesh_pb2
 from support.balancer_parts import config, registration

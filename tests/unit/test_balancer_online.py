@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.state import decode, encode
 from support.balancer_parts import config, registration
 from support.balancer_world import World

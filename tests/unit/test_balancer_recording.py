@@ -13,7 +13,8 @@ import pytest
 from expertmesh.balancer import recording
 from expertmesh.balancer.actual import Actual, Phase
 from expertmesh.balancer.members import Member
-from expertmesh.balancer.recording import RecordingRefusedError, Recordings
+from expertmesh.balancer.recording import Recordings
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 from support.balancer_parts import config
 from support.balancer_world import World
@@ -108,7 +109,7 @@ async def test_one_at_a_time_and_the_next_one_after_it() -> None:
     stand = Stand()
     async with stand.recorded(10):
         await stand.record_id()
-        with pytest.raises(RecordingRefusedError) as refused:
+        with pytest.raises(RefusedError) as refused:
             await anext(stand.recordings.record(admin_pb2.RecordRequest(max_tokens=1)))
         assert refused.value.code is grpc.StatusCode.ALREADY_EXISTS
     stand.sent.clear()
@@ -119,7 +120,7 @@ async def test_one_at_a_time_and_the_next_one_after_it() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, recording.MAX_TOKENS + 1])
 async def test_a_wrong_number_of_tokens_is_refused(max_tokens: int) -> None:
-    with pytest.raises(RecordingRefusedError) as refused:
+    with pytest.raises(RefusedError) as refused:
         await anext(Stand().recordings.record(admin_pb2.RecordRequest(max_tokens=max_tokens)))
     assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -127,7 +128,7 @@ async def test_a_wrong_number_of_tokens_is_refused(max_tokens: int) -> None:
 async def test_without_a_view_nothing_is_recorded() -> None:
     stand = Stand()
     stand.actual.phase = Phase.NONE
-    with pytest.raises(RecordingRefusedError) as refused:
+    with pytest.raises(RefusedError) as refused:
         await anext(stand.recordings.record(admin_pb2.RecordRequest(max_tokens=1)))
     assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
@@ -157,7 +158,7 @@ async def test_a_recording_ends_when_traffic_does(tokens: int) -> None:
         if tokens:
             assert await finished(task) == [("a1", tokens)]
         else:
-            with pytest.raises(RecordingRefusedError) as refused:
+            with pytest.raises(RefusedError) as refused:
                 await asyncio.wait_for(task, TIMEOUT_S)
             assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -171,7 +172,7 @@ async def test_an_administrator_who_does_not_read_is_cut_off(monkeypatch: pytest
     stand.recordings.hear(stand.member("a1"), chunk(record_id, 0, 1))
     await asyncio.wait_for(first, TIMEOUT_S)
     stand.recordings.hear(stand.member("a1"), chunk(record_id, 1, 100))
-    with pytest.raises(RecordingRefusedError) as refused:
+    with pytest.raises(RefusedError) as refused:
         await anext(parts)
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -8,8 +8,8 @@ import hashlib
 import grpc
 import pytest
 
-from expertmesh.balancer.applying import RefusedError
 from expertmesh.balancer.draining import Draining
+from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.state import decode, encode
 from expertmesh.mesh.config import parse_config
