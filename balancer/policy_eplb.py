@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh.balancer.policy import LayerStatistics, Layout, Proposal
-from expertmesh.balancer.policy_solver import compact, floors_of, node_numbers, prediction_of, usable_slots
+from expertmesh.balancer.policy_tables import Tables
 from expertmesh.balancer.replicas import ANY_REPLICAS, ReplicaRule, restore
-from expertmesh.balancer.solver import Topology, eplb_global, eplb_hierarchical, evaluate, judge
+from expertmesh.balancer.solver import Topology, eplb_global, eplb_hierarchical, evaluate
 from expertmesh.balancer.solver.balance import min_max_replicas, pack
 from expertmesh.balancer.solver.relabel import relabel
 
@@ -56,40 +56,19 @@ class EplbPolicy:
     ) -> Proposal:
         """See ``PlacementPolicy``."""
         load_E = statistics.load_E
-        current_RW = np.array(current, np.int32).reshape(len(layout.room_R), layout.width)
-        usable_RW = usable_slots(current_RW >= 0, np.minimum(layout.room_R, len(load_E)), self._max_filled)
-        topology = Topology(
-            slots_of_rank=tuple(usable_RW.sum(axis=1).tolist()), node_of_rank=node_numbers(layout.node_R)
-        )
-        current_RC = compact(current_RW, usable_RW, topology.width).reshape(topology.num_ranks, -1)
+        tables = Tables.of(layout, current, len(load_E), self._max_filled)
+        topology, current_RC = tables.topology, tables.current_RC
         table_RC = eplb_table(load_E, topology)
         if self._rule.asks_for_any:
-            floor_E = floors_of(self._rule, current_RW, load_E, int(usable_RW.sum())).astype(np.int64)
+            floor_E = tables.floors(self._rule, load_E).astype(np.int64)
             table_RC = restore(table_RC, topology.slots_of_rank, floor_E)
         planned_RC = relabel(table_RC, current_RC, topology, len(load_E))
+        now = evaluate(current_RC.ravel(), load_E, None, topology)
         planned = evaluate(planned_RC.ravel(), load_E, None, topology, current=current_RC.ravel())
-        verdict = judge(
-            evaluate(current_RC.ravel(), load_E, None, topology),
-            planned,
-            topology,
-            tokens=statistics.tokens,
-            top_k=float(load_E.sum()) / max(statistics.tokens, 1.0),
-            dispersion=statistics.dispersion,
-        )
         before, after = (
             evaluate(table.ravel(), load_E, statistics.coactivation_EE, topology) for table in (current_RC, planned_RC)
         )
-        planned_RW = np.full_like(current_RW, -1)
-        planned_RW[usable_RW] = planned_RC[np.arange(topology.width) < topology.room_R[:, None]]
-        return Proposal(
-            slots=tuple(planned_RW.ravel().tolist()),
-            before=prediction_of(before),
-            after=prediction_of(after),
-            gain=verdict.gain,
-            noise=verdict.noise,
-            worthwhile=verdict.worthwhile,
-            num_loads=planned.num_loads,
-        )
+        return tables.propose(planned_RC, statistics, judged=(now, planned), shown=(before, after))
 
 
 def eplb_table(load_E: Floats, topology: Topology) -> Ints:
