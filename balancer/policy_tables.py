@@ -1,5 +1,6 @@
-"""Between the tables of a view, whose ranks have empty slots anywhere, and those that algorithms work on. Imported on the
-worker thread only: numba takes a while.
+"""Between the tables of a view, whose ranks have empty slots anywhere, and those that algorithms work on.
+
+Imported on the worker thread only: numba takes a while.
 
 Dimensions: R expert ranks, W slots of a rank in the view's numbering, C usable slots of the widest rank, E experts.
 """

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,15 +16,23 @@ import yaml
 
 from expertmesh.cli.connection import admin_tls, door_tls
 from expertmesh.cli.health_probe import HealthProbe
-from expertmesh.cli.local_plan import environment, has_past, planned_services, with_balancer_state
+from expertmesh.cli.local_errors import MeshFailedError, MeshInterruptedError
+from expertmesh.cli.local_plan import (
+    GpuNumbers,
+    check_ports,
+    environment,
+    has_past,
+    with_balancer_state,
+    with_balancers,
+    with_router,
+)
+from expertmesh.cli.local_roster import SCALED_ROLES, Roster
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
 from expertmesh.cli.scale_watch import ScaleWatch
 from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
 from expertmesh.mesh.access import OPERATOR
 from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import MeshConfig
-from expertmesh.mesh.errors import UserError
-from expertmesh.v1 import admin_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +41,8 @@ HEALTH_POLL_S = 0.05
 STOP_TIMEOUT_S = 8.0
 """For one group of services; twice SIGTERM's usual need, then SIGKILL."""
 
-SCALED_ROLES = ("attention", "both", "expert")
 LAUNCHER = "expertmesh up"
 """As `expertmesh balancer status` shows who starts servers when the scale asks for them."""
-
-
-class MeshFailedError(RuntimeError):
-    """A service gave up, or the mesh was not ready in time; ``exit_code`` is 2 when the user can mend it."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class MeshInterruptedError(RuntimeError):
-    """``LocalMesh.interrupt`` was called while somebody waited for the mesh."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number.name)
-        self.number = number
 
 
 class LocalMesh:
@@ -80,18 +70,7 @@ class LocalMesh:
         restart: bool = True,
         on_event: Callable[[ProcessEvent], None] = lambda event: None,
     ) -> None:
-        if config.balancer.servers > 1 and config.balancer.port:
-            raise UserError(
-                "balancer.port",
-                f"the {config.balancer.servers} balancers of a local mesh cannot share port {config.balancer.port}",
-                "set it to 0: each picks a port, and all others are told",
-            )
-        if config.telemetry.metrics_port:
-            raise UserError(
-                "telemetry.metrics_port",
-                f"the processes of a local mesh cannot share port {config.telemetry.metrics_port}",
-                "set it to 0: each process picks a port and logs it",
-            )
+        check_ports(config)
         self._claim = state_dir
         self.state_dir = state_dir.path
         self.config_file = self.state_dir / "mesh.yaml"
@@ -105,13 +84,8 @@ class LocalMesh:
         self._given_up: set[str] = set()  # of those that were added to a whole mesh
         self._balancers: dict[str, str] = {}  # id → address
         self._watch: ScaleWatch | None = None
-        self._gpus: dict[str, int] = {}  # of each rank that was started, should it compute on one
-        planned = list(planned_services(self._config))
-        self._servers = {server_id: self._service(role, server_id) for role, server_id in planned}
-        self._num_named = Counter(role for role, _ in planned)  # ids are not used twice
-        self._planned = frozenset(self._servers)
-        self._is_planned = not has_past(config)  # else the balancer remembers how many servers there should be
-        self._targets = {role: self._num_named[role] for role in SCALED_ROLES}  # of the scale, as far as it is seen to
+        self._gpus = GpuNumbers()
+        self._roster = Roster(self._config, self._service, self._changed, is_planned=not has_past(config))
 
     @property
     def config(self) -> MeshConfig:
@@ -121,17 +95,17 @@ class LocalMesh:
     @property
     def servers(self) -> dict[str, ServiceProcess]:
         """By id: ``balancer``, ``router-0``, ``attention-0`` ..., ``expert-0`` ..., ``both-0`` ..."""
-        return dict(self._servers)
+        return dict(self._roster.servers)
 
     @property
     def router(self) -> str:
         """``host:port``, once ready."""
-        return _known_address(self._servers["router-0"])
+        return _known_address(self._roster.servers["router-0"])
 
     @property
     def http(self) -> str | None:
         """``host:port`` of the router's HTTP door, once ready; None = it is off."""
-        return self._servers["router-0"].http_address
+        return self._roster.servers["router-0"].http_address
 
     @property
     def balancer(self) -> str:
@@ -151,15 +125,17 @@ class LocalMesh:
         started = {balancer.id for balancer in balancers}
         self._wait_for(lambda: started <= self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
         self._watch = ScaleWatch(
-            lambda: self.balancer, admin_tls(self._config), LAUNCHER, self._see_to, key_from_environment()
+            lambda: self.balancer, admin_tls(self._config), LAUNCHER, self._roster.see_to, key_from_environment()
         )
         self._watch.start()
-        self._wait_for(lambda: self._is_planned, BALANCER_READY_TIMEOUT_S, "the balancer to say how many servers start")
-        for server_id in self._planned - started:
-            self._servers[server_id].start()
+        self._wait_for(
+            lambda: self._roster.is_planned, BALANCER_READY_TIMEOUT_S, "the balancer to say how many servers start"
+        )
+        for server_id in self._roster.planned - started:
+            self._roster.servers[server_id].start()
 
     def _balancer_processes(self) -> list[ServiceProcess]:
-        return [server for server in self._servers.values() if server.role == "balancer"]
+        return [server for server in self._roster.servers.values() if server.role == "balancer"]
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Until every process is up and the router's health is SERVING.
@@ -168,7 +144,7 @@ class LocalMesh:
             MeshFailedError: a service gave up, or it took longer than ``timeout_s``.
         """
         deadline_s = time.monotonic() + timeout_s
-        self._wait_for(lambda: self._planned <= self._ready, timeout_s, "every service to start")
+        self._wait_for(lambda: self._roster.planned <= self._ready, timeout_s, "every service to start")
         with HealthProbe(self.router, door_tls(self._config, OPERATOR), "router") as probe:
             while not probe.is_serving():
                 if time.monotonic() > deadline_s:
@@ -178,7 +154,7 @@ class LocalMesh:
                 with self._changed:
                     self._changed.wait(HEALTH_POLL_S)
                 self.raise_failure()
-        for server in self._servers.values():
+        for server in self._roster.servers.values():
             server.established = True
         if self._run_file is not None:
             self._run_file.write(self.router, self.balancer, self.http)
@@ -213,12 +189,12 @@ class LocalMesh:
 
     def kill(self, server_id: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to one service; supervision starts it again unless it ends with 0."""
-        self._servers[server_id].kill(number)
+        self._roster.servers[server_id].kill(number)
 
     @contextmanager
     def kept_down(self, server_id: str) -> Iterator[None]:
         """SIGKILL one service; supervision starts it again when the context ends, and not before."""
-        server = self._servers[server_id]
+        server = self._roster.servers[server_id]
         server.hold_restarts()
         try:
             server.kill(signal.SIGKILL)
@@ -236,54 +212,17 @@ class LocalMesh:
             MeshFailedError: it gave up, or was not ready in time.
         """
         assert role in SCALED_ROLES, f"a {role} cannot be added to a running mesh"
-        server = self._one_more(role)
+        server = self._roster.one_more(role)
         server.start()
         self._wait_for(lambda: server.id in self._ready | self._given_up, timeout_s, f"{server.id} to start")
         if server.id in self._given_up:
             raise MeshFailedError(f"{server.id} cannot start; see {server.log_file}")
         return server.id
 
-    def _one_more(self, role: str) -> ServiceProcess:
-        with self._changed:
-            server_id = f"{role}-{self._num_named[role]}"
-            self._num_named[role] += 1
-            server = self._service(role, server_id)
-            self._servers = {**self._servers, server_id: server}  # others may look at it
-        return server
-
-    def _see_to(self, scale: admin_pb2.Scale) -> None:
-        """Start what the scale asks for beyond what it asked for before. What there is too much of leaves by itself:
-        the balancer drains it, and it is not started again."""
-        targets = dict.fromkeys(SCALED_ROLES, 0)
-        targets |= {mesh_pb2.Role.Name(entry.role).removeprefix("ROLE_").lower(): entry.target for entry in scale.roles}
-        if not self._is_planned:
-            self._plan(targets)
-            return
-        for role in SCALED_ROLES:
-            for _ in range(targets[role] - self._targets[role]):
-                self._one_more(role).start()
-        self._targets = targets
-
-    def _plan(self, targets: dict[str, int]) -> None:
-        """Nothing was started yet: start so many, whatever the configuration says."""
-        wanted = {f"{role}-{index}": role for role in SCALED_ROLES for index in range(targets[role])}
-        kept = {
-            name: server for name, server in self._servers.items() if name in wanted or server.role not in SCALED_ROLES
-        }
-        new = {name: self._service(role, name) for name, role in wanted.items() if name not in kept}
-        with self._changed:
-            self._servers = {**kept, **new}
-            self._planned = frozenset(self._servers)
-            self._num_named |= Counter(targets)
-            self._targets, self._is_planned = targets, True
-            self._changed.notify_all()
-
     def forget(self, server_id: str) -> None:
         """Supervise a server no longer that has left for good: it was drained, and its process has ended."""
+        server = self._roster.drop(server_id)
         with self._changed:
-            server = self._servers[server_id]
-            assert server.pid is None, f"{server_id} still runs"
-            self._servers = {name: other for name, other in self._servers.items() if other is not server}
             self._ready.discard(server_id)
         server.stop_restarting()
 
@@ -343,25 +282,16 @@ class LocalMesh:
         if server_id in self._balancers:
             serve += ["--port", self._balancers[server_id].rpartition(":")[2]]
         if role in SCALED_ROLES:
-            serve += ["--gpu", str(self._gpu_of(server_id))]
+            serve += ["--gpu", str(self._gpus.of(server_id, self._roster.servers))]
         return [sys.executable, "-P", "-m", "expertmesh.cli.main", *serve]
-
-    def _gpu_of(self, server_id: str) -> int:
-        """The machine's lowest GPU that no other rank has; a rank that starts again has its own."""
-        with self._changed:
-            if server_id not in self._gpus:
-                self._gpus = {name: gpu for name, gpu in self._gpus.items() if name in self._servers}
-                taken = set(self._gpus.values())
-                self._gpus[server_id] = next(gpu for gpu in range(len(taken) + 1) if gpu not in taken)
-            return self._gpus[server_id]
 
     def _on_process_event(self, event: ProcessEvent) -> None:
         log.info("%s: %s", event.server_id, event.text)
         with self._changed:
             if event.kind == "ready":
                 self._ready.add(event.server_id)
-                self._servers[event.server_id].established |= self._is_extra(event.server_id)
-                self._remember_address(self._servers[event.server_id])
+                self._roster.servers[event.server_id].established |= self._is_extra(event.server_id)
+                self._remember_address(self._roster.servers[event.server_id])
             if event.kind == "failed" and self._is_extra(event.server_id):
                 log.error("%s cannot start; the mesh goes on without it", event.server_id)
                 self._given_up.add(event.server_id)
@@ -375,24 +305,19 @@ class LocalMesh:
 
     def _is_extra(self, server_id: str) -> bool:
         """Whether the mesh was whole before it was started."""
-        return server_id not in self._planned
+        return server_id not in self._roster.planned
 
     def _remember_address(self, server: ServiceProcess) -> None:
         """A router or balancer that starts again must be found where it was."""
         if server.role not in ("router", "balancer"):
             return
         address = _known_address(server)
-        update: dict[str, object] = {"port": int(address.rpartition(":")[2])}
-        if server.role == "router" and server.http_address is not None:
-            port = int(server.http_address.rpartition(":")[2])
-            update["http"] = self._config.router.http.model_copy(update={"port": port})
         if server.role == "balancer":
             self._balancers[server.id] = address
-            update["address"] = ",".join(self._balancers[name] for name in sorted(self._balancers))
-            if len(self._balancer_processes()) > 1:  # each is told its own
-                del update["port"]
-        section = getattr(self._config, server.role).model_copy(update=update)
-        self._config = self._config.model_copy(update={server.role: section})
+            has_several = len(self._balancer_processes()) > 1
+            self._config = with_balancers(self._config, self._balancers, has_several=has_several)
+        else:
+            self._config = with_router(self._config, address, server.http_address)
         self._write_config()
 
     def _write_config(self) -> None:

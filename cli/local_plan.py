@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from expertmesh.mesh import client_key
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.mesh.config_security import ETCD_PASSWORD_VARIABLE
+from expertmesh.mesh.errors import UserError
+
+
+def check_ports(config: MeshConfig) -> None:
+    """
+    Raises:
+        UserError: several processes of one machine would have the same port.
+    """
+    if config.balancer.servers > 1 and config.balancer.port:
+        raise UserError(
+            "balancer.port",
+            f"the {config.balancer.servers} balancers of a local mesh cannot share port {config.balancer.port}",
+            "set it to 0: each picks a port, and all others are told",
+        )
+    if config.telemetry.metrics_port:
+        raise UserError(
+            "telemetry.metrics_port",
+            f"the processes of a local mesh cannot share port {config.telemetry.metrics_port}",
+            "set it to 0: each process picks a port and logs it",
+        )
 
 
 def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
@@ -47,3 +68,40 @@ def environment(config: MeshConfig, role: str) -> dict[str, str]:
     withheld = {client_key.VARIABLE} if role == "balancer" else {client_key.VARIABLE, ETCD_PASSWORD_VARIABLE}
     inherited = {name: value for name, value in os.environ.items() if name not in withheld}
     return {**inherited, **limits, "PYTHONSAFEPATH": "1"}
+
+
+def with_balancers(config: MeshConfig, addresses: Mapping[str, str], *, has_several: bool) -> MeshConfig:
+    """With the balancers' addresses, by id; the one that is alone starts again on the port that it has."""
+    update: dict[str, object] = {"address": ",".join(addresses[name] for name in sorted(addresses))}
+    if not has_several:  # each of several is told its own
+        update["port"] = _port_of(*addresses.values())
+    return config.model_copy(update={"balancer": config.balancer.model_copy(update=update)})
+
+
+def with_router(config: MeshConfig, address: str, http_address: str | None) -> MeshConfig:
+    """With the ports that the router has, so that it starts again on them."""
+    update: dict[str, object] = {"port": _port_of(address)}
+    if http_address is not None:
+        update["http"] = config.router.http.model_copy(update={"port": _port_of(http_address)})
+    return config.model_copy(update={"router": config.router.model_copy(update=update)})
+
+
+def _port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+class GpuNumbers:
+    """Which GPU of the machine a rank computes on, should it compute on one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers: dict[str, int] = {}
+
+    def of(self, server_id: str, servers: Collection[str]) -> int:
+        """The lowest that none of ``servers`` has; a rank that starts again has its own."""
+        with self._lock:
+            if server_id not in self._numbers:
+                self._numbers = {name: number for name, number in self._numbers.items() if name in servers}
+                taken = set(self._numbers.values())
+                self._numbers[server_id] = next(number for number in range(len(taken) + 1) if number not in taken)
+            return self._numbers[server_id]

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from expertmesh.cli.addresses import RUN_FILE
 from expertmesh.cli.connection import admin_tls
-from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError, MeshInterruptedError
+from expertmesh.cli.local_errors import MeshFailedError, MeshInterruptedError
+from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.progress import Progress, progress_for
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.state_dir import RunFile, StateDir

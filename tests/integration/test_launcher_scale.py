@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.cli.local_mesh import LocalMesh, MeshFailedError
+from expertmesh.cli.local_errors import MeshFailedError
+from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.process import ProcessEvent
 from expertmesh.cli.state_dir import StateDir
 from expertmesh.v1 import admin_pb2, mesh_pb2
