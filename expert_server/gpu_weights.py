@@ -5,7 +5,7 @@ Dimensions: A rows of the arena, N rows, S slots; of float8 weights see ``groupe
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict, Unpack
 
 import torch
 
@@ -18,6 +18,14 @@ from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 
 Fp8 = Literal["off", "weights", "activations"]
+
+
+class Rows(TypedDict):
+    """What is known of the rows beside their counts; see ``grouped_expert_mlp_gpu``."""
+
+    starts_S: torch.Tensor | None
+    expected_rows: float | None
+    factor_N: torch.Tensor | None
 
 
 class GpuWeights(Protocol):
@@ -35,10 +43,7 @@ class GpuWeights(Protocol):
         rows_NH: torch.Tensor,
         counts_S: torch.Tensor,
         table_S: torch.Tensor,
-        *,
-        starts_S: torch.Tensor | None,
-        expected_rows: float | None,
-        factor_N: torch.Tensor | None,
+        **rows: Unpack[Rows],
     ) -> torch.Tensor:
         """The MLP on rows grouped by slot, whose experts are where the table says. Returns y[N, H]."""
 
@@ -64,20 +69,15 @@ class FloatWeights:
         rows_NH: torch.Tensor,
         counts_S: torch.Tensor,
         table_S: torch.Tensor,
-        *,
-        starts_S: torch.Tensor | None,
-        expected_rows: float | None,
-        factor_N: torch.Tensor | None,
+        **rows: Unpack[Rows],
     ) -> torch.Tensor:
         return grouped_expert_mlp_gpu(
             rows_NH,
             counts_S,
             self._gate_up_AFH,
             self._down_AHI,
-            starts_S=starts_S,
             table_S=table_S,
-            factor_N=factor_N,
-            expected_rows=expected_rows,
+            **rows,
         )
 
 
@@ -111,19 +111,14 @@ class Fp8Weights:
         rows_NH: torch.Tensor,
         counts_S: torch.Tensor,
         table_S: torch.Tensor,
-        *,
-        starts_S: torch.Tensor | None,
-        expected_rows: float | None,
-        factor_N: torch.Tensor | None,
+        **rows: Unpack[Rows],
     ) -> torch.Tensor:
         return grouped_expert_mlp_fp8(
             rows_NH,
             counts_S,
             self._experts,
-            starts_S=starts_S,
             table_S=table_S,
-            factor_N=factor_N,
-            expected_rows=expected_rows,
+            **rows,
             rounds_rows=self._rounds_rows,
         )
 

@@ -28,7 +28,7 @@ from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.state_dir import StateDir, write_atomically
 from expertmesh.mesh.config import MeshConfig
 from support import mesh_state
-from support.mesh import START_TIMEOUT_S, logs, mesh_config
+from support.mesh import mesh_config, started
 
 FAR = ("attention-1", "expert-2")
 """The others, the router and the balancer are near, and have room for all experts."""
@@ -143,15 +143,8 @@ class SplitStage(Stage):
     def start(self, folder: Path, config: dict[str, Any]) -> LocalMesh:
         assert self.between is not None, "a split stage has two halves"
         hosts = ("router__host", "balancer__host", "dataplane__interface_host", "telemetry__metrics_host")
-        mesh = SplitMesh(mesh_config(**dict.fromkeys(hosts, NEAR_HOST), **config), StateDir.claim(folder), self.between)
-        try:
-            mesh.start()
-            mesh.wait_ready(START_TIMEOUT_S)
-        except BaseException:
-            mesh.stop()
-            print(logs(mesh))
-            raise
-        return mesh
+        settings = mesh_config(**dict.fromkeys(hosts, NEAR_HOST), **config)
+        return started(SplitMesh(settings, StateDir.claim(folder), self.between))
 
 
 async def network_cut(trial: Trial, traffic: Traffic) -> None:

@@ -22,8 +22,7 @@ UP = [sys.executable, "-P", "-m", "expertmesh.cli.main", "up"]
 SMALL = ["--attention", "1", "--experts", "1"]
 TIMEOUT_S = 90
 READY_BUDGET_S = 15.0
-IMPORT_S = 1.5
-"""What ``import torch`` takes where that budget holds, on two cores that do nothing else."""
+NUM_RANKS = 5
 
 StartUp = Callable[..., "subprocess.Popen[str]"]
 
@@ -119,13 +118,15 @@ def test_default_mesh_is_ready_in_time(start_up: StartUp) -> None:
     assert status == 0, stderr
     served = next(line for line in stderr.splitlines() if "the mesh serves after" in line)
     seconds = float(served.split()[-2])
-    assert seconds <= READY_BUDGET_S * max(1.0, import_seconds() / IMPORT_S)
+    # The budget is for two cores that do nothing else: they import torch for five ranks in a fourth of it.
+    assert seconds <= READY_BUDGET_S or seconds <= 4 * import_seconds()
 
 
 def import_seconds() -> float:
-    """What every rank pays before anything else, on this machine at this moment."""
+    """What the ranks pay before anything else, on this machine at this moment."""
     started_s = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch"], timeout=TIMEOUT_S, check=True)
+    importing = [subprocess.Popen([sys.executable, "-c", "import torch"]) for _ in range(NUM_RANKS)]
+    assert [process.wait(TIMEOUT_S) for process in importing] == [0] * NUM_RANKS
     return time.monotonic() - started_s
 
 

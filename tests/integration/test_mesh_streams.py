@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from expertmesh.mesh.client import GenerateClient, build_request
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import generate_pb2
 from support import reference
+from support.attention import one_torch_thread
 from support.live_mesh import LiveMesh
 from support.mesh import REQUEST_TIMEOUT_S, demo_prompts, generate_all
 
@@ -93,15 +92,6 @@ async def reference_outputs(
     found = dict(zip(greedy, by_transformers, strict=True))
     found |= {index: tuple(answer.token_ids) for index, answer in zip(sampled, answers, strict=True)}
     return [found[index] for index in indices]
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Operations this small gain nothing from a second thread, and wait for it long where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 async def test_cancelled_streams_give_everything_back(live: LiveMesh) -> None:

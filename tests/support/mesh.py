@@ -18,7 +18,7 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig, TlsConfig
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 120.0
 PROMPTS_FILE = Path(__file__).parents[2] / "demo/prompts.jsonl"
 
@@ -52,7 +52,11 @@ def mesh_config(**overrides: Any) -> MeshConfig:
 
 def start_mesh(state_dir: Path, config: MeshConfig, *, restart: bool = False) -> LocalMesh:
     """A mesh that serves. The caller stops it. ``restart``: services that die are started again."""
-    mesh = LocalMesh(config, StateDir.claim(state_dir), restart=restart)
+    return started(LocalMesh(config, StateDir.claim(state_dir), restart=restart))
+
+
+def started(mesh: LocalMesh) -> LocalMesh:
+    """The same, once it serves; one that does not come to that is stopped and shows its logs."""
     try:
         mesh.start()
         mesh.wait_ready(START_TIMEOUT_S)

@@ -16,7 +16,7 @@ from expertmesh.mesh.telemetry import Telemetry, disabled_telemetry
 from expertmesh.router import serve
 from support.fake_attention import FakeAttention, FakeBalancer
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 class Stand:
