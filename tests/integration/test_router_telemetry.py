@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -16,6 +18,8 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.client import build_request
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.telemetry import Metrics, Telemetry
+from expertmesh.router import wire
+from expertmesh.router.calls import Call
 from expertmesh.v1 import generate_pb2_grpc
 from support.fake_attention import FakeAttention
 from support.router_stand import Stand
@@ -83,7 +87,13 @@ async def test_span_and_metrics_of_a_request(stand: Observed) -> None:
     assert stand.metrics.router_requests_inflight.labels().read() == 0
 
 
-async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed) -> None:
+async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call_of(context: Any) -> Call:
+        """The client and gRPC would notice in the same moment as the router that the time is up."""
+        call = wire.call_of(context)
+        return call if call.deadline_s is None else replace(call, deadline_s=call.deadline_s - 9.5)
+
+    monkeypatch.setattr("expertmesh.router.service.call_of", call_of)
     server = FakeAttention("a0")
     client = await stand.start([server])
     with pytest.raises(grpc.aio.AioRpcError):
@@ -91,7 +101,7 @@ async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed) ->
     server.going.clear()
     stream = client.stream(build_request([5], max_tokens=5))
     with pytest.raises(grpc.aio.AioRpcError):
-        await client.complete(build_request([5]), timeout_s=0.2)
+        await client.complete(build_request([5]), timeout_s=10.0)
     await stream.aclose()  # type: ignore[attr-defined]  # an asynchronous generator, declared by what callers need of it
     await stand.close()
     refused, late = [span for span in stand.spans.get_finished_spans() if span.kind is SpanKind.SERVER]
