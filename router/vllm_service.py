@@ -83,10 +83,13 @@ class VllmEngineService:
             asked = well_formed(request)
             requests = to_requests(asked)
             outputs = [_Output(self._pb, index, request) for index, request in enumerate(requests)]
+            turn = asyncio.Lock()  # gRPC has one message of a call under way: it fails a second one, then hangs
 
             async def emit(index: int, response: generate_pb2.GenerateResponse) -> None:
-                for message in outputs[index].add(response, asked.stream):
-                    await context.write(message)
+                messages = outputs[index].add(response, asked.stream)
+                async with turn:
+                    for message in messages:
+                        await context.write(message)
 
             if asked.request_id:
                 self._running[asked.request_id] = [request.request_id for request in requests]

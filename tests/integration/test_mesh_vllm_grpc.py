@@ -73,6 +73,15 @@ async def test_whole_with_choices(live: LiveMesh, stub: Any) -> None:
     assert by_index == {index: answer.token_ids for index, answer in enumerate(expected)}
 
 
+async def test_choices_that_speak_at_the_same_time(live: LiveMesh, stub: Any) -> None:
+    """They share one call, and in a step all of them have something to say."""
+    answers = await asyncio.gather(
+        *(messages_of(stub.Generate(asked(n=6, stream=True), timeout=REQUEST_TIMEOUT_S)) for _ in range(4))
+    )
+    for messages in answers:
+        assert sorted(message.complete.index for message in messages if message.HasField("complete")) == [*range(6)]
+
+
 async def test_abort(live: LiveMesh, stub: Any) -> None:
     call = stub.Generate(
         asked(stream=True, request_id="gone", max_tokens=900, ignore_eos=True), timeout=REQUEST_TIMEOUT_S
