@@ -445,6 +445,52 @@ def test_policies_reach_all_ranks_of_a_pod(values: Path) -> None:
         assert opened == listens - ({extra + index for index in range(ranks)} if extra else set())
 
 
+OTHER_MESH = {"podSelector": {"matchLabels": {"mesh": "other"}}}
+
+
+def disaggregated(role: str, *settings: str) -> helm.Rendered:
+    label = "networkPolicy.otherMesh[0].podSelector.matchLabels.mesh=other"
+    return rendered(CHART / "values-cpu-demo.yaml", f"mesh.disaggregation.role={role}", label, *settings)
+
+
+def rules_of(made: helm.Rendered, direction: str) -> dict[str, list[Document]]:
+    """By component, the rules that name the other mesh."""
+    key = {"ingress": "from", "egress": "to"}[direction]
+    policies = made.of_kind("NetworkPolicy").items()
+    found = {role: [rule for rule in p["spec"][direction] if OTHER_MESH in rule[key]] for role, p in policies}
+    return {role: rules for role, rules in found.items() if rules}
+
+
+def test_a_mesh_that_computes_prompts_lets_the_other_one_in() -> None:
+    made = disaggregated("prefill")
+    config, rules = made.config, rules_of(made, "ingress")
+    assert config.disaggregation.port
+    attention = {role for role in ("attention", "both") if role in made.pods}
+    assert rules.keys() == {"balancer", *attention}
+    (at_balancer,) = rules["balancer"]
+    assert list(ports_of(at_balancer)) == [config.balancer.port]
+    for role in attention:
+        (rule,) = rules[role]
+        assert set(ports_of(rule)) == {config.attention.port, config.disaggregation.port}
+        listens = {port["containerPort"] for port in container(made.pods[role])["ports"]}
+        assert {port["endPort"] for port in rule["ports"]} <= listens
+    assert not rules_of(made, "egress")
+
+
+def test_a_mesh_that_has_its_prompts_computed_calls_the_other_one() -> None:
+    made = disaggregated("decode", "mesh.disaggregation.prefill_balancer=prefill-balancer:50050")
+    assert rules_of(made, "egress").keys() == {"router", *({"attention", "both"} & made.pods.keys())}
+    assert not rules_of(made, "ingress")
+    assert made.config.disaggregation.port == 0
+
+
+def test_without_another_mesh_nobody_more_is_let_in() -> None:
+    """A rule without peers would let everybody in."""
+    made = rendered(CHART / "values-cpu-demo.yaml", "mesh.disaggregation.role=prefill")
+    for policy in made.of_kind("NetworkPolicy").values():
+        assert all(rule["from"] for rule in policy["spec"]["ingress"])
+
+
 @pytest.mark.parametrize("name", ["values-nvlink-8gpu.yaml", "values-efa.yaml"])
 def test_gpu_ranks_meet_on_all_ports_and_nobody_else_does(name: str) -> None:
     made = rendered(CHART / name)

@@ -35,6 +35,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if gt (len $addresses) 1 }}{{ join "," $addresses }}{{ else }}{{ printf "%s-balancer:%d" $name $port }}{{ end -}}
 {{- end }}
 
+{{/* What the mesh is to another one: prefill, decode or nothing. */}}
+{{- define "expertmesh.disaggregation" -}}
+{{ dig "disaggregation" "role" "" .Values.mesh }}
+{{- end }}
+
 {{/* mesh.yaml: what the values say, and what follows from them. */}}
 {{- define "expertmesh.mesh" -}}
 {{- $ports := .Values.ports }}
@@ -49,6 +54,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- $secret := dict }}
 {{- if $ports.page }}
 {{- $_ := set $derived.balancer "page_port" ($ports.page | int) }}
+{{- end }}
+{{- if eq (include "expertmesh.disaggregation" .) "prefill" }}
+{{- $_ := set $derived "disaggregation" (dict "port" ($ports.kv | int)) }}
 {{- end }}
 {{- if .Values.secrets.tls }}
 {{- $_ := set $secret "tls" (dict "cert_file" "/secrets/tls/{role}.pem" "key_file" "/secrets/tls/{role}.key" "ca_file" "/secrets/tls/ca.pem") }}
