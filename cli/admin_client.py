@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from expertmesh.cli.addresses import balancer_address
-from expertmesh.cli.connection import admin_tls
+from expertmesh.cli.connection import admin_tls, key_for
 from expertmesh.mesh import rpc
 from expertmesh.mesh.addresses import split_addresses
-from expertmesh.mesh.client_key import key_from_environment, key_interceptors
+from expertmesh.mesh.client_key import key_interceptors
 from expertmesh.mesh.config import TlsConfig, load_config
 from expertmesh.mesh.leader import find_leader
 from expertmesh.v1 import admin_pb2_grpc
@@ -50,14 +50,15 @@ def run(
         UserError: the address or the configuration is wrong.
     """
     addresses = balancer_address(balancer)
-    tls = admin_tls(load_config(config_file)) if config_file is not None else TlsConfig()
+    config = load_config(config_file)
+    tls = admin_tls(config)
 
     async def talk() -> None:
         leader = await find_leader(split_addresses(addresses), tls, TIMEOUT_S)
         if leader is None:
             typer.echo(f"error: none of the balancers at {addresses} leads: {_CHECK}", err=True)
             raise typer.Exit(1)
-        async with _admin(leader, tls) as stub:
+        async with _admin(leader, tls, key_for(leader, tls, config.api)) as stub:
             await ask(stub)
 
     try:
@@ -70,9 +71,8 @@ def run(
 
 
 @asynccontextmanager
-async def _admin(address: str, tls: TlsConfig) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
-    with_key = key_interceptors(key_from_environment())
-    async with rpc.open_channel(address, tls, role="balancer", interceptors=with_key) as channel:
+async def _admin(address: str, tls: TlsConfig, key: str | None) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
+    async with rpc.open_channel(address, tls, role="balancer", interceptors=key_interceptors(key)) as channel:
         yield admin_pb2_grpc.AdminServiceStub(channel)
 
 

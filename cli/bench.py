@@ -18,15 +18,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import grpc
 import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from expertmesh.cli.addresses import checked_address
+from expertmesh.cli.connection import door_tls, key_for
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.state_dir import StateDir, write_atomically
 from expertmesh.cli.up import with_overrides
-from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.client import GenerateClient, status_line
+from expertmesh.mesh.config import MeshConfig, load_config
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.spec import load_spec
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure: the numbers of the README.")
 
 PACKAGES = ("expertmesh", "torch", "transformers", "grpcio", "numpy")
+RESULT = Path("benchmarks/results/serve.json")
 IDLE_WINDOW_S = 10.0
 ROUNDS = 3
 REQUESTS_PER_SLOT = 2
@@ -54,14 +59,37 @@ def serve(
     concurrency: Annotated[str, typer.Option(help="Requests that run at a time, comma-separated.")] = "1,4,16,64",
     num_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of each request.")] = 48,
     threads: Annotated[int, typer.Option(min=1, help="Threads of transformers and of the colocated process.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("benchmarks/results/serve.json"),
+    router: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Measure the mesh behind this router, and nothing else."),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="With --router: mesh.yaml whose api and tls sections connect; unset = no TLS."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"Where the result goes; unset = {RESULT}, with --router nowhere.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result instead of a table.")] = False,
 ) -> None:
-    """Output tokens/s, TTFT and TPOT of the 2 × 3 mesh, of one colocated process and of transformers, in one run."""
+    """Output tokens/s, TTFT and TPOT of the 2 × 3 mesh, of one colocated process and of transformers, in one run.
+
+    With --router those of a mesh that runs; EXPERTMESH_API_KEY or EXPERTMESH_API_KEY_FILE has the key that it asks for.
+    """
     levels = _levels(concurrency)
+    console = Console(stderr=True)
+    if router is not None:
+        systems, vocab_size = asyncio.run(_running_mesh(checked_address("--router", router), config_file, num_tokens))
+        measured = [row for level in levels for row in _measure(systems, level, console, vocab_size)]
+        _report(measured, {}, num_tokens, threads, out, console, as_json=as_json)
+        return
+    if config_file is not None:
+        raise UserError(
+            "--config", "is given without --router", "leave it out: meshes that are started here have their own"
+        )
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers", "is not installed", "install expertmesh with its extra `dev`")
-    console = Console(stderr=True)
+    vocab_size = load_spec(MeshConfig().model).vocab_size
     with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as folder, ExitStack() as stack:
         meshes = {name: LocalMesh(config, StateDir.claim(Path(folder) / name)) for name, config in _meshes(threads)}
         for name, mesh in meshes.items():
@@ -69,13 +97,49 @@ def serve(
             stack.enter_context(mesh)
         console.print("loading transformers")
         systems = _systems(meshes, threads, num_tokens)
-        measured = [row for level in levels for row in _measure(systems, level, console)]
+        measured = [row for level in levels for row in _measure(systems, level, console, vocab_size)]
         console.print(f"measuring {IDLE_WINDOW_S:.0f} s of idleness")
         idle_percent = {name: _cpu_percent(mesh) for name, mesh in meshes.items()}
+    _report(measured, idle_percent, num_tokens, threads, out or RESULT, console, as_json=as_json)
+
+
+async def _running_mesh(address: str, config_file: Path | None, num_tokens: int) -> tuple[dict[str, System], int]:
+    """The one system behind a router, and the size of its vocabulary."""
+    from expertmesh.cli.bench_load import load_router
+
+    config = load_config(config_file)
+    tls = door_tls(config)
+    key = key_for(address, tls, config.api)
+    try:
+        async with GenerateClient(address, tls, key) as client:
+            info = await client.model_info()
+    except grpc.aio.AioRpcError as error:
+        typer.echo(f"error: the router at {address} answered {status_line(error)}", err=True)
+        raise typer.Exit(1) from None
+
+    def ask(prompts: Sequence[Sequence[int]], level: int) -> Sequence[Timed]:
+        return asyncio.run(
+            load_router(address, prompts, concurrency=level, num_tokens=num_tokens, tls=tls, api_key=key)
+        )
+
+    return {f"mesh at {address}": ask}, info.vocab_size
+
+
+def _report(
+    measured: Sequence[Measurement],
+    idle_percent: Mapping[str, float],
+    num_tokens: int,
+    threads: int,
+    out: Path | None,
+    console: Console,
+    *,
+    as_json: bool,
+) -> None:
     result = _result(measured, idle_percent, num_tokens, threads)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, json.dumps(result, indent=1) + "\n")
-    console.print(f"wrote {out}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(result, indent=1) + "\n")
+        console.print(f"wrote {out}")
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -115,12 +179,12 @@ def _systems(meshes: Mapping[str, LocalMesh], threads: int, num_tokens: int) -> 
     return systems
 
 
-def _measure(systems: Mapping[str, System], level: int, console: Console) -> list[Measurement]:
+def _measure(systems: Mapping[str, System], level: int, console: Console, vocab_size: int) -> list[Measurement]:
     """Rounds alternate between the systems, so that a machine that changes its speed is the same for all."""
     from expertmesh.cli.bench_load import summarise
 
     rounds: dict[str, list[Sequence[Timed]]] = {name: [] for name in systems}
-    prompts = _prompts(1 + ROUNDS, max(4, REQUESTS_PER_SLOT * level))
+    prompts = _prompts(1 + ROUNDS, max(4, REQUESTS_PER_SLOT * level), vocab_size)
     for index, batch in enumerate(prompts):
         for name, system in systems.items():
             console.print(f"concurrency {level}: {name}, {'warm-up' if index == 0 else f'round {index}'}")
@@ -130,14 +194,13 @@ def _measure(systems: Mapping[str, System], level: int, console: Console) -> lis
     return [summarise(name, level, timed) for name, timed in rounds.items()]
 
 
-def _prompts(num_rounds: int, num_requests: int) -> list[list[list[int]]]:
+def _prompts(num_rounds: int, num_requests: int, vocab_size: int) -> list[list[list[int]]]:
     """Distinct prompts of 8 to 40 random tokens: no request finds another's prefix in a cache."""
     import numpy as np
 
-    spec = load_spec(MeshConfig().model)
     rng = np.random.default_rng(0)
     return [
-        [rng.integers(2, spec.vocab_size, size=rng.integers(8, 41)).tolist() for _ in range(num_requests)]
+        [rng.integers(2, vocab_size, size=rng.integers(8, 41)).tolist() for _ in range(num_requests)]
         for _ in range(num_rounds)
     ]
 
@@ -183,7 +246,7 @@ def _processor() -> str:
 
 def _table(measured: Sequence[Measurement], idle_percent: Mapping[str, float]) -> Table:
     idle = ", ".join(f"{name} {percent:.1f} %" for name, percent in idle_percent.items())
-    table = Table(caption=f"idle, in percent of one core: {idle}")
+    table = Table(caption=f"idle, in percent of one core: {idle}" if idle else None)
     for name in ("concurrency", "system", "tokens/s", "TTFT ms p50", "p99", "TPOT ms p50", "p99"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for row in measured:

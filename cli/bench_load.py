@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from expertmesh.mesh import rpc
+from expertmesh.mesh.client_key import key_metadata
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 REQUEST_TIMEOUT_S = 300.0
+_NO_TLS = TlsConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +76,26 @@ def _tokens_per_s(requests: Sequence[Timed]) -> float:
 
 
 async def load_router(
-    router: str, prompts: Sequence[Sequence[int]], *, concurrency: int, num_tokens: int
+    router: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    concurrency: int,
+    num_tokens: int,
+    tls: TlsConfig = _NO_TLS,
+    api_key: str | None = None,
 ) -> list[Timed]:
     """Greedy requests of exactly ``num_tokens`` tokens; a new one starts when one of ``concurrency`` ends.
+
+    Args:
+        tls, api_key: as the router's door asks for them.
 
     Raises:
         grpc.aio.AioRpcError: a request failed.
     """
     slots = asyncio.Semaphore(concurrency)
     sampling = generate_pb2.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    async with rpc.open_channel(router, TlsConfig()) as channel:
+    key = key_metadata(api_key)
+    async with rpc.open_channel(router, tls, role="router") as channel:
         stub = generate_pb2_grpc.GenerationServiceStub(channel)
 
         async def run(prompt: Sequence[int]) -> Timed:
@@ -92,7 +104,7 @@ async def load_router(
             async with slots:
                 sent_s = time.perf_counter()
                 times_s: list[float] = []
-                async for message in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
+                async for message in stub.Generate(request, timeout=REQUEST_TIMEOUT_S, metadata=key):
                     times_s += [time.perf_counter()] * len(message.token_ids)
             return Timed(sent_s=sent_s, token_times_s=times_s)
 

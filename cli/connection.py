@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from expertmesh.mesh.access import CLIENT, OPERATOR
-from expertmesh.mesh.config import MeshConfig, TlsConfig
+from expertmesh.mesh.addresses import split_host_port
+from expertmesh.mesh.client_key import VARIABLE, key_from_environment
+from expertmesh.mesh.config import ApiConfig, MeshConfig, TlsConfig
+from expertmesh.mesh.config_security import is_loopback
 from expertmesh.mesh.errors import UserError
 
 
@@ -27,3 +30,21 @@ def door_tls(config: MeshConfig, role: str = CLIENT) -> TlsConfig:
             "name the authority of that certificate, such as /etc/ssl/certs/ca-certificates.crt",
         )
     return TlsConfig(ca_file=config.api.ca_file)
+
+
+def key_for(address: str, tls: TlsConfig, api: ApiConfig) -> str | None:
+    """The key of the environment, for a server that a command connects to with ``tls``; None = there is none.
+
+    Raises:
+        UserError: it cannot be read, or would cross a network in the clear.
+    """
+    key = key_from_environment()
+    host, _ = split_host_port(address)
+    in_the_clear = tls.ca_file is None and tls.cert_file is None and not api.allow_plaintext
+    if key is not None and in_the_clear and not is_loopback(host):
+        raise UserError(
+            VARIABLE,
+            f"would travel to {address} without TLS",
+            "give --config with the mesh's tls or api.ca_file (or with api.allow_plaintext), or unset it",
+        )
+    return key

@@ -17,10 +17,9 @@ import typer
 import uvloop
 
 from expertmesh.cli.addresses import router_address
-from expertmesh.cli.connection import door_tls
+from expertmesh.cli.connection import door_tls, key_for
 from expertmesh.cli.constraint_options import CONSTRAINT_KEYS, constraint_options, line_constraint
 from expertmesh.mesh.client import Completion, GenerateClient, build_request, status_line
-from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import TlsConfig, load_config
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import generate_pb2
@@ -116,8 +115,10 @@ def generate(
         jobs += _read_jobs(prompts_file, model, options)
     if not jobs:
         raise UserError("PROMPT", "there is none", "give one or more prompts, or --prompts FILE.jsonl")
-    tls = door_tls(load_config(config_file)) if config_file is not None else TlsConfig()
-    run = _Run(router_address(router), tls, jobs, as_json=as_json, concurrency=concurrency, timeout_s=timeout)
+    config, address = load_config(config_file), router_address(router)
+    tls = door_tls(config)
+    key = key_for(address, tls, config.api)
+    run = _Run(address, tls, key, jobs, as_json=as_json, concurrency=concurrency, timeout_s=timeout)
     raise typer.Exit(uvloop.run(run.interruptible()))
 
 
@@ -128,6 +129,7 @@ class _Run:
         self,
         address: str,
         tls: TlsConfig,
+        key: str | None,
         jobs: Sequence[Job],
         *,
         as_json: bool,
@@ -136,6 +138,7 @@ class _Run:
     ) -> None:
         self._address = address
         self._tls = tls
+        self._key = key
         self._jobs = jobs
         self._as_json = as_json
         self._concurrency = concurrency
@@ -152,7 +155,7 @@ class _Run:
             return EXIT_INTERRUPTED
 
     async def _run(self) -> int:
-        async with GenerateClient(self._address, self._tls, key_from_environment()) as client:
+        async with GenerateClient(self._address, self._tls, self._key) as client:
             if self._as_json or len(self._jobs) > 1:
                 return await self._run_many(client)
             return await self._stream_one(client, self._jobs[0])

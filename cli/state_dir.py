@@ -29,7 +29,7 @@ class StateDir:
             UserError: another process holds it, or it cannot be written.
         """
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)  # logs and state are nobody else's business
             lock = (path / "lock").open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(str(path), f"cannot be written ({error.strerror})", "run in another folder") from None

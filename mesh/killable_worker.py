@@ -41,6 +41,22 @@ class WorkerLimits:
     nice: int = 0
 
 
+_INHERITED = (
+    "HOME",
+    "LANG",
+    "LC_",
+    "LD_LIBRARY_PATH",
+    "OMP_",
+    "PATH",
+    "PYTHON",
+    "RAYON_",
+    "TMPDIR",
+    "TZ",
+    "VIRTUAL_ENV",
+)
+"""Beginnings of the variables that the process gets: what a hostile input gets hold of holds no password."""
+
+
 class UnusableError(Exception):
     """What the process is to work with is of no use; the message says why."""
 
@@ -151,6 +167,7 @@ class KillableWorker:
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                env=_environment(),
                 limit=self._limits.memory_bytes,  # no line of it is longer
             )
             unusable = (await self._exchange(process, self._setup, _START_TIMEOUT_S))["unusable"]
@@ -225,6 +242,10 @@ def serve(
             os.abort()  # as memory that is not Python's does where there is no more
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         _write(answers, said)
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

@@ -48,6 +48,25 @@ def test_a_process_that_is_gone_before_it_is_told_anything(
     assert "the process is lost, another one is started" in caplog.text
 
 
+@pytest.mark.security
+async def test_the_process_has_no_secret_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EXPERTMESH_API_KEY", "EXPERTMESH_ETCD_PASSWORD", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "a secret")
+    script = """
+        import json, os, sys
+        for line in sys.stdin:
+            print(json.dumps({"unusable": None, "environment": dict(os.environ)}), flush=True)
+    """
+    command = (sys.executable, "-c", textwrap.dedent(script))
+    worker = KillableWorker("a.worker", {}, LIMITS, verb="work", max_pending=1, command=command)
+    try:
+        answer = await asyncio.wait_for(worker.ask({}), TIMEOUT_S)
+    finally:
+        await worker.close()
+    assert "a secret" not in answer["environment"].values()
+    assert "PATH" in answer["environment"]
+
+
 def test_children_start_beside_grpc() -> None:
     """With gRPC's handlers of forks, some of the children that uvloop starts die before they are a program."""
     script = """

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from expertmesh.balancer.members import find_mistake
 from expertmesh.cli import keys as keys_command
+from expertmesh.cli.connection import key_for
+from expertmesh.cli.state_dir import StateDir
 from expertmesh.mesh.access import rule_for
 from expertmesh.mesh.api_keys import ApiKey, KeyStore, Limits, digest, dump_key_file, new_secret, read_key_file
 from expertmesh.mesh.audit import AuditLog
 from expertmesh.mesh.client_key import key_from_environment
-from expertmesh.mesh.config import MeshConfig, TlsConfig, parse_config
+from expertmesh.mesh.config import ApiConfig, MeshConfig, TlsConfig, parse_config
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.identity import guest_id, identity_of, peer_identity
 from expertmesh.mesh.telemetry.logs import TextFormatter
@@ -300,3 +302,28 @@ def test_a_log_line_that_quotes_a_client_is_one_line_and_steers_no_terminal() ->
     assert len(lines) == 2
     assert lines[1].startswith("  ")
     assert all(line.isprintable() for line in lines)
+
+
+def test_the_folder_of_a_mesh_is_its_users_alone(tmp_path: Path) -> None:
+    state = StateDir.claim(tmp_path / "some" / "mesh")
+    try:
+        assert state.path.stat().st_mode & 0o077 == 0
+    finally:
+        state.release()
+
+
+def test_a_command_sends_its_key_over_no_network_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, secure, behind = TlsConfig(), TlsConfig(ca_file=Path("ca.pem")), ApiConfig(allow_plaintext=True)
+    monkeypatch.delenv("EXPERTMESH_API_KEY_FILE", raising=False)
+    monkeypatch.delenv("EXPERTMESH_API_KEY", raising=False)
+    assert key_for("router:1", plain, ApiConfig()) is None
+    monkeypatch.setenv("EXPERTMESH_API_KEY", "emk.a.b")
+    for address, tls, api in (
+        ("127.0.0.1:1", plain, ApiConfig()),
+        ("[::1]:1", plain, ApiConfig()),
+        ("router:1", secure, ApiConfig()),
+        ("router:1", plain, behind),
+    ):
+        assert key_for(address, tls, api) == "emk.a.b"
+    with pytest.raises(UserError, match=r"EXPERTMESH_API_KEY: would travel to router:1 without TLS.*--config"):
+        key_for("router:1", plain, ApiConfig())
