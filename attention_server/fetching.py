@@ -13,6 +13,7 @@ from expertmesh.attention_server.kv_handover import fetch_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_transport import HandoverError, KvSource, Transport
 from expertmesh.attention_server.request import Sequence
+from expertmesh.mesh.rank_security import RankSecurity
 from expertmesh.mesh.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Fetching:
         transport: how blocks come.
         timeout_s: a sequence is posted after so long, with whatever has come.
         changed: called when a sequence has been posted or forgotten.
+        security: of the connection to who computed it; None = in the clear.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Fetching:
         metrics: Metrics,
         timeout_s: float,
         changed: Callable[[], None],
+        security: RankSecurity | None = None,
     ) -> None:
         self._engine = engine
         self._memory = memory
@@ -45,6 +48,7 @@ class Fetching:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._changed = changed
+        self._security = security
         self._turns = asyncio.Semaphore(MAX_AT_ONCE)
         self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._unwanted: set[tuple[int, int]] = set()
@@ -86,7 +90,7 @@ class Fetching:
         try:
             async with asyncio.timeout(self._timeout_s), self._turns:
                 digests, desk = self._engine.prefix_digests(sequence), self._engine.prefixes
-                count = await fetch_blocks(source, digests, self._memory, desk, self._transport)
+                count = await fetch_blocks(source, digests, self._memory, desk, self._transport, self._security)
         except (HandoverError, TimeoutError) as error:
             reason = str(error) or f"{source.address} did not give them within {self._timeout_s:g} s"
             log.warning("request %s: KV blocks are computed anew: %s", sequence.request_id, reason)

@@ -3,7 +3,7 @@
 Whoever generates asks for the chained digests of a prompt's full blocks (``kv_cache.chain_digests``) and gets the
 blocks of the longest prefix that is there. A digest stands for all tokens up to the end of its block, so what comes is
 what the asker would have computed itself; whatever does not come it computes. The asker proves with a ticket that it
-was sent by a router that is linked to the giver.
+was sent by a router that is linked to the giver; with certificates both are known as ranks, over TLS.
 
 One exchange a connection, little-endian: ``_ASK``, the digests; ``_GIVE``; then the blocks, as the ``Transport`` has it
 that the asker named.
@@ -25,6 +25,7 @@ from expertmesh.attention_server.kv_transport import HandoverError, KvSource, Tr
 from expertmesh.attention_server.prefix_desk import PrefixDesk
 from expertmesh.mesh.addresses import split_host_port
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.rank_security import RankSecurity
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +48,22 @@ class KvGiver:
     Args:
         transports: how they may travel.
         timeout_s: for one exchange: blocks on their way cannot be evicted.
+        security: of the connections; None = in the clear.
     """
 
     def __init__(
-        self, memory: BlockMemory, desk: PrefixDesk, transports: Sequence[Transport], timeout_s: float
+        self,
+        memory: BlockMemory,
+        desk: PrefixDesk,
+        transports: Sequence[Transport],
+        timeout_s: float,
+        security: RankSecurity | None = None,
     ) -> None:
         self._memory = memory
         self._desk = desk
         self._transports = {transport.magic: transport for transport in transports}
         self._timeout_s = timeout_s
+        self._security = security
         self._ticket = secrets.token_bytes(_TICKET_BYTES)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,7 +81,8 @@ class KvGiver:
             UserError: nothing can listen there.
         """
         try:
-            self._server = await asyncio.start_server(self._connected, host, port)
+            context = self._security.called if self._security is not None else None
+            self._server = await asyncio.start_server(self._connected, host, port, ssl=context)
         except OSError as error:
             raise UserError(
                 "disaggregation.port" if port else "dataplane.interface_host",
@@ -106,6 +115,9 @@ class KvGiver:
             await _hang_up(writer)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if problem := _why_no_rank(self._security, writer):
+            log.warning("%s is refused KV blocks: %s", writer.get_extra_info("peername"), problem)
+            return
         magic, ticket, block_size, count, block_bytes = _ASK.unpack(await reader.readexactly(_ASK.size))
         refusal = 0
         if not hmac.compare_digest(ticket, self._ticket):
@@ -130,10 +142,18 @@ class KvGiver:
             self.num_blocks += len(held)
         finally:
             self._desk.let_go(held)
+        if self._security is not None:  # TLS has a buffer of its own, which hanging up would drop
+            with contextlib.suppress(ConnectionError):
+                await reader.read(1)  # the asker hangs up when it has everything
 
 
 async def fetch_blocks(
-    source: KvSource, digests: Sequence[bytes], memory: BlockMemory, desk: PrefixDesk, transport: Transport
+    source: KvSource,
+    digests: Sequence[bytes],
+    memory: BlockMemory,
+    desk: PrefixDesk,
+    transport: Transport,
+    security: RankSecurity | None = None,
 ) -> int:
     """Bring the prefix with these digests into the cache, as far as it is not there, the source has it, and there is
     room; returns the blocks that came. Whoever calls bounds the time; cancelled, it leaves nothing behind.
@@ -148,7 +168,7 @@ async def fetch_blocks(
         try:
             if not reserved:
                 return 0
-            return await _fetch(source, missing[: len(reserved)], reserved, memory, desk, transport)
+            return await _fetch(source, missing[: len(reserved)], reserved, memory, desk, transport, security)
         except (OSError, asyncio.IncompleteReadError) as error:
             raise HandoverError(f"{source.address}: {error}") from None
         finally:
@@ -164,10 +184,13 @@ async def _fetch(
     memory: BlockMemory,
     desk: PrefixDesk,
     transport: Transport,
+    security: RankSecurity | None,
 ) -> int:
     host, port = split_host_port(source.address)
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await asyncio.open_connection(host, port, ssl=security.calling if security is not None else None)
     try:
+        if problem := _why_no_rank(security, writer):
+            raise HandoverError(f"{source.address} is no rank: {problem}")
         writer.write(_ASK.pack(transport.magic, source.ticket, memory.block_size, len(digests), memory.block_bytes))
         writer.write(b"".join(digests))
         refusal, count = _GIVE.unpack(await reader.readexactly(_GIVE.size))
@@ -181,6 +204,11 @@ async def _fetch(
         return int(count)
     finally:
         await _hang_up(writer)
+
+
+def _why_no_rank(security: RankSecurity | None, writer: asyncio.StreamWriter) -> str:
+    """Why who is at the other end may not have KV blocks, or not give them; '' when they may."""
+    return security.why_no_rank(writer.get_extra_info("peercert")) if security is not None else ""
 
 
 async def _hang_up(writer: asyncio.StreamWriter) -> None:

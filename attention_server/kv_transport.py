@@ -66,6 +66,11 @@ class TcpTransport:
         self._memory = memory
 
     async def give(self, blocks: Sequence[int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer.get_extra_info("sslcontext") is not None:
+            for block in blocks:
+                writer.writelines(map(bytes, self._memory.views(block)))  # copies: TLS has a buffer of its own
+                await writer.drain()
+            return
         # Nothing may be left in the transport when the blocks are let go: they would change under it.
         writer.transport.set_write_buffer_limits(high=0)
         try:

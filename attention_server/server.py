@@ -24,6 +24,7 @@ from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.telemetry import Metrics, Telemetry
 from expertmesh.v1 import attention_pb2, attention_pb2_grpc, mesh_pb2
 
@@ -75,6 +76,20 @@ def _open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
     return NixlAgent(memory, config.dataplane.interface_host)
 
 
+def _say_that_nixl_is_clear(config: MeshConfig) -> None:
+    """
+    Raises:
+        UserError: everything between ranks has to be encrypted.
+    """
+    if config.dataplane.tls == "on":
+        raise UserError(
+            "dataplane.tls",
+            "is on, and NIXL moves KV blocks in the clear",
+            "set disaggregation.transport: tcp, or dataplane.tls: auto and a network that others cannot reach",
+        )
+    log.warning("KV blocks that travel by NIXL are not encrypted, though links between ranks are")
+
+
 class AttentionServer:
     """``half`` belongs to the step thread, everything else to the event loop.
 
@@ -114,11 +129,14 @@ class AttentionServer:
         if memory.is_on_host:
             transports.append(TcpTransport(memory))
         engine, timeout_s = self.half.engine, section.timeout_s
+        security = rank_security(config.dataplane, config.tls)
+        if security is not None and self._nixl is not None:
+            _say_that_nixl_is_clear(config)
         if section.role == "prefill":
-            self._giver = KvGiver(memory, engine.prefixes, transports, timeout_s)
+            self._giver = KvGiver(memory, engine.prefixes, transports, timeout_s, security)
         else:
-            service = self._service
-            service.fetching = Fetching(engine, memory, transports[0], metrics, timeout_s, service.changed.set)
+            changed = self._service.changed.set
+            self._service.fetching = Fetching(engine, memory, transports[0], metrics, timeout_s, changed, security)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the service to a gRPC server; returns its full name."""

@@ -7,6 +7,7 @@ import enum
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -60,6 +61,7 @@ def serve(
     When the gRPC server is up, one line goes to stdout: {"ready": true, "role": ..., "id": ..., "address": ...}, a
     router's with "http": HOST:PORT too.
     """
+    _leave_no_core()
     if stop_with_stdin:
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
     config = _with_overrides(_with_host(load_config(config_file), host), role, balancer, node, port)
@@ -75,6 +77,12 @@ def serve(
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _leave_no_core() -> None:
+    """A core file would hold prompts and private keys. `prlimit --core=unlimited --pid PID` allows one again."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _with_overrides(
@@ -124,7 +132,9 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
     _stop_on_signals(stop, ignore_sigterm)
     setup_logging(config.telemetry, role.value, server_id)
     model_name = load_spec(config.model).name if role is not ServiceRole.BALANCER else ""
-    telemetry = setup_telemetry(config.telemetry, role=role.value, instance=server_id, model_name=model_name)
+    telemetry = setup_telemetry(
+        config.telemetry, role=role.value, instance=server_id, model_name=model_name, tls=config.tls, api=config.api
+    )
 
     def ready(address: str, *, http: str | None = None) -> None:
         line = {"ready": True, "role": role.value, "id": server_id, "address": address}

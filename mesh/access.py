@@ -49,3 +49,8 @@ def rule_for(method: str) -> Rule:
     if service == _ADMIN_SERVICE and name in _READS:
         return _READ
     return _BY_SERVICE.get(service, _ADMIN)
+
+
+def rule_of(scope: Scope) -> Rule:
+    """Of what asks for this scope, at doors that are not gRPC's."""
+    return {"generate": _GENERATE, "read": _READ, "admin": _ADMIN}[scope]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expertmesh.mesh.config_section import Section
+from expertmesh.mesh.config_section import Section, YamlSwitch
 
 
 class AttentionConfig(Section):
@@ -87,6 +87,11 @@ class DataPlaneConfig(Section):
     )
     interface_host: str = Field("127.0.0.1", description="address of the interface that the data plane binds to")
     port: int = Field(0, ge=0, le=65535, description="where the other ranks call a rank; 0 = any free port")
+    tls: Annotated[Literal["auto", "on", "off"], YamlSwitch] = Field(
+        "auto",
+        description="between ranks: steps, activations (backend `tcp`), weights, KV blocks; auto = where `tls` has "
+        "cert_file and ca_file; on = refuse to start without. The same on all ranks",
+    )
     max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
     timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
     idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")

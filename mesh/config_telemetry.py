@@ -24,5 +24,10 @@ class TelemetryConfig(Section):
     slo_tpot_s: float = Field(0.2, gt=0, description="and its other tokens come at this pace, in the mean, or faster")
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(None, ge=0, le=65535, description="/metrics for Prometheus; 0 = any; unset = off")
+    metrics_access: Literal["auto", "open"] = Field(
+        "auto",
+        description="auto = as `tls` and `api` have it: HTTPS, and a key of scope `read` or a certificate of role "
+        "`operator`, without keys also `client`; open = anybody who reaches the port, in the clear",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.secure_stream import RECEIVE_BYTES, Stream
 
 _HEADER_BYTES = 4
 MAX_MESSAGE_BYTES = 1 << 20
@@ -15,7 +16,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 class Link:
     """One framed TCP link to a peer rank: a 4-byte little-endian length, then a protobuf message."""
 
-    def __init__(self, sock: socket.socket, rank: int, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, sock: Stream, rank: int, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.rank = rank
@@ -31,7 +32,9 @@ class Link:
     def receive(self) -> Iterator[bytes]:
         """Read what has arrived (once) and yield every whole message in it."""
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:  # the beginning of what TLS can make out as a whole only
+            return
         except OSError as error:
             raise DataPlaneError(f"the link to rank {self.rank} failed: {error}", (self.rank,)) from error
         if not data:

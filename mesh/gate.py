@@ -13,11 +13,11 @@ from typing import Any
 
 import grpc
 
-from expertmesh.mesh.access import OPERATOR, Rule, rule_for
+from expertmesh.mesh.access import OPERATOR, Rule, rule_for, rule_of
 from expertmesh.mesh.api_keys import ApiKey, KeyStore, Limits, Scope
 from expertmesh.mesh.audit import AuditLog
 from expertmesh.mesh.config_security import ApiConfig, TlsConfig
-from expertmesh.mesh.identity import Identity, peer_identity
+from expertmesh.mesh.identity import Identity, certificate_identity, peer_identity, subject_of
 
 HEADER = "authorization"
 _SCHEME = "bearer"
@@ -122,18 +122,43 @@ class Gate:
             self.audit.denied(who, method, denied.code.name, denied.message)
             raise
 
-    def admit_header(self, authorization: str | None, scope: Scope, *, peer: str, action: str) -> Principal:
-        """For doors that are not gRPC's.
+    def refresh(self) -> None:
+        """Look at the file of keys: for doors on threads, which nobody ``open``s."""
+        if self._keys is not None:
+            self._keys.reload()
+
+    def admit_header(
+        self,
+        authorization: str | None,
+        scope: Scope,
+        *,
+        peer: str,
+        action: str,
+        certificate: Mapping[str, Any] | None = None,
+    ) -> Principal:
+        """For doors that are not gRPC's: the same roles and scopes.
 
         Args:
             authorization: the value of the header; None = there is none.
             peer: the caller's address; ``action``: what it calls, such as ``POST /v1/completions``: for the audit.
+            certificate: the caller's, verified, as ``ssl`` describes it; None = it showed none.
 
         Raises:
             Denied: as ``admit_rpc``.
         """
-        who = {"peer": peer}
+        who, identity = {"peer": peer}, None
         try:
+            if certificate:
+                who["certificate"] = subject_of(certificate)
+                identity = certificate_identity(certificate, self.tls)
+            elif self._keys is None and self.tls.ca_file is not None:
+                raise Denied(
+                    grpc.StatusCode.UNAUTHENTICATED, "there is no certificate: show one of the mesh's authority"
+                )
+            if identity is not None:
+                _check_roles(identity, rule_of(scope))
+                if OPERATOR in identity.roles:
+                    return Principal(who=who, identity=identity)
             return self._admit_key([] if authorization is None else [authorization], scope, who)
         except Denied as denied:
             self.audit.denied(who, action, denied.code.name, denied.message)

@@ -12,6 +12,8 @@ from uvicorn.server import ServerState
 
 ABORT_KEY = "expertmesh.abort"
 """In an ASGI scope: a function that drops the connection with what it has not sent yet."""
+CERTIFICATE_KEY = "expertmesh.certificate"
+"""In an ASGI scope: the caller's verified certificate as ``ssl`` describes it, or None."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -59,6 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]  # an extension of ours
+        self.scope[CERTIFICATE_KEY] = self.transport.get_extra_info("peercert")  # type: ignore[literal-required]
         self._in_head, self._head_bytes = True, 0
         if self._timer is None:
             self._start_timer()

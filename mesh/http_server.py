@@ -12,10 +12,15 @@ from typing import Any
 import uvicorn
 
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.http_protocol import bounded_protocol
 
 START_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 30
 BACKLOG = 1024
+MAX_HEADER_BYTES = 32 * 2**10
+RECEIVE_TIMEOUT_S = 20.0
+MAX_CONNECTIONS = 1024
+"""Beyond it requests are answered with 503."""
 _DATE_INTERVAL_S = 1.0
 
 
@@ -52,7 +57,7 @@ class HttpServer:
         key: of the configuration, named when the port cannot be had.
         tls: made from the configuration's certificates; None = plain HTTP.
         grace_s: how long answers that have begun may take to end at ``stop``.
-        settings: further ones of ``uvicorn.Config``, before those that are made here.
+        settings: further ones of ``uvicorn.Config``, before those that are made here: the bounds above.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class HttpServer:
         self._listening = _bind(host, port, key)
         self._host = f"[{host}]" if ":" in host else host
         defaults = {
+            "http": bounded_protocol(MAX_HEADER_BYTES, RECEIVE_TIMEOUT_S),
+            "limit_concurrency": MAX_CONNECTIONS,
             "log_config": None,
             "access_log": False,
             "lifespan": "off",

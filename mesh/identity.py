@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from expertmesh.mesh.config_security import TlsConfig
 
@@ -60,3 +61,17 @@ def peer_identity(auth_context: Mapping[str, Iterable[bytes]], tls: TlsConfig) -
         return None
     names = (name.decode("ascii", errors="replace") for name in auth_context.get("peer_dns", ()))
     return identity_of(names, tls)
+
+
+def certificate_identity(certificate: Mapping[str, Any], tls: TlsConfig) -> Identity | None:
+    """Of a verified certificate as ``ssl`` describes it; None where certificates say nothing about roles."""
+    if not tls.with_roles:
+        return None
+    return identity_of((name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"), tls)
+
+
+def subject_of(certificate: Mapping[str, Any]) -> str:
+    """``CN=operator``, for people."""
+    short = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU"}
+    parts = (part for names in certificate.get("subject", ()) for part in names)
+    return ",".join(f"{short.get(kind, kind)}={value}" for kind, value in parts)

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 import torch
 
 from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.dataplane import check_secure
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.framing import Waker
 from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
 from expertmesh.mesh.meet import bind_listener
 from expertmesh.mesh.membership import MembershipClient
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.reporting import RoutingReporter
 from expertmesh.mesh.stepthread import Inbox, StepThread
 from expertmesh.mesh.telemetry import Telemetry
@@ -53,6 +55,9 @@ class RankServer:
         attention, experts: the halves of this rank; at least one.
         grpc_address: where this process serves gRPC (health, the router link).
         load: of the attention half, for the heartbeats.
+
+    Raises:
+        UserError: the port cannot be had, or ``dataplane.tls`` asks for what there is not.
     """
 
     def __init__(
@@ -75,6 +80,10 @@ class RankServer:
         self._spec = spec
         self._load = load
         self._num_slots = experts.num_slots if experts is not None else 0
+        security = rank_security(config.dataplane, config.tls)
+        if security is not None:
+            check_secure(config.dataplane, device)
+            log.info("links to other ranks use TLS")
         self._listener = bind_listener(config.dataplane.interface_host, config.dataplane.port)
         self._waker = Waker()
         self._inbox = Inbox(self._waker)
@@ -90,6 +99,7 @@ class RankServer:
             waker=self._waker,
             inbox=self._inbox,
             device=device,
+            security=security,
             report=self._report_from_thread,
             view_ended=self._view_ended_from_thread,
         )

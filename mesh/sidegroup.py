@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
-import socket
 import threading
 import time
 import zlib
@@ -24,6 +23,7 @@ import torch
 
 from expertmesh.mesh.framing import Waker
 from expertmesh.mesh.halves import ExpertWeights
+from expertmesh.mesh.secure_stream import Stream
 from expertmesh.mesh.sidelink import ASK, GIVE, REFUSE, Head, SideLink
 from expertmesh.mesh.view import ViewInfo
 
@@ -89,7 +89,7 @@ class SideGroup:
         bytes_per_s: what this rank sends at most, unless a plan would be late.
     """
 
-    def __init__(self, links: Mapping[int, socket.socket], *, bytes_per_s: float) -> None:
+    def __init__(self, links: Mapping[int, Stream], *, bytes_per_s: float) -> None:
         self._links = {index: SideLink(index, sock) for index, sock in links.items()}
         self._bytes_per_s = bytes_per_s
         self._waker = Waker()
@@ -270,7 +270,7 @@ class SideGroup:
         self._failed[number] = TransferError(what, cause)
 
 
-def open_side_group(view: ViewInfo, links: Mapping[int, socket.socket], bytes_per_s: float) -> SideGroup:
+def open_side_group(view: ViewInfo, links: Mapping[int, Stream], bytes_per_s: float) -> SideGroup:
     """The side group of a view's expert ranks, of which this rank is one; ``links`` by the peer's rank."""
     assert view.expert_index is not None, "only expert ranks hand weights to each other"
     index = {rank: i for i, rank in enumerate(view.expert_ranks)}

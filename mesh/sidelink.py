@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from expertmesh.mesh.secure_stream import HalfSentError, Stream
+
 ASK, GIVE, REFUSE = 1, 2, 3
 _HEAD = struct.Struct("<BQIIQ")
 _SCRAP_BYTES = 1 << 16
@@ -41,7 +43,7 @@ class SideLink:
     ``index``: of the peer, among the expert ranks.
     """
 
-    def __init__(self, index: int, sock: socket.socket) -> None:
+    def __init__(self, index: int, sock: Stream) -> None:
         sock.setblocking(False)
         self.index = index
         self.sock = sock
@@ -83,6 +85,9 @@ class SideLink:
         message = self._outgoing[0]
         try:
             count = self.sock.send(message.parts[0][:most_bytes], socket.MSG_NOSIGNAL)
+        except HalfSentError:
+            message.is_begun = True
+            return 0, None
         except BlockingIOError:
             return 0, None
         except OSError as error:

@@ -27,6 +27,7 @@ from expertmesh.mesh.meet import Links, meet
 from expertmesh.mesh.migration import MigrationContext, Migrations, failed_status
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.rank_security import RankSecurity
 from expertmesh.mesh.reporting import RoutingObserver
 from expertmesh.mesh.sidegroup import open_side_group
 from expertmesh.mesh.stepclock import StepClock
@@ -133,6 +134,7 @@ class StepThread:
         waker: Waker,
         inbox: Inbox,
         device: torch.device = CPU,
+        security: RankSecurity | None = None,
         report: Callable[[mesh_pb2.JoinRequest], None],
         view_ended: Callable[[], None],
     ) -> None:
@@ -148,6 +150,7 @@ class StepThread:
         self._waker = waker
         self._inbox = inbox
         self._device = device
+        self._security = security
         self._report = report
         self._view_ended = view_ended
         self.progress = Progress()
@@ -285,6 +288,7 @@ class StepThread:
             timeout_s=self._config.balancer.view_timeout_s,
             with_data=uses_links(self._config.dataplane, self._device),
             superseded=lambda: self._is_superseded(view),
+            security=self._security,
         )
 
     def _is_superseded(self, view: ViewInfo) -> bool:

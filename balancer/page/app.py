@@ -57,11 +57,11 @@ class Admin(Protocol):
     ) -> AsyncIterator[admin_pb2.ListEventsResponse]: ...
 
 
-def page_app(leading: Callable[[], Admin], may_read: Callable[[str], bool] = lambda authorization: True) -> Starlette:
+def page_app(leading: Callable[[], Admin], may_read: Callable[[Scope], bool] = lambda scope: True) -> Starlette:
     """
     Args:
         leading: what answers now.
-        may_read: whether a value of the header ``Authorization`` may see the mesh; the page itself shows nothing of it.
+        may_read: whether the caller of this ASGI scope may see the mesh; the page itself shows nothing of it.
 
     Raises (``leading``):
         NotLeadingError: another balancer answers.
@@ -151,16 +151,14 @@ class _Headers:
 class _Door:
     """Refuses the mesh's figures to whoever may not read them."""
 
-    def __init__(self, app: Any, may_read: Callable[[str], bool]) -> None:
+    def __init__(self, app: Any, may_read: Callable[[Scope], bool]) -> None:
         self._app = app
         self._may_read = may_read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/api/"):
-            authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            if not self._may_read(authorization):
-                refusal = _problem(401, "give an API key with the scope 'read' as 'Authorization: Bearer KEY'")
-                refusal.headers["www-authenticate"] = "Bearer"
-                await refusal(scope, receive, send)
-                return
+        if scope["type"] == "http" and scope["path"].startswith("/api/") and not self._may_read(scope):
+            refusal = _problem(401, "give an API key with the scope 'read' as 'Authorization: Bearer KEY'")
+            refusal.headers["www-authenticate"] = "Bearer"
+            await refusal(scope, receive, send)
+            return
         await self._app(scope, receive, send)

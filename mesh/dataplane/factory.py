@@ -15,8 +15,10 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 from expertmesh.mesh.dataplane.base import DataPlane
 from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape, PointToPoint, Work
 from expertmesh.mesh.dataplane.nccl_group import connect_nccl
+from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.errors import DataPlaneError, UserError
+from expertmesh.mesh.secure_stream import SecureStream, Stream
 from expertmesh.mesh.view import ViewInfo
 
 if TYPE_CHECKING:  # the planes of a GPU are measured where pydantic is missing
@@ -65,7 +67,7 @@ def open_dataplane(
     config: DataPlaneConfig,
     view: ViewInfo,
     shape: PlaneShape,
-    links: Mapping[int, socket.socket],
+    links: Mapping[int, Stream],
     device: torch.device = CPU,
     *,
     join_s: float = 30.0,
@@ -93,12 +95,41 @@ def open_dataplane(
         return open_on_device(config, _store(config, view), shape, device, nodes, join_s, superseded)
     group: PointToPoint
     if backend == "tcp":
-        group = SocketGroup(links, timeout_s=config.timeout_s)
+        group = _over(links, config.timeout_s)
     elif view.size == 1:
         group = _Alone()
     else:
         group = _gloo_group(config, view)
     return CollectivePlane(group, shape, timeout_s=config.timeout_s)
+
+
+def _over(links: Mapping[int, Stream], timeout_s: float) -> SocketGroup:
+    """All links are secure, or none."""
+    secure = {rank: link for rank, link in links.items() if isinstance(link, SecureStream)}
+    if secure:
+        return SecureGroup(secure, timeout_s=timeout_s)
+    return SocketGroup(
+        {rank: link for rank, link in links.items() if isinstance(link, socket.socket)}, timeout_s=timeout_s
+    )
+
+
+def check_secure(config: DataPlaneConfig, device: torch.device) -> None:
+    """At the start of a rank whose links are encrypted.
+
+    Raises:
+        UserError: all has to be (``dataplane.tls: on``), and the backend sends activations in the clear.
+    """
+    backend = checked_backend(config.backend, device)
+    if backend == "tcp":
+        return
+    why = "torch's own builds have gloo without TLS" if backend == "gloo" else "between GPUs nothing encrypts"
+    if config.tls == "on":
+        raise UserError(
+            "dataplane.tls",
+            f"is on, and activations of dataplane.backend {backend} travel in the clear: {why}",
+            "set dataplane.backend: tcp (CPUs), or dataplane.tls: auto and a network that others cannot reach",
+        )
+    log.warning("steps and weights between ranks are encrypted, activations (dataplane.backend %s) are not", backend)
 
 
 def open_on_device(

@@ -26,7 +26,7 @@ _SECONDS = struct.Struct("ll")  # struct timeval
 
 
 @dataclass(slots=True)
-class _Peer:
+class Peer:
     rank: int
     sock: socket.socket
     unsent: deque[memoryview] = field(default_factory=deque)
@@ -40,7 +40,7 @@ class SocketGroup:
     """
 
     def __init__(self, links: Mapping[int, socket.socket], *, timeout_s: float) -> None:
-        self._peers = {rank: _Peer(rank, sock) for rank, sock in links.items()}
+        self._peers = {rank: Peer(rank, sock) for rank, sock in links.items()}
         self._backlog: set[int] = set()  # ranks with something unsent
         self._timeout_s = timeout_s
         seconds, fraction = divmod(timeout_s, 1.0)
@@ -55,7 +55,7 @@ class SocketGroup:
         """Start to send one contiguous tensor; its memory must hold still until the next exchange."""
         peer = self._peers[dst]
         payload = _bytes_of(tensors[0])
-        parts = [memoryview(_HEAD.pack(tag, len(payload))), payload]
+        parts = self._parts(peer, [memoryview(_HEAD.pack(tag, len(payload))), payload])
         if not peer.unsent:
             parts = _write(peer, parts)
         if parts:
@@ -67,7 +67,7 @@ class SocketGroup:
         """Expect a message of at most the tensor's size; a shorter one fills its beginning."""
         return _Received(self, self._peers[src], _bytes_of(tensors[0]), tag)
 
-    def receive(self, peer: _Peer, into: memoryview, tag: int) -> None:
+    def receive(self, peer: Peer, into: memoryview, tag: int) -> None:
         head = bytearray(_HEAD.size)
         self._read(peer, memoryview(head))
         got_tag, size = _HEAD.unpack(head)
@@ -79,13 +79,17 @@ class SocketGroup:
         if size:
             self._read(peer, into[:size])
 
-    def flush(self, peer: _Peer) -> None:
+    def flush(self, peer: Peer) -> None:
         """Wait until the kernel has taken everything for a peer."""
         deadline = time.monotonic() + self._timeout_s
         while peer.unsent:
             self._progress(None, deadline)
 
-    def _read(self, peer: _Peer, into: memoryview) -> None:
+    def _parts(self, peer: Peer, parts: list[memoryview]) -> list[memoryview]:
+        """What goes to the kernel for these."""
+        return parts
+
+    def _read(self, peer: Peer, into: memoryview) -> None:
         deadline = time.monotonic() + self._timeout_s
         while into:
             flags = socket.MSG_WAITALL
@@ -96,15 +100,15 @@ class SocketGroup:
                 count = peer.sock.recv_into(into, len(into), flags)
             except BlockingIOError:
                 if flags == socket.MSG_WAITALL or time.monotonic() > deadline:
-                    raise _silent(peer, self._timeout_s) from None
+                    raise silent(peer, self._timeout_s) from None
                 continue
             except OSError as error:
-                raise _failed(peer, error) from error
+                raise failed(peer, error) from error
             if count == 0:
                 raise DataPlaneError(f"rank {peer.rank} closed its link", (peer.rank,))
             into = into[count:]
 
-    def _progress(self, reader: _Peer | None, deadline: float) -> None:
+    def _progress(self, reader: Peer | None, deadline: float) -> None:
         """Wait until ``reader`` has something to read or some send can go on; let those go on."""
         poller = select.poll()
         waiting = {peer.sock.fileno(): peer for peer in self._peers.values() if peer.unsent}
@@ -115,7 +119,7 @@ class SocketGroup:
             poller.register(reader.sock.fileno(), mask)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            raise _silent(reader or next(iter(waiting.values())), self._timeout_s)
+            raise silent(reader or next(iter(waiting.values())), self._timeout_s)
         for number, event in poller.poll(1e3 * left_s):
             peer = waiting.get(number)
             if peer is not None and event & ~select.POLLIN:
@@ -128,7 +132,7 @@ class SocketGroup:
 @dataclass(frozen=True, slots=True)
 class _Sent:
     group: SocketGroup
-    peer: _Peer
+    peer: Peer
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if self.peer.unsent:
@@ -139,7 +143,7 @@ class _Sent:
 @dataclass(frozen=True, slots=True)
 class _Received:
     group: SocketGroup
-    peer: _Peer
+    peer: Peer
     into: memoryview
     tag: int
 
@@ -157,14 +161,14 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.numpy().data.cast("B")
 
 
-def _write(peer: _Peer, parts: list[memoryview]) -> list[memoryview]:
+def _write(peer: Peer, parts: list[memoryview]) -> list[memoryview]:
     """Hand to the kernel what it takes without waiting; returns the rest."""
     try:
         count = peer.sock.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except BlockingIOError:
         return parts
     except OSError as error:
-        raise _failed(peer, error) from error
+        raise failed(peer, error) from error
     while parts and count >= len(parts[0]):
         count -= len(parts.pop(0))
     if count:
@@ -172,9 +176,9 @@ def _write(peer: _Peer, parts: list[memoryview]) -> list[memoryview]:
     return parts
 
 
-def _failed(peer: _Peer, error: OSError) -> DataPlaneError:
+def failed(peer: Peer, error: OSError) -> DataPlaneError:
     return DataPlaneError(f"the link to rank {peer.rank} failed: {error}", (peer.rank,))
 
 
-def _silent(peer: _Peer, timeout_s: float) -> DataPlaneError:
+def silent(peer: Peer, timeout_s: float) -> DataPlaneError:
     return DataPlaneError(f"rank {peer.rank} was silent for {timeout_s:g} s in the middle of a step", (peer.rank,))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from opentelemetry.trace import NoOpTracer, Tracer
 
 import expertmesh
+from expertmesh.mesh.config_security import ApiConfig, TlsConfig
 from expertmesh.mesh.config_telemetry import TelemetryConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.telemetry.metrics import Metrics
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 3.0
 _DEFAULT_METRICS_INTERVAL_MS = "15000"
+_NO_TLS, _NO_KEYS = TlsConfig(), ApiConfig()
 
 
 class Exporting(Protocol):
@@ -68,7 +70,15 @@ def disabled_telemetry() -> Telemetry:
     return Telemetry(NoOpTracer(), Metrics(enabled=False))
 
 
-def setup_telemetry(config: TelemetryConfig, *, role: str, instance: str, model_name: str = "") -> Telemetry:
+def setup_telemetry(
+    config: TelemetryConfig,
+    *,
+    role: str,
+    instance: str,
+    model_name: str = "",
+    tls: TlsConfig = _NO_TLS,
+    api: ApiConfig = _NO_KEYS,
+) -> Telemetry:
     """Start what the configuration asks for.
 
     Traces and metrics go to ``otlp_endpoint`` (else ``OTEL_EXPORTER_OTLP_ENDPOINT``), metrics also to /metrics. The
@@ -78,9 +88,11 @@ def setup_telemetry(config: TelemetryConfig, *, role: str, instance: str, model_
         role: router, attention, expert, both or balancer.
         instance: the server's id, unique in the mesh.
         model_name: label of the metrics under ``vllm:``.
+        tls, api: what ``telemetry.metrics_access`` goes by.
 
     Raises:
-        UserError: the metrics port cannot be bound, the endpoint is not one of OTLP/gRPC, or the interval is no time.
+        UserError: the metrics port cannot be bound, or not be guarded as ``metrics_access`` says, the endpoint is not
+            one of OTLP/gRPC, or the interval is no time.
     """
     otlp_endpoint = _otlp_endpoint(config)
     interval_s = _metrics_interval_s()
@@ -91,10 +103,15 @@ def setup_telemetry(config: TelemetryConfig, *, role: str, instance: str, model_
     metrics.build_info.set(1, version=expertmesh.__version__, python=platform.python_version())
     endpoint = None
     if config.metrics_port is not None:
+        from expertmesh.mesh.telemetry.metrics_door import metrics_door
         from expertmesh.mesh.telemetry.prometheus import MetricsEndpoint
 
-        endpoint = MetricsEndpoint(metrics, config.metrics_host, config.metrics_port)
-        log.info("metrics on http://%s/metrics", endpoint.address)
+        door = None
+        if config.metrics_access == "auto":
+            api.check_door("telemetry.metrics_host", config.metrics_host, has_tls=tls.cert_file is not None)
+            door = metrics_door(tls, api, instance)
+        endpoint = MetricsEndpoint(metrics, config.metrics_host, config.metrics_port, door)
+        log.info("metrics on %s", endpoint.url)
     if otlp_endpoint is None:
         return Telemetry(NoOpTracer(), metrics, endpoint=endpoint)
     from expertmesh.mesh.telemetry.otlp import SampleRatios, start_otlp

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from expertmesh.mesh.api_keys import Scope
 from expertmesh.mesh.config_http import HttpConfig
 from expertmesh.mesh.gate import Denied, Gate, Principal
+from expertmesh.mesh.http_protocol import CERTIFICATE_KEY
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.router import validation
 from expertmesh.router.calls import Call, Calls
@@ -192,7 +193,9 @@ class HttpDoor:
         presented = request.headers.getlist("authorization")
         peer = f"{request.client.host}:{request.client.port}" if request.client is not None else ""
         action = f"{request.method} {request.url.path}"
-        return self._gate.admit_header(", ".join(presented) or None, scope, peer=peer, action=action)
+        certificate = request.scope.get(CERTIFICATE_KEY)
+        header = ", ".join(presented) or None
+        return self._gate.admit_header(header, scope, peer=peer, action=action, certificate=certificate)
 
     async def _read(self, request: Request) -> bytes:
         """

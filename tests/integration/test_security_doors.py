@@ -202,6 +202,8 @@ async def test_messages_and_metadata_have_bounds() -> None:
         assert len(await call(channel, GENERATE, data=bytes(60_000))) == 60_000
         for attempt in (
             call(channel, GENERATE, data=bytes(70_000)),
+            # 16 KB that become 16 MB: the bound is on what comes of it.
+            call(channel, GENERATE, data=bytes(1 << 24), compression=grpc.Compression.Gzip),
             call(channel, GENERATE, metadata=(("x-much", "y" * 20_000),)),
         ):
             assert (await refusal(attempt)).code() is Code.RESOURCE_EXHAUSTED

@@ -19,6 +19,7 @@ from expertmesh.attention_server.kv_transport import KvSource, TcpTransport, Tra
 from expertmesh.attention_server.nixl_agent import NixlAgent, load_nixl
 from expertmesh.attention_server.prefix_desk import PrefixDesk
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.rank_security import RankSecurity
 
 BLOCK_SIZE, NUM_BLOCKS, LAYERS = 4, 16, 3
 TIMEOUT_S = 20.0
@@ -86,8 +87,10 @@ def travelling(cache: Cache, kind: str) -> Iterator[Transport]:
 
 
 @asynccontextmanager
-async def giving(cache: Cache, transport: Transport, timeout_s: float = TIMEOUT_S) -> AsyncIterator[KvGiver]:
-    giver = KvGiver(cache.memory, cache.desk, [transport], timeout_s)
+async def giving(
+    cache: Cache, transport: Transport, timeout_s: float = TIMEOUT_S, security: RankSecurity | None = None
+) -> AsyncIterator[KvGiver]:
+    giver = KvGiver(cache.memory, cache.desk, [transport], timeout_s, security)
     await giver.start("127.0.0.1")
     try:
         yield giver
@@ -101,8 +104,13 @@ def source_of(giver: KvGiver) -> KvSource:
 
 
 async def fetch(
-    source: KvSource, digests: list[bytes], cache: Cache, transport: Transport, timeout_s: float = TIMEOUT_S
+    source: KvSource,
+    digests: list[bytes],
+    cache: Cache,
+    transport: Transport,
+    timeout_s: float = TIMEOUT_S,
+    security: RankSecurity | None = None,
 ) -> int:
     """As ``Fetching`` does."""
     async with asyncio.timeout(timeout_s):
-        return await fetch_blocks(source, digests, cache.memory, cache.desk, transport)
+        return await fetch_blocks(source, digests, cache.memory, cache.desk, transport, security)

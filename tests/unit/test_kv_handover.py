@@ -6,11 +6,13 @@ import asyncio
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from expertmesh.attention_server.kv_transport import HandoverError, KvSource, TcpTransport
+from expertmesh.mesh.rank_security import RankSecurity
 from support.kv_caches import (
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -24,6 +26,8 @@ from support.kv_caches import (
     travelling,
 )
 from support.mesh_state import until
+from support.secure_server import authority as authority
+from support.secure_server import tls_as
 
 NOBODY = KvSource("127.0.0.1:9", b"?" * 32)
 EACH_WAY = pytest.mark.parametrize("kind", TRANSPORTS)
@@ -94,6 +98,31 @@ async def test_refusals(kind: str, asker: Cache, ticket: bytes | None, reason: s
                 await fetch(source, digests, asker, taking)
     assert asker.blocks.num_free == NUM_BLOCKS
     assert asker.blocks.find_prefix(digests) == []
+
+
+@EACH_WAY
+@pytest.mark.slow
+@pytest.mark.security
+async def test_over_tls_blocks_come_from_a_rank_to_a_rank(kind: str, authority: Path) -> None:
+    """Not in the clear, not to another authority's, not to or from who is no rank: whatever tickets they have."""
+    ours, theirs = Cache(0, num_blocks=1200, width=512), Cache(1, num_blocks=600, width=512)
+    digests = digests_of(512)  # more than any buffer holds
+    given = theirs.compute(digests)
+    rank, client = (RankSecurity(tls_as(authority, name)) for name in ("attention-0", "client"))
+    stranger = RankSecurity(tls_as(authority / "other", "operator", authority / "ca.pem"))
+    with travelling(ours, kind) as taking, travelling(theirs, kind) as transport:
+        async with giving(theirs, transport, security=rank) as giver:
+            for security in (None, client, stranger):
+                with pytest.raises(HandoverError):
+                    await fetch(source_of(giver), digests, ours, taking, security=security)
+            assert giver.num_blocks == 0
+            assert await fetch(source_of(giver), digests, ours, taking, security=rank) == 512
+        async with giving(theirs, transport, security=client) as giver:
+            with pytest.raises(HandoverError, match="not for a rank"):
+                await fetch(source_of(giver), digests_of(1, first_token=7), ours, taking, security=rank)
+    found = ours.blocks.find_prefix(digests)
+    assert all(torch.equal(ours.content(here), theirs.content(there)) for here, there in zip(found, given, strict=True))
+    assert (theirs.blocks.num_free, ours.blocks.num_free) == (600, 1200)
 
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
