@@ -76,7 +76,7 @@ def _open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
     return NixlAgent(memory, config.dataplane.interface_host)
 
 
-def _say_that_nixl_is_clear(config: MeshConfig) -> None:
+def say_that_nixl_is_clear(config: MeshConfig) -> None:
     """
     Raises:
         UserError: everything between ranks has to be encrypted.
@@ -131,7 +131,7 @@ class AttentionServer:
         engine, timeout_s = self.half.engine, section.timeout_s
         security = rank_security(config.dataplane, config.tls)
         if security is not None and self._nixl is not None:
-            _say_that_nixl_is_clear(config)
+            say_that_nixl_is_clear(config)
         if section.role == "prefill":
             self._giver = KvGiver(memory, engine.prefixes, transports, timeout_s, security)
         else:

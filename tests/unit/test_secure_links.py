@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertmesh.attention_server.server import say_that_nixl_is_clear
 from expertmesh.cli.certs import make_certificates
-from expertmesh.mesh.config import DataPlaneConfig, TlsConfig
+from expertmesh.mesh.config import DataPlaneConfig, TlsConfig, parse_config
 from expertmesh.mesh.dataplane.factory import check_secure
 from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.errors import DataPlaneError, UserError
@@ -294,6 +295,8 @@ def test_what_dataplane_tls_asks_for(folder: Path, caplog: pytest.LogCaptureFixt
         check_secure(DataPlaneConfig(tls="on", backend="gloo"), CPU)
     with pytest.raises(UserError, match=r"dataplane\.tls: is on.*deepep travel in the clear"):
         check_secure(DataPlaneConfig(tls="on", backend="deepep"), torch.device("cuda"))
+    with pytest.raises(UserError, match=r"dataplane\.tls: is on, and NIXL moves KV blocks in the clear"):
+        say_that_nixl_is_clear(parse_config({"dataplane": {"tls": "on"}}))
     check_secure(DataPlaneConfig(backend="gloo"), CPU)
     assert "activations (dataplane.backend gloo) are not" in caplog.text
 
