@@ -108,12 +108,6 @@ class Sampler:
             self._penalties.close(int(self._place_R[row]))
         self._features_R[row] = 0
 
-    def sample(self, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray) -> Sampled:
-        """``choose`` the next token of each sequence and ``accept`` it."""
-        sampled = self.choose(logits_SV, rows_S, position_S)
-        self.accept(rows_S, sampled.tokens)
-        return sampled
-
     def accept(self, rows_S: np.ndarray, tokens_S: np.ndarray) -> None:
         """Count new output tokens, each of the sequence in its table row, for the penalties to come."""
         penalised = np.flatnonzero(self._features_R[rows_S] & Feature.PENALTY)

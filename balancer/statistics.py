@@ -91,11 +91,6 @@ class Statistics:
         self.version = 0
         """Grows with every report that counts."""
 
-    @property
-    def tokens_total(self) -> int:
-        """Tokens of all reports, without decay."""
-        return max((layer.seen for layer in self._layers.values()), default=0)
-
     def merge(self, server_id: str, incarnation: str, report: mesh_pb2.StatsReport, model: mesh_pb2.ModelShape) -> bool:
         """Count a report; False when it has come before.
 

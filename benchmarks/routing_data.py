@@ -59,11 +59,6 @@ def r1_loads(data: Path) -> NDArray[np.float64]:
     return read_npz_xz(data / "deepseek_r1_load_reconstructed.npz.xz")["share_perm"].astype(np.float64)
 
 
-def gemma4_loads(data: Path) -> NDArray[np.float64]:
-    """Gemma-4-26B-A4B's load per expert [30, 128]."""
-    return read_npz_xz(data / "gemma4_26b_a4b_expert_counts.npz.xz")["all"].astype(np.float64)
-
-
 def tokens_with_loads(load_E: NDArray[np.float64], *, top_k: int, num_tokens: int, seed: int) -> Ids:
     """Synthetic tokens int16 [tokens, K] whose loads are about ``load_E`` and whose experts come in topics.
 

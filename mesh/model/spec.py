@@ -39,8 +39,7 @@ MAX_EXPERTS = 2**15 - 1
 class GenerationDefaults:
     """``generation_config.json``: what a request that says nothing gets. Absent keys change nothing, as in vLLM.
 
-    ``do_sample`` false means greedy, whatever the rest says. ``top_k`` 0 = off. ``max_new_tokens`` None = up to
-    ``max_model_len``.
+    ``do_sample`` false means greedy, whatever the rest says. ``top_k`` 0 = off.
     """
 
     do_sample: bool = False
@@ -49,7 +48,6 @@ class GenerationDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +215,6 @@ def _generation_defaults(generation: Fields) -> GenerationDefaults:
         top_k=generation.integer("top_k", off.top_k, minimum=0),
         min_p=generation.number("min_p", off.min_p),
         repetition_penalty=repetition_penalty,
-        max_new_tokens=generation.integer("max_new_tokens") if generation.has("max_new_tokens") else None,
     )
 
 

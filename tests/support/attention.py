@@ -15,6 +15,7 @@ from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
+from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
@@ -31,6 +32,13 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def sample(sampler: Sampler, logits_SV: torch.Tensor, rows_S: np.ndarray, position_S: np.ndarray) -> Sampled:
+    """Choose the next token of each sequence and accept it, as an engine does."""
+    sampled = sampler.choose(logits_SV, rows_S, position_S)
+    sampler.accept(rows_S, sampled.tokens)
+    return sampled
 
 
 class PlainExperts:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from expertmesh.attention_server.request import Sampling, Sequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
 from expertmesh.attention_server.uniform import uniform
+from support.attention import sample
 
 VOCAB = 40
 
@@ -80,7 +81,7 @@ def sample_once(logits: np.ndarray, sequences: list[Sequence]) -> Sampled:
     for row, sequence in enumerate(sequences):
         sampler.open(row, sequence)
     positions = np.array([sequence.num_output for sequence in sequences])
-    return sampler.sample(torch.tensor(logits, dtype=torch.float32), np.arange(len(sequences)), positions)
+    return sample(sampler, torch.tensor(logits, dtype=torch.float32), np.arange(len(sequences)), positions)
 
 
 options: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
@@ -163,7 +164,7 @@ def test_penalties_are_counted_as_tokens_come() -> None:
     for position in range(20):
         logits = rng.normal(0, 1, (1, VOCAB)).astype(np.float32)
         expected = int(processed_logits(logits[0], sequence).argmax())
-        token = int(sampler.sample(torch.tensor(logits), np.array([1]), np.array([position])).tokens[0])
+        token = int(sample(sampler, torch.tensor(logits), np.array([1]), np.array([position])).tokens[0])
         assert token == expected
         sequence.tokens[sequence.num_tokens] = token
         sequence.num_tokens += 1
@@ -172,7 +173,7 @@ def test_penalties_are_counted_as_tokens_come() -> None:
     sampler.open(1, fresh)
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, sequence.tokens[1]] = 0.1
-    assert sampler.sample(torch.tensor(logits), np.array([1]), np.array([0])).tokens[0] == sequence.tokens[1]
+    assert sample(sampler, torch.tensor(logits), np.array([1]), np.array([0])).tokens[0] == sequence.tokens[1]
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:

@@ -20,6 +20,7 @@ from expertmesh.attention_server.constraint import ConstraintCompiler, Matcher, 
 from expertmesh.attention_server.request import RefusedError, Sampling, Sequence
 from expertmesh.attention_server.sampler import Sampler
 from expertmesh.mesh.constraint import Constraint
+from support.attention import sample
 from support.small_tokens import EOS, SECOND_EOS, TOKENS, write_tokenizer
 
 VOCAB = 64  # more than the tokenizer has: the rest is never allowed
@@ -197,7 +198,7 @@ def test_no_option_gets_around_a_mask(compiler: ConstraintCompiler, options: dic
         logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(position))
         logits[:, TOKENS.index("z")] = 50.0
         unmasked = logits[1].log_softmax(-1)
-        sampled = sampler.sample(logits, np.array([1, 2]), np.array([position, position]))
+        sampled = sample(sampler, logits, np.array([1, 2]), np.array([position, position]))
         plain, token = sampled.tokens.tolist()
         assert plain == TOKENS.index("z")
         if "logprobs" in options:
@@ -220,11 +221,11 @@ def test_fewer_tokens_than_asked_for_where_the_constraint_ends(compiler: Constra
     sampler.open(0, constrained_sequence(matcher, min_tokens=5, end_ids=frozenset(ENDS)))
     logits = torch.zeros(1, VOCAB)
     logits[0, EOS] = 10.0
-    assert sampler.sample(logits.clone(), np.array([0]), np.array([0])).tokens.tolist() == [TOKENS.index("a")]
+    assert sample(sampler, logits.clone(), np.array([0]), np.array([0])).tokens.tolist() == [TOKENS.index("a")]
     empty = matcher_of(compiler, "regex", "")
     sampler.close(0)
     sampler.open(0, constrained_sequence(empty, min_tokens=5, end_ids=frozenset(ENDS)))
-    assert sampler.sample(logits.clone(), np.array([0]), np.array([0])).tokens.tolist() == [EOS]
+    assert sample(sampler, logits.clone(), np.array([0]), np.array([0])).tokens.tolist() == [EOS]
 
 
 def test_what_cannot_be_followed_is_said(compiler: ConstraintCompiler) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -251,7 +251,6 @@ class Post:
 
     rank: int
     letters: dict[tuple[int, int], deque[torch.Tensor]]
-    fetches: list[torch.Tensor] = field(default_factory=list)
 
     def exchange(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> Delivery:
         for peer, letter in enumerate(inputs):

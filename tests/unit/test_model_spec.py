@@ -40,7 +40,7 @@ def test_demo_model() -> None:
     assert (spec.num_layers, spec.num_experts, spec.top_k, spec.head_dim) == (8, 32, 4, 64)
     assert spec.moe_layers == tuple(range(8))
     assert (spec.max_model_len, spec.eos_token_ids) == (1024, (0,))
-    assert spec.generation == GenerationDefaults(do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=160)
+    assert spec.generation == GenerationDefaults(do_sample=True, temperature=0.7, top_p=0.9)
     assert (spec.dtype, spec.bytes_per_expert) == (torch.float32, 3 * 256 * 56 * 4)
 
 
@@ -80,7 +80,7 @@ def test_generation_config_decides_about_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("top_p", 0), ("top_p", 1.5), ("temperature", -1), ("temperature", "warm"), ("do_sample", 1), ("top_k", -1),
-     ("repetition_penalty", 0), ("max_new_tokens", 0), ("eos_token_id", "</s>")],
+     ("repetition_penalty", 0), ("eos_token_id", "</s>")],
 )  # fmt: skip
 def test_bad_generation_config(tmp_path: Path, key: str, value: Any) -> None:
     path = write_checkpoint(tmp_path / "tiny")
