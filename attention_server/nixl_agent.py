@@ -122,7 +122,6 @@ class NixlAgent:
             for kind in vars(self._nixl._bindings).values()
             if isinstance(kind, type) and issubclass(kind, Exception)
         )
-        self._refusals: tuple[type[Exception], ...] = (*self._errors, HandoverError)
         self._jobs: queue.SimpleQueue[_Read | Callable[[], None] | None] = queue.SimpleQueue()
         self._reads: set[_Read] = set()
         self._peers: dict[bytes, _Peer] = {}  # by metadata, the least recently met first
@@ -227,7 +226,8 @@ class NixlAgent:
             for read in list(self._reads):
                 self._advance(agent, read)
             if self._num_lent:
-                agent.get_new_notifs()  # there are none: it lets UCX work
+                with contextlib.suppress(*self._errors):
+                    agent.get_new_notifs()  # there are none: it lets UCX work
 
     def _lend(self, count: int) -> None:
         self._num_lent += count
@@ -247,10 +247,10 @@ class NixlAgent:
                     self._begin(agent, read)
                 return
             state = agent.check_xfer_state(read.handle)
-        except self._refusals as error:
-            if read.handle is not None and read.peer is not None:
+        except Exception as error:  # noqa: BLE001 - whatever it is, of this read alone; its owner says it
+            if read.peer is not None:
                 read.peer.is_lost = True
-            self._end(agent, read, HandoverError(f"NIXL: {error}"))
+            self._end(agent, read, HandoverError(f"NIXL: {type(error).__name__}: {error}"))
             return
         if state == "DONE":
             self._end(agent, read, None)

@@ -185,18 +185,20 @@ class AttentionServer:
     async def stop(self) -> None:
         """End what still runs with UNAVAILABLE and close the links."""
         self._service.draining = True
-        if self._ticking is None:
-            return
-        self._ticking.cancel()
-        await asyncio.gather(self._ticking, return_exceptions=True)
-        self._ticking = None
+        if self._ticking is not None:
+            await self._stop_serving(self._ticking)
+            self._ticking = None
+        if self._nixl is not None:
+            await asyncio.to_thread(self._nixl.close)
+
+    async def _stop_serving(self, ticking: asyncio.Task[None]) -> None:
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
         if self._service.fetching is not None:
             await self._service.fetching.stop()
         self._end_all("this attention server is stopping")
         if self._giver is not None:
             await self._giver.stop()
-        if self._nixl is not None:
-            await asyncio.to_thread(self._nixl.close)
         self.half.engine.set_sink(None)
         # The outputs are in the loop's queue; they reach the links before this does.
         asyncio.get_running_loop().call_soon(self._service.close)

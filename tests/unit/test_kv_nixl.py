@@ -48,18 +48,19 @@ Lie = Callable[["Liar"], None]
 class Liar(NixlTransport):
     """Offers what ``lie`` makes of the truth."""
 
-    def __init__(self, memory: BlockMemory, agent: NixlAgent, lie: Lie) -> None:
-        super().__init__(memory, agent)
-        self.metadata, self.starts = agent.metadata, list(memory.starts)
-        self.all_blocks, self.blocks = memory.num_blocks, np.empty(0, np.int64)
-        self.size: int | None = None
+    def __init__(self, theirs: Cache, agent: NixlAgent, ours: Cache, lie: Lie) -> None:
+        super().__init__(theirs.memory, agent)
+        self.asker = ours.memory
+        self.metadata, self.starts = agent.metadata, list(theirs.memory.starts)
+        self.all_blocks, self.blocks = theirs.memory.num_blocks, np.empty(0, np.int64)
+        self.size = len(self.metadata)
+        self.on_host = True
         self._lie = lie
 
     async def give(self, blocks: Sequence[int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.blocks = np.array(blocks)
         self._lie(self)
-        size = len(self.metadata) if self.size is None else self.size
-        writer.write(struct.pack("<IIIIB", size, len(self.starts), self.all_blocks, 0, True))
+        writer.write(struct.pack("<IIIIB", self.size, len(self.starts), self.all_blocks, 0, self.on_host))
         writer.write(self.metadata + np.array(self.starts, "<u8").tobytes() + self.blocks.astype("<u4").tobytes())
         await reader.read()
         writer.close()
@@ -78,8 +79,16 @@ def another_address(liar: Liar) -> None:
     liar.starts[0] -= 1 << 16
 
 
+def a_far_address(liar: Liar) -> None:
+    liar.starts[0] = 1 << 63
+
+
 def the_askers_memory(liar: Liar) -> None:
-    liar.starts = list(ASKER.memory.starts)
+    liar.starts = list(liar.asker.starts)
+
+
+def a_device(liar: Liar) -> None:
+    liar.on_host = False
 
 
 def no_address(liar: Liar) -> None:
@@ -98,16 +107,15 @@ def much_metadata(liar: Liar) -> None:
     liar.size = 1 << 31
 
 
-ASKER = Cache(0)
-
-
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
         (another_block, "names block 16 of a cache of 16"),
         (a_larger_cache, "NOT_FOUND"),
         (another_address, "NOT_FOUND"),
+        (a_far_address, "NOT_FOUND"),
         (the_askers_memory, "NOT_FOUND"),
+        (a_device, "NOT_FOUND"),
         (no_address, "addresses that do not exist"),
         (one_layer_less, "2 layers"),
         (other_metadata, "other NIXL metadata than its routers were told"),
@@ -115,20 +123,20 @@ ASKER = Cache(0)
     ],
 )
 async def test_a_giver_that_lies(lie: Lie, reason: str) -> None:
-    theirs, digests = Cache(1), digests_of(3)
+    ours, theirs, digests = Cache(0), Cache(1), digests_of(3)
     theirs.compute(digests)
-    before = [ASKER.content(block) for block in range(NUM_BLOCKS)]
-    with travelling(ASKER, "nixl") as taking, contextlib.closing(NixlAgent(theirs.memory, "127.0.0.1")) as agent:
-        async with giving(theirs, Liar(theirs.memory, agent, lie)) as giver:
+    before = [ours.content(block) for block in range(NUM_BLOCKS)]
+    with travelling(ours, "nixl") as taking, contextlib.closing(NixlAgent(theirs.memory, "127.0.0.1")) as agent:
+        async with giving(theirs, Liar(theirs, agent, ours, lie)) as giver:
             with pytest.raises(HandoverError, match=reason):
-                await fetch(source_of(giver), digests, ASKER, taking)
+                await fetch(source_of(giver), digests, ours, taking)
+        assert ours.blocks.find_prefix(digests) == []
         async with giving(theirs, NixlTransport(theirs.memory, agent)) as giver:  # the truth does still
-            assert await fetch(source_of(giver), digests, ASKER, taking) == 3
-    found = ASKER.blocks.find_prefix(digests)
+            assert await fetch(source_of(giver), digests, ours, taking) == 3
+    found = ours.blocks.find_prefix(digests)
     for block in set(range(NUM_BLOCKS)) - set(found):
-        assert torch.equal(ASKER.content(block), before[block])
-    assert ASKER.blocks.num_free == NUM_BLOCKS
-    ASKER.blocks.release(ASKER.blocks.allocate(NUM_BLOCKS))  # forgets them
+        assert torch.equal(ours.content(block), before[block])
+    assert ours.blocks.num_free == NUM_BLOCKS
 
 
 @pytest.mark.parametrize("digest", [b"", b"short", bytes(32)])
@@ -222,12 +230,13 @@ async def until_reading(agent: NixlAgent) -> None:
 
 _MUTE_GIVER = """
 import sys
-from support.kv_caches import Cache, travelling
-cache = Cache(1)
-with travelling(cache, "nixl") as transport:
-    agent = transport._agent
-    print(agent.metadata.hex(), *cache.memory.starts, flush=True)
-    sys.stdin.read()
+import torch
+from expertmesh.attention_server.kv_memory import BlockMemory
+from expertmesh.attention_server.nixl_agent import NixlAgent
+memory = BlockMemory([torch.ones(16, 2, 6)], 4)
+agent = NixlAgent(memory, "127.0.0.1")
+print(agent.metadata.hex(), memory.starts[0], flush=True)
+sys.stdin.read()
 """
 
 
@@ -246,10 +255,9 @@ async def test_a_peer_that_is_killed_in_the_middle_of_a_read(mute_giver: subproc
     ours, over = Cache(0), threading.Event()
     assert mute_giver.stdout is not None
     async with asyncio.timeout(TIMEOUT_S):
-        metadata, *starts = (await asyncio.to_thread(mute_giver.stdout.readline)).split()
+        metadata, start = (await asyncio.to_thread(mute_giver.stdout.readline)).split()
     theirs, own = (
-        Span(pieces_P3=np.array([[int(start), 48, 0] for start in at], np.uint64), on_host=True)
-        for at in (starts, ours.memory.starts)
+        Span(pieces_P3=np.array([[at, 48, 0]], np.uint64), on_host=True) for at in (int(start), ours.memory.starts[0])
     )
     with contextlib.closing(NixlAgent(ours.memory, "127.0.0.1")) as agent:
         read = agent.read(bytes.fromhex(metadata), theirs, own, may_begin=lambda: True, over=over.set)
