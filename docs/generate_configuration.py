@@ -24,7 +24,7 @@ Options of `expertmesh up` (`--model`, `--attention`, `--experts`, `--both`, `--
 `expertmesh serve` (`--balancer`, `--node`, `--port`) override the file. Secrets are never in it: keys that end in
 `_file` name the files that hold them.
 
-This page is generated from `mesh/config.py` by `make gen`.
+This page is generated from `mesh/config*.py` by `make gen`.
 """
 
 
