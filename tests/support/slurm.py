@@ -122,18 +122,21 @@ class SlurmCluster:
         self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self._config))
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL its daemon and everything that runs on it, as if it had lost its power: none sees another one die.
-
-        An srun there that did would have time to end the tasks that it has elsewhere.
-        """
+        """SIGKILL its daemon and everything that runs on it, as if it had lost its power: in an order in which none of
+        them sees another one die and has time to act on that."""
         daemon = self._daemons.pop(node)
-        daemon.send_signal(signal.SIGSTOP)
-        dying = self.processes(node)
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for process in dying:
-                _send(process, number)
         daemon.kill()
         daemon.wait()
+        dying = self.processes(node)
+        sruns = {process for process in dying if _is_named(process, "srun")}
+        # Each has a child that ends the step, on all nodes, when it sees its parent gone.
+        watchers = {process for process in sruns if _parent(process) in sruns}
+        scripts = {parent for srun in sruns - watchers if (parent := _parent(srun)) is not None}
+        managers = {manager for script in scripts if (manager := _manager_of(script)) is not None}
+        # A script would end its job without its sruns, and what manages it would tell of its end.
+        for group in (watchers, managers, scripts, sruns, dying):
+            for process in group:
+                _kill(process)
 
     def processes(self, *nodes: str) -> list[psutil.Process]:
         """What runs on these nodes (none given: on any), without their daemons: tasks, what they started, and Slurm's
@@ -172,7 +175,7 @@ class SlurmCluster:
 
     def stop(self) -> None:
         for process in self.processes():
-            _send(process, signal.SIGKILL)
+            _kill(process)
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGKILL)
             daemon.wait()
@@ -202,15 +205,26 @@ def until(condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[
 
 
 def _manager_of(task: psutil.Process) -> psutil.Process | None:
+    parent = _parent(task)
+    return parent if parent is not None and _is_named(parent, "slurmstepd") else None
+
+
+def _parent(process: psutil.Process) -> psutil.Process | None:
     try:
-        parent = task.parent()
-        return parent if parent is not None and parent.name().startswith("slurmstepd") else None
+        return process.parent()
     except psutil.Error:
         return None
 
 
-def _send(process: psutil.Process, number: signal.Signals) -> None:
+def _is_named(process: psutil.Process, start: str) -> bool:
     try:
-        process.send_signal(number)
+        return bool(process.name().startswith(start))
+    except psutil.Error:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
     except psutil.NoSuchProcess:
         return

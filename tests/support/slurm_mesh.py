@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,6 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
-from support.etcd import free_ports
 from support.mesh import demo_prompts, generate_all, greedy_request
 from support.reference import encode, greedy
 from support.slurm import SlurmCluster, until, why_not
@@ -58,22 +58,34 @@ class SlurmMesh:
     def __init__(self, cluster: SlurmCluster, script: str) -> None:
         self.cluster = cluster
         self.run_dir = cluster.folder / "run"
-        router_port, balancer_port = free_ports(2)
-        self.router, self.balancer = f"127.0.0.1:{router_port}", f"127.0.0.1:{balancer_port}"  # as all nodes are
+        self._output = cluster.folder / "job.out"
         config = yaml.safe_load((DEPLOY / "mesh.yaml").read_text(encoding="utf-8"))
-        config["router"]["port"], config["balancer"]["port"] = router_port, balancer_port
+        config["router"]["port"] = config["balancer"]["port"] = 0  # any free one: all nodes are this machine
         file = cluster.folder / "mesh.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         self.job = cluster.run(
             "sbatch",
             "--parsable",
-            f"--output={cluster.folder}/job.out",
+            f"--output={self._output}",
             str(DEPLOY / script),
             str(file),
             EXPERTMESH_SLURM_DIR=str(DEPLOY),
             EXPERTMESH_RUN_DIR=str(self.run_dir),
             EXPERTMESH_REPLACE_AFTER_S=str(REPLACE_AFTER_S),
         )
+
+    @property
+    def balancer(self) -> str:
+        """Its address, as the job's output says; '' before it does."""
+        return self._said(r"balancer (\S+); the mesh's files")
+
+    @property
+    def router(self) -> str:
+        return self._said(r"router-0: ready on (\S+)")
+
+    def _said(self, pattern: str) -> str:
+        text = self._output.read_text(encoding="utf-8") if self._output.exists() else ""
+        return next(reversed(re.findall(pattern, text)), "")  # a job that was requeued says it again
 
     def expertmesh(self, *arguments: str) -> str:
         command = [sys.executable, "-P", "-m", "expertmesh.cli.main", *arguments]
@@ -84,8 +96,12 @@ class SlurmMesh:
     def status(self) -> admin_pb2.GetStatusResponse | None:
         """None while no balancer answers."""
 
+        address = self.balancer
+        if not address:
+            return None
+
         async def ask() -> admin_pb2.GetStatusResponse:
-            async with rpc.open_channel(self.balancer, TlsConfig()) as channel:
+            async with rpc.open_channel(address, TlsConfig()) as channel:
                 stub = admin_pb2_grpc.AdminServiceStub(channel)
                 return await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=ASK_TIMEOUT_S)
 
@@ -141,7 +157,7 @@ class SlurmMesh:
         ]
 
     def logs(self) -> str:
-        files = [self.cluster.folder / "job.out", *sorted(self.run_dir.glob("logs/*"))]
+        files = [self._output, *sorted(self.run_dir.glob("logs/*"))]
         parts = [f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files if file.exists()]
         return "\n".join((*parts, self.cluster.logs(lines=10)))
 
