@@ -5,7 +5,7 @@ sequence goes on, and enqueued; its input tokens are on the device alone. A sequ
 token too many in step n + 1, which is dropped. The host waits for a step's tokens before it prepares the next one only
 where it must: when a sequence would lose its blocks, or asks for options that are applied after the step.
 
-Dimensions: T tokens of the step, Z samples, V vocabulary, H hidden size.
+Dimensions: Z samples, V vocabulary, S samples of some sequences.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
 
-from expertmesh.attention_server.gpu_model import GpuContext, GpuKvCache, GpuModel, check_supported
+from expertmesh.attention_server.gpu_micro_batch import DeviceSamples, GpuMicroBatch
+from expertmesh.attention_server.gpu_model import GpuKvCache, GpuModel, check_supported
 from expertmesh.attention_server.gpu_sampler import DeviceLogprobs, GpuSampler
-from expertmesh.attention_server.gpu_step import HostStep, SampleInputs, StepMemory, build_step
+from expertmesh.attention_server.gpu_step import HostStep, StepMemory, build_step
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.sampler import Sampled
-from expertmesh.attention_server.scheduler import LaunchedChunk
+from expertmesh.attention_server.scheduler import Chunk, LaunchedChunk
+from expertmesh.attention_server.splitting import split
 from expertmesh.kernels.paged_prefill import queries_a_piece
-from expertmesh.kernels.sampler import gumbel_argmax
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.device_routing import DeviceRouting
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.graphs import round_up
-from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.placement import RoutingTables, Topology
@@ -69,8 +71,11 @@ class GpuHalf(HalfBase):
         *,
         step_sample_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
+        micro_batches: int = 1,
     ) -> None:
         """Reads the dense weights, then gives the KV cache its share of what is free on the device.
+
+        ``micro_batches``: 1, or 2 = a step of several sequences is computed as two.
 
         Raises:
             UserError: a tensor is missing or has another shape, the KV cache is too small for two blocks, or the model
@@ -79,9 +84,15 @@ class GpuHalf(HalfBase):
         check_supported(spec)
         self._device = device
         num_samples = round_up(config.max_num_seqs)  # as many as a padded step has
-        self._model = GpuModel(spec, checkpoint, device, num_rows=config.max_num_seqs, max_decodes=num_samples)
-        self._logits_ZV = torch.empty(num_samples, spec.vocab_size, dtype=spec.dtype, device=device)
-        self._token_Z = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        self._model = GpuModel(
+            spec,
+            checkpoint,
+            device,
+            num_rows=config.max_num_seqs,
+            max_decodes=num_samples,
+            micro_batches=micro_batches,
+        )
+        self._samples = DeviceSamples(spec, micro_batches * num_samples, device)
         num_blocks = num_kv_blocks(config, spec, *_cache_bytes(config, device))
         self._cache = GpuKvCache(spec, num_blocks, config.block_size, device)
         self._gpu_sampler = GpuSampler(spec.vocab_size, config.max_num_seqs, device)
@@ -97,27 +108,37 @@ class GpuHalf(HalfBase):
         if config.enable_prefix_caching:
             self.block_memory = BlockMemory(self._cache.layers, config.block_size)
         self._queries_a_piece = queries_a_piece(spec.num_heads, spec.num_kv_heads)
-        self._memory = StepMemory(
-            max_tokens=max(config.max_num_batched_tokens, num_samples),
-            max_seqs=num_samples,
-            spare_row=config.max_num_seqs,
-            table_width=self._blocks_RB.shape[1],
-            queries_a_piece=self._queries_a_piece,
-            device=device,
-        )
+        self._turns = [
+            GpuMicroBatch(
+                index,
+                spec,
+                self._model,
+                self._cache,
+                StepMemory(
+                    max_tokens=max(config.max_num_batched_tokens, num_samples),
+                    max_seqs=num_samples,
+                    spare_row=config.max_num_seqs,
+                    table_width=self._blocks_RB.shape[1],
+                    queries_a_piece=self._queries_a_piece,
+                    device=device,
+                ),
+                self._samples,
+                index * num_samples,
+                lambda: self.routing,
+            )
+            for index in range(micro_batches)
+        ]
         self._flights: deque[_Flight] = deque()
-        self._step: HostStep | None = None
+        self._chunks: list[Chunk] = []
+        self._steps: list[HostStep] = []
+        self._num_staged = 0
         self._routing: DeviceRouting | None = None
         self._check: Callable[[torch.cuda.Event], None] | None = None
-        self._context: GpuContext | None = None
-        self._samples: SampleInputs | None = None
-        self._delta_TH = self._residual_TH = self._normed_TH = torch.empty(0)
-        self._shared_TH: torch.Tensor | None = None
 
     def bind(self, routing: RoutingTables, topology: Topology, check: Callable[[torch.cuda.Event], None]) -> None:
         while self._flights:
             self.engine.take_back(self._flights.pop().launched)
-        self._step = None
+        self._steps = []
         self._check = check
         self._routing = DeviceRouting(
             routing, topology, self._spec.moe_layers, num_experts=self._spec.num_experts, device=self._device
@@ -131,122 +152,102 @@ class GpuHalf(HalfBase):
     # -- a step, in the order of its calls ------------------------------------------------------------------------
 
     def prepare(self) -> int:
-        if self._step is None and self._flights and not self.engine.can_go_on():
+        if not self._steps and self._flights and not self.engine.can_go_on():
             self._land_all()
         chunks, changed = self.engine.prepare()
         if not chunks and self._flights:
             self._land_all()
             chunks, changed = self.engine.prepare()
         if changed:
-            self._step = None
-            if chunks:
-                self._write_table(chunks)
-                self._step = build_step(
-                    chunks, self._blocks_RB, self._block_size, self._due_trace(chunks), self._queries_a_piece
-                )
-        return self._step.num_tokens if self._step is not None else 0
+            self._chunks, self._steps = chunks, self._built(chunks)
+        return sum([step.num_tokens for step in self._steps])
+
+    def _built(self, chunks: list[Chunk]) -> list[HostStep]:
+        self._write_table(chunks)
+        traceparent = self._due_trace(chunks)
+        return [
+            build_step(part, self._blocks_RB, self._block_size, traceparent, self._queries_a_piece)
+            for part in split(chunks, len(self._turns))
+        ]
 
     def traceparent(self) -> str:
-        return self._step.traceparent if self._step is not None else ""
+        return self._steps[0].traceparent if self._steps else ""
 
     @property
     def is_decode(self) -> bool:
-        return self._step is not None and self._step.is_decode
+        return bool(self._steps) and all(step.is_decode for step in self._steps)
 
-    def stage(self, size: int | None) -> None:
-        step = self._step
-        assert step is not None, "only a prepared batch is brought to the device"
-        temperature_Z, seed_Z = self._gpu_sampler.temperature(step.row_Z), self._gpu_sampler.seed(step.row_Z)
-        self._context, self._samples = self._memory.upload(step, temperature_Z, seed_Z, size)
+    @property
+    def first_tokens(self) -> int:
+        return self._steps[0].num_tokens if len(self._steps) > 1 else 0
 
-    def stage_nothing(self, size: int) -> None:
-        nothing = np.empty(0, np.float32), np.empty(0, np.int64)
-        self._context, self._samples = self._memory.upload(None, *nothing, size)
+    @property
+    def micro_batches(self) -> Sequence[GpuMicroBatch]:
+        return self._turns[: self._num_staged]
+
+    def stage(self, size: int | None, micro_batches: int = 1) -> None:
+        assert self._steps, "only a prepared batch is brought to the device"
+        self._stage(self._steps, size, len(self._steps) if size is None else micro_batches)
+
+    def stage_nothing(self, size: int, micro_batches: int = 1) -> None:
+        self._stage([], size, micro_batches)
 
     def stage_chunk_of_nothing(self, size: int) -> None:
-        self.stage_nothing(size)
-        assert self._context is not None, "it was staged just now"
-        assert self._samples is not None, "it was staged just now"
-        piece_14 = torch.zeros(1, 4, dtype=torch.int32, device=self._device)  # of no queries
-        self._context = replace(self._context, num_decodes=1, pieces_C4=piece_14)
-        first_Z = torch.zeros(1, dtype=torch.int32, device=self._device)
-        parts = {field.name: getattr(self._samples, field.name)[:1] for field in fields(self._samples)[1:]}
-        self._samples = SampleInputs(sampled_Z=first_Z, **parts)
+        self._turns[0].stage_chunk_of_nothing(size, self._gpu_sampler)
+        self._num_staged = 1
 
-    def begin(self) -> None:
-        assert self._context is not None, "a step's inputs are staged before it begins"
-        self._delta_TH, self._residual_TH = self._model.begin(self._context)
-        self._advance(0)
-
-    def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
-        assert self._context is not None, "a step's inputs are staged before it begins"
-        return self._normed_TH, self._model.route(layer, self._normed_TH, self._context, self.routing)
-
-    def while_dispatched(self, layer: int) -> None:
-        self._shared_TH = self._model.shared_output(layer, self._normed_TH)
-
-    def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
-        self._delta_TH = out_TH if self._shared_TH is None else out_TH + self._shared_TH
-        self._advance(layer + 1)
+    def _stage(self, steps: list[HostStep], size: int | None, micro_batches: int) -> None:
+        if micro_batches > len(self._turns):
+            raise UserError(
+                "dataplane.micro_batches",
+                f"is {len(self._turns)} here and {micro_batches} on another rank of the view",
+                "set it to the same number on all ranks",
+            )
+        for turn, step in zip_longest(self._turns[:micro_batches], steps):
+            turn.stage(step, self._gpu_sampler, size)
+        self._num_staged = micro_batches
 
     def finish(self) -> None:
         """The step is enqueued: send for its tokens, then hand out those of the step before."""
-        step, self._step = self._step, None
-        assert step is not None, "a step was enqueued"
-        if step.traceparent:
+        steps, self._steps = self._steps, []
+        assert steps, "a step was enqueued"
+        if steps[0].traceparent:
             self._last_trace_s = self._clock()
-        special = self._gpu_sampler.special(step.row_Z)
-        logprobs = self._choose_special(step, special) if len(special) else None
-        tokens_Z, done = self._fetch(len(step.row_Z))
-        self._flights.append(_Flight(self.engine.launch(step.chunks), tokens_Z, done, logprobs))
+        row_Z = np.concatenate([step.row_Z for step in steps])
+        special = self._gpu_sampler.special(row_Z)
+        logprobs = self._choose_special(steps, row_Z, special) if len(special) else None
+        tokens_Z, done = self._fetch([len(step.row_Z) for step in steps])
+        self._flights.append(_Flight(self.engine.launch(self._chunks), tokens_Z, done, logprobs))
         while len(self._flights) > (0 if len(special) else _AHEAD):
             self._land()
 
     # -- parts of a step ------------------------------------------------------------------------------------------
 
-    def _advance(self, layer: int) -> None:
-        """Attention and dense MLPs from a layer up to the next MoE layer's input, or the end, where sampling is."""
-        assert self._context is not None, "a step's inputs are staged before it begins"
-        while layer < self._spec.num_layers:
-            self._normed_TH = self._model.attention(
-                layer, self._delta_TH, self._residual_TH, self._context, self._cache
-            )
-            if layer in self._spec.moe_layers:
-                return
-            self._delta_TH = self._model.dense_mlp(layer, self._normed_TH)
-            layer += 1
-        self._sample()
-
-    def _sample(self) -> None:
-        samples = self._samples
-        assert samples is not None, "a step's inputs are staged before it begins"
-        num_samples = len(samples.row_Z)
-        if not num_samples:
-            return
-        logits_ZV = self._logits_ZV[:num_samples]
-        self._model.logits(self._delta_TH, self._residual_TH, samples.sampled_Z, logits_ZV)
-        token_Z = gumbel_argmax(logits_ZV, samples.temperature_Z, samples.seed_Z, samples.output_Z)
-        self._keep(slice(0, num_samples), samples.row_Z.long(), token_Z)
-
-    def _choose_special(self, step: HostStep, special: np.ndarray) -> DeviceLogprobs | None:
+    def _choose_special(self, steps: list[HostStep], row_Z: np.ndarray, special: np.ndarray) -> DeviceLogprobs | None:
         """Choose again for the sequences whose options the step itself does not know."""
-        rows = step.row_Z[special]
-        index = torch.from_numpy(special).to(self._device)
-        logits_SV = self._logits_ZV[index].float()
-        token_S, logprobs = self._gpu_sampler.choose_special(logits_SV, special, rows, step.output_Z[special])
-        self._keep(index, torch.from_numpy(rows).to(self._device), token_S)
+        rows = row_Z[special]
+        output_Z = np.concatenate([step.output_Z for step in steps])
+        places = [
+            turn.first_sample + np.arange(len(step.row_Z)) for turn, step in zip(self._turns, steps, strict=False)
+        ]
+        index = torch.from_numpy(np.concatenate(places)[special]).to(self._device)
+        logits_SV = self._samples.logits_ZV[index].float()
+        token_S, logprobs = self._gpu_sampler.choose_special(logits_SV, special, rows, output_Z[special])
+        self._samples.token_Z[index] = token_S
+        self._model.last_R[torch.from_numpy(rows).to(self._device)] = token_S
         return logprobs
 
-    def _keep(self, index: slice | torch.Tensor, row_Z: torch.Tensor, token_Z: torch.Tensor) -> None:
-        """For the host, and for the next step."""
-        self._token_Z[index] = token_Z
-        self._model.last_R[row_Z] = token_Z
-
-    def _fetch(self, num_samples: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def _fetch(self, num_samples: list[int]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The tokens of so many samples of each micro-batch, and when they are there."""
+        parts = [
+            self._samples.token_Z[turn.first_sample : turn.first_sample + count]
+            for turn, count in zip(self._turns, num_samples, strict=False)
+        ]
         if self._device.type != "cuda":
-            return self._token_Z[:num_samples].clone(), None
-        tokens_Z = torch.empty(num_samples, dtype=torch.int64, pin_memory=True)
-        tokens_Z.copy_(self._token_Z[:num_samples], non_blocking=True)
+            return torch.cat(parts), None
+        tokens_Z = torch.empty(sum(num_samples), dtype=torch.int64, pin_memory=True)
+        for host, part in zip(torch.split(tokens_Z, num_samples), parts, strict=True):
+            host.copy_(part, non_blocking=True)
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
         done.record()
         return tokens_Z, done

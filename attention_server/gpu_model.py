@@ -75,7 +75,8 @@ class GpuContext:
     The first ``num_decodes`` tokens are sequences with one token each, ``length_S`` positions long with it (0 =
     padding); the others belong to chunks, cut into ``pieces_C4`` (see ``paged_prefill``). ``table_SW``: the sequences'
     block tables. ``place_T``: rows of the KV cache, -1 = padding. ``row_T``: rows of ``last_R``; ``token_T`` -1 = the
-    token there. ``num_tokens`` int32 [1]: tokens that are not padding.
+    token there. ``num_tokens`` int32 [1]: tokens that are not padding. ``micro_batch``: 0, or 1 for the second of a
+    step.
     """
 
     token_T: torch.Tensor
@@ -87,6 +88,7 @@ class GpuContext:
     num_decodes: int
     pieces_C4: torch.Tensor | None
     num_tokens: torch.Tensor
+    micro_batch: int = 0
 
 
 class GpuKvCache:
@@ -118,13 +120,21 @@ class GpuModel:
     """The dense part of a model on a device. Belongs to one stream."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, device: torch.device, *, num_rows: int, max_decodes: int
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        num_rows: int,
+        max_decodes: int,
+        micro_batches: int = 1,
     ) -> None:
         """Reads the dense weights.
 
         Args:
             num_rows: of the sequence table; ``last_R`` has one more, for padding.
             max_decodes: sequences of a step with one token each.
+            micro_batches: that a step may have, in turns.
 
         Raises:
             UserError: a tensor is missing or has another shape.
@@ -147,18 +157,21 @@ class GpuModel:
             top_groups=spec.gate.top_groups,
         )
         self.last_R = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self._plan = DecodePlan(
-            max_seqs=max_decodes,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            device=device,
-        )
+        self._plans = [
+            DecodePlan(
+                max_seqs=max_decodes,
+                num_heads=spec.num_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                device=device,
+            )
+            for _ in range(micro_batches)
+        ]
 
     def begin(self, context: GpuContext) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x[T, H] of a step's tokens, and zeros to add to it."""
         if context.num_decodes:
-            self._plan.update(context.length_S[: context.num_decodes])
+            self._plans[context.micro_batch].update(context.length_S[: context.num_decodes])
         x_TH = embed(context.token_T, context.row_T, self.last_R, self._embed_VH)
         return x_TH, torch.zeros_like(x_TH)
 
@@ -201,7 +214,7 @@ class GpuModel:
                 value_BPKD,
                 context.table_SW[:decodes],
                 context.length_S[:decodes],
-                plan=self._plan,
+                plan=self._plans[context.micro_batch],
             )
         if context.pieces_C4 is None:
             return answer_SHD
@@ -221,7 +234,7 @@ class GpuModel:
             routing.tables(layer),
             bias_E=weights.correction_E,
             num_tokens=context.num_tokens,
-            prices=routing.prices(layer),
+            prices=routing.prices(layer, goes_on=context.micro_batch > 0),
             totals=routing.totals(layer),
         )
         return Routes(routed.expert_TK, routed.weight_TK, routed.slot_TK)

@@ -48,6 +48,7 @@ def _open_half(
             telemetry,
             step_sample_interval_s=interval_s,
             speculation=config.speculation,
+            micro_batches=config.dataplane.micro_batches,
         )
     if config.speculation.method != "off":
         raise UserError(
@@ -59,7 +60,15 @@ def _open_half(
     # Imported here: Triton, which it needs, is there only where a GPU is.
     from expertmesh.attention_server.gpu_half import GpuHalf
 
-    return GpuHalf(config.attention, spec, checkpoint, telemetry, device, step_sample_interval_s=interval_s)
+    return GpuHalf(
+        config.attention,
+        spec,
+        checkpoint,
+        telemetry,
+        device,
+        step_sample_interval_s=interval_s,
+        micro_batches=config.dataplane.micro_batches,
+    )
 
 
 def _open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:

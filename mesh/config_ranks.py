@@ -93,6 +93,13 @@ class DataPlaneConfig(Section):
         "cert_file and ca_file; on = refuse to start without. The same on all ranks",
     )
     max_num_tokens: int = Field(512, ge=1, description="tokens of one rank in one exchange; longer batches are split")
+    micro_batches: int = Field(
+        1,
+        ge=1,
+        le=2,
+        description="2 = a step of several sequences is computed as two that take turns: while the tokens of one are "
+        "with the experts, attention servers compute the other one's attention; the same on all ranks",
+    )
     timeout_s: float = Field(5.0, gt=0, description="a peer silent for so long within a step breaks the view")
     idle_tick_s: float = Field(0.5, gt=0, description="an empty step this often while nobody has work")
     num_sms: int | None = Field(

@@ -80,13 +80,16 @@ class DeviceRouting:
     def tables(self, layer: int) -> SlotTables:
         return self._tables[layer]
 
-    def prices(self, layer: int) -> ReplicaPrices | None:
-        """For ``route``; None where there is nothing to choose."""
+    def prices(self, layer: int, *, goes_on: bool = False) -> ReplicaPrices | None:
+        """For ``route``; None where there is nothing to choose.
+
+        ``goes_on``: of tokens behind others of the same step, which are enqueued; they find the prices behind those.
+        """
         if not self._is_replicated:
             return None
         row = self._row_of_layer[layer]
         return ReplicaPrices(
-            price_R=self._price_2LR[0, row],
+            price_R=self._price_2LR[int(goes_on), row],
             after_R=self._price_2LR[1, row],
             share_R=self._share_LR[row],
             rows_R=self._rows_LR[row],

@@ -53,23 +53,25 @@ class StepGraphs:
         self._is_alone = is_alone
         if not is_alone:
             _start_libraries(device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and micro-batches
         self._pool: Any = None  # an opaque handle of torch's
         self.num_captures = 0
 
-    def capture_all(self, sizes: Iterable[int], passes: Callable[[int], Callable[[], None]]) -> None:
-        """Capture ``passes(size)`` for every size, in their order."""
+    def capture_all(
+        self, sizes: Iterable[int], passes: Callable[[int], Callable[[], None]], micro_batches: int = 1
+    ) -> None:
+        """Capture ``passes(size)`` for every size, in their order; a pass has so many micro-batches of the size."""
         started = time.monotonic()
         for size in sizes:
-            self.capture(size, passes(size))
+            self.capture(size, passes(size), micro_batches)
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
 
-    def capture(self, size: int, forward: Callable[[], None]) -> None:
+    def capture(self, size: int, forward: Callable[[], None], micro_batches: int = 1) -> None:
         if self._is_alone:
             forward()
         graph = self._captured(forward, self._pool)
         self._pool = self._pool or graph.pool()
-        self._graphs[size] = graph
+        self._graphs[size, micro_batches] = graph
         self.num_captures += 1
 
     def rehearse(self, forward: Callable[[], None]) -> None:
@@ -89,16 +91,16 @@ class StepGraphs:
             forward()
         return graph
 
-    def has(self, size: int) -> bool:
-        return size in self._graphs
+    def has(self, size: int, micro_batches: int = 1) -> bool:
+        return (size, micro_batches) in self._graphs
 
     def close(self) -> None:
         """Drop the graphs; one that runs goes when it is over."""
         self._graphs.clear()
 
-    def replay(self, size: int) -> None:
+    def replay(self, size: int, micro_batches: int = 1) -> None:
         """Enqueue the graph of a size that was captured."""
-        self._graphs[size].replay()
+        self._graphs[size, micro_batches].replay()
 
 
 def _start_libraries(device: torch.device) -> None:

@@ -46,12 +46,36 @@ class StagingFullError(RuntimeError):
     """An expert half has no room to stage so many experts."""
 
 
+class MicroBatch(Protocol):
+    """A batch, or a part of one, on its way through the layers.
+
+    ``begin`` → (``before_experts`` → ``while_dispatched`` → ``after_experts``) for each MoE layer in order. Those of a
+    step may take turns between these calls, except that ``while_dispatched`` follows ``before_experts`` at once.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+
+    def begin(self) -> None:
+        """Embed the tokens and compute up to the first MoE layer's input."""
+
+    def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
+        """The MoE block's normed input x[T, H] and its routes."""
+
+    def while_dispatched(self, layer: int) -> None:
+        """The layer's tokens are on their way: time to compute shared experts, whose answer ``after_experts`` adds."""
+
+    def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
+        """Add the routed experts' sum (and shared experts) to the residual and compute up to the next MoE layer."""
+
+
 class AttentionHalf(Protocol):
     """Everything dense and everything with state per request. Called from the step thread only, but for ``set_waker``.
 
-    A step is ``prepare`` → ``begin`` → (``before_experts`` → ``while_dispatched`` → ``after_experts``) for each MoE
-    layer in order → ``finish``. Until ``finish`` returns, nothing that a client can see has changed: a step that broke
-    in the middle is run again from ``begin`` with the same batch, writing the same KV positions.
+    A step is ``prepare`` → the calls of each of its ``micro_batches`` → ``finish``. Until ``finish`` returns, nothing
+    that a client can see has changed: a step that broke in the middle is run again from ``begin`` with the same batch,
+    writing the same KV positions.
     """
 
     def set_waker(self, wake: Callable[[], None]) -> None:
@@ -69,17 +93,13 @@ class AttentionHalf(Protocol):
     def touched_by(self, traceparent: str, what: str) -> None:
         """A migration or a view change (``what``) happened: link all traced requests to its span."""
 
-    def begin(self) -> None:
-        """Embed the prepared batch and compute up to the first MoE layer's input."""
+    @property
+    def first_tokens(self) -> int:
+        """Of the prepared batch's tokens, those in the first of two micro-batches; 0 = it is to be computed as one."""
 
-    def before_experts(self, layer: int) -> tuple[torch.Tensor, Routes]:
-        """The MoE block's normed input x[T, H] and its routes."""
-
-    def while_dispatched(self, layer: int) -> None:
-        """The layer's tokens are on their way: time to compute shared experts, whose answer ``after_experts`` adds."""
-
-    def after_experts(self, layer: int, out_TH: torch.Tensor) -> None:
-        """Add the routed experts' sum (and shared experts) to the residual and compute up to the next MoE layer."""
+    @property
+    def micro_batches(self) -> Sequence[MicroBatch]:
+        """The prepared batch, or its two micro-batches, a sequence wholly in one of them; [] = there is none."""
 
     def finish(self) -> None:
         """Logits, sampling, stop conditions; hand new tokens to the links; advance the sequences."""
@@ -89,8 +109,8 @@ class AttentionHalf(Protocol):
 
 
 class DeviceAttentionHalf(AttentionHalf, Protocol):
-    """An attention half on a GPU: what it computes from ``begin`` to the last ``after_experts`` is work on the current
-    stream that a CUDA graph may hold, and a step's tokens come to the host after the next step has begun.
+    """An attention half on a GPU: what its micro-batches compute is work on the current stream that a CUDA graph may
+    hold, and a step's tokens come to the host after the next step has begun.
 
     ``finish`` hands out the tokens of the step before; ``prepare`` does so too where nothing can be prepared without
     them.
@@ -106,15 +126,19 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
     def routing(self) -> DeviceRouting:
         """The tables and counts of the view."""
 
-    def stage(self, size: int | None) -> None:
-        """Bring the prepared batch to the device, padded to ``size`` tokens; None = eagerly, as it is."""
+    def stage(self, size: int | None, micro_batches: int = 1) -> None:
+        """Bring the prepared batch to the device; ``micro_batches`` then has what is there.
+
+        ``size``: each of so many micro-batches is padded to it, and what the prepared batch has not is padding alone;
+        None = eagerly, as they are.
+        """
 
     def stage_chunk_of_nothing(self, size: int) -> None:
         """As ``stage_nothing``, for a step with chunks of prompts."""
 
-    def stage_nothing(self, size: int) -> None:
-        """Bring a batch of ``size`` tokens that are all padding to the device: to capture a graph with, and where the
-        step is that of other ranks."""
+    def stage_nothing(self, size: int, micro_batches: int = 1) -> None:
+        """Bring micro-batches of ``size`` tokens each that are all padding to the device: to capture a graph with, and
+        where the step is that of other ranks."""
 
     @property
     def is_decode(self) -> bool:

@@ -146,6 +146,8 @@ class Lockstep:
         go = mesh_pb2.StepGo(step=self._step, stop=self._ends(readies))
         if not go.stop:
             go.num_tokens.extend(readies[rank].num_tokens for rank in range(self._view.size))
+            if any(message.first_tokens for message in readies.values()):
+                go.first_tokens.extend(_first_tokens(readies[rank]) for rank in range(self._view.size))
             go.traceparent = next((m.traceparent for m in readies.values() if m.traceparent), "")
             go.commits.extend(_agreed_commits(readies))
             go.padded_tokens = _padded_tokens(readies.values())
@@ -191,9 +193,19 @@ def _agreed_commits(readies: dict[int, mesh_pb2.StepReady]) -> list[int]:
     return sorted(agreed)
 
 
+def _first_tokens(message: mesh_pb2.StepReady) -> int:
+    """In the first micro-batch of a step that has two, which need not pay for every rank."""
+    return message.first_tokens or message.num_tokens
+
+
 def _padded_tokens(readies: Iterable[mesh_pb2.StepReady]) -> int:
-    """The size of the step that all ranks have captured for what they bring; 0 = it has to be computed as it is."""
+    """The size of the step, or of each of its micro-batches, that all ranks have captured for what they bring.
+
+    0 = it has to be computed as it is.
+    """
     busy = [message for message in readies if message.num_tokens]
     if not busy or not all(message.can_pad for message in busy):
         return 0
+    if any(message.first_tokens for message in busy):
+        return round_up(max(max(_first_tokens(m), m.num_tokens - _first_tokens(m)) for m in busy))
     return round_up(max(message.num_tokens for message in busy))

@@ -95,16 +95,20 @@ class LayerRouting:
         self._own_rank = -1 if topology.own_rank is None else topology.own_rank
         self._own_node = -1 if topology.own_node is None else topology.own_node
 
-    def choose(self, expert_TK: torch.Tensor) -> torch.Tensor:
+    def choose(self, expert_TK: torch.Tensor, *, goes_on: bool = False) -> torch.Tensor:
         """Global slots for the chosen experts of all this rank's tokens of a step.
 
-        ``expert_TK`` int64 on the CPU, K distinct experts a token. Returns int64 [T, K].
+        Args:
+            expert_TK: int64 on the CPU, K distinct experts a token.
+            goes_on: the tokens come behind those of the call before, in the same step: its second micro-batch.
+
+        Returns: int64 [T, K].
         """
         if not self.is_replicated:
             return self.only_E[expert_TK]
-        return torch.from_numpy(self.choose_replicas(expert_TK.numpy()))
+        return torch.from_numpy(self.choose_replicas(expert_TK.numpy(), goes_on=goes_on))
 
-    def choose_replicas(self, expert_TK: Ints) -> Ints:
+    def choose_replicas(self, expert_TK: Ints, *, goes_on: bool = False) -> Ints:
         """``choose`` on arrays, for a layer that is replicated; an expert of -1 gets slot -1."""
         slot_TK = np.empty(expert_TK.shape, np.int64)
         host_choose_replicas(
@@ -115,7 +119,7 @@ class LayerRouting:
             self._own_rank,
             self._own_node,
             self.share_R,
-            self.price_R,
+            self._after_R if goes_on else self.price_R,
             self._after_R,
             slot_TK,
         )

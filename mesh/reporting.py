@@ -57,15 +57,19 @@ class RoutingObserver:
         """A step begins, perhaps once more."""
         self._versions, self._expert_LTK, self._slot_LTK, self._recorded_LTK = [], [], [], []
 
-    def observe(self, version: int, expert_TK: torch.Tensor, slot_TK: torch.Tensor) -> None:
-        """The next MoE layer's choices, and the slots of its placement ``version`` that they went to."""
-        self._versions.append(version)
+    def observe(self, version: int, expert_TK: torch.Tensor, slot_TK: torch.Tensor, *, goes_on: bool = False) -> None:
+        """The next MoE layer's choices, and the slots of its placement ``version`` that they went to.
+
+        ``goes_on``: of the layer of the call before, for the tokens behind those.
+        """
+        if not goes_on:
+            self._versions.append(version)
         self._expert_LTK.append(expert_TK.numpy())
         self._slot_LTK.append(slot_TK.numpy())
 
     def commit(self) -> None:
         """The step is completed."""
-        shape = len(self._versions), *self._expert_LTK[0].shape
+        shape = len(self._versions), -1, self._expert_LTK[0].shape[1]
         expert_LTK = np.concatenate(self._expert_LTK).reshape(shape)
         self._statistics.add(self._versions, expert_LTK, np.concatenate(self._slot_LTK).reshape(shape))
         self._recorder.record(expert_LTK)
@@ -77,10 +81,13 @@ class RoutingObserver:
         """Every layer's choices are wanted, token by token."""
         return self._recorder.is_active
 
-    def observe_on_device(self, expert_TK: torch.Tensor) -> None:
-        """The next MoE layer's choices of a step that no graph runs."""
-        if self.is_recording:
-            self._recorded_LTK.append(expert_TK)
+    def observe_on_device(self, expert_TK: torch.Tensor, *, goes_on: bool = False) -> None:
+        """The next MoE layer's choices of a step that no graph runs; ``goes_on`` as for ``observe``."""
+        if not self.is_recording:
+            return
+        if goes_on:
+            expert_TK = torch.cat([self._recorded_LTK.pop(), expert_TK])
+        self._recorded_LTK.append(expert_TK)
 
     def commit_on_device(self, versions: Mapping[int, int], num_tokens: int, routing: DeviceRouting) -> None:
         """A step is enqueued; now and then send for what the device has counted, and take it when it has come."""

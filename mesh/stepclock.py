@@ -25,6 +25,7 @@ class _LayerMarks:
     dispatched: int
     num_tokens: int
     rows_S: torch.Tensor
+    micro_batch: int
     computed: int = 0
     combined: int = 0
 
@@ -37,6 +38,8 @@ class StepClock:
         self._has_experts = has_experts
         self._span: Span | None = None  # of the step, where it is sampled
         self._marks: list[_LayerMarks] = []
+        self._open: dict[int, _LayerMarks] = {}  # by micro-batch
+        self._sent_ns: dict[int, int] = {}
         self._reset(0.0)
 
     def _reset(self, now: float) -> None:
@@ -44,6 +47,8 @@ class StepClock:
         self._attention_s = self._dispatch_s = self._compute_s = self._combine_s = 0.0
         self._expert_tokens = 0
         self._marks.clear()
+        self._open.clear()
+        self._sent_ns.clear()
 
     def header(self, seconds: float) -> None:
         """The lockstep before a step took so long, waiting for work included."""
@@ -76,28 +81,38 @@ class StepClock:
         self._last = now
         self._mark_ns = time.time_ns() if self._span is not None else 0
 
-    def dispatched(self, layer: int, num_tokens: int | None, rows_S: torch.Tensor) -> None:
+    def sent(self, micro_batch: int) -> None:
+        """The dispatch of a micro-batch has begun, and nobody waits for it yet."""
+        now = time.perf_counter()
+        self._dispatch_s += now - self._last
+        self._last = now
+        self._sent_ns[micro_batch] = self._mark_ns
+
+    def dispatched(self, layer: int, num_tokens: int | None, rows_S: torch.Tensor, micro_batch: int = 0) -> None:
         """``num_tokens`` None: only the device knows how many have arrived. ``rows_S``: of each local slot."""
         now = time.perf_counter()
         self._dispatch_s += now - self._last
         self._last = now
         self._expert_tokens += num_tokens or 0
         if self._span is not None:
-            self._marks.append(_LayerMarks(layer, self._mark_ns, time.time_ns(), num_tokens or 0, rows_S))
+            started = self._sent_ns.get(micro_batch, self._mark_ns)
+            mark = _LayerMarks(layer, started, time.time_ns(), num_tokens or 0, rows_S, micro_batch)
+            self._open[micro_batch] = mark
+            self._marks.append(mark)
 
-    def computed(self) -> None:
+    def computed(self, micro_batch: int = 0) -> None:
         now = time.perf_counter()
         self._compute_s += now - self._last
         self._last = now
         if self._span is not None:
-            self._marks[-1].computed = time.time_ns()
+            self._open[micro_batch].computed = time.time_ns()
 
-    def combined(self) -> None:
+    def combined(self, micro_batch: int = 0) -> None:
         now = time.perf_counter()
         self._combine_s += now - self._last
         self._last = now
         if self._span is not None:
-            self._marks[-1].combined = self._mark_ns = time.time_ns()
+            self._open[micro_batch].combined = self._mark_ns = time.time_ns()
 
     def finish(self, num_tokens: int, slots: Mapping[int, Sequence[int]]) -> None:
         """The step is done; ``num_tokens`` over all ranks. ``slots``: what this rank's slots hold, by layer; asked
@@ -110,6 +125,8 @@ class StepClock:
         metrics.attention_compute_duration_seconds.observe(self._attention_s)
         metrics.dispatch_duration_seconds.observe(self._dispatch_s)
         metrics.combine_duration_seconds.observe(self._combine_s)
+        if self._sent_ns:
+            metrics.split_steps.add()
         if self._has_experts:
             metrics.expert_compute_duration_seconds.observe(self._compute_s)
             metrics.expert_rank_tokens.add(self._expert_tokens)
@@ -122,6 +139,8 @@ class StepClock:
         tracer = self._telemetry.tracer
         for mark in self._marks:
             layer = {"expertmesh.layer": mark.layer}
+            if self._sent_ns:
+                layer["expertmesh.micro_batch"] = mark.micro_batch
             record_span(tracer, "dispatch", parent, mark.started, mark.dispatched, layer)
             if self._has_experts:
                 attributes = layer | _loads(mark, slots.get(mark.layer, ()))

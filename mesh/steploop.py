@@ -17,12 +17,14 @@ from typing import Any, cast
 
 import torch
 
-from expertmesh.mesh.dataplane import DataPlane, Dispatched, Exchange
+from expertmesh.mesh.dataplane import DataPlane
 from expertmesh.mesh.device import CPU
-from expertmesh.mesh.graphs import StepGraphs, round_up
+from expertmesh.mesh.graphs import StepGraphs
 from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
+from expertmesh.mesh.layerwork import LayerWork
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.migration import Migrations
+from expertmesh.mesh.pingpong import MICRO_BATCHES, PingPong
 from expertmesh.mesh.placement import RoutingTables
 from expertmesh.mesh.reporting import RoutingObserver
 from expertmesh.mesh.stepclock import StepClock
@@ -38,7 +40,8 @@ class LoopContext:
 
     With a device plane the attention half is a ``DeviceAttentionHalf``. Decode steps of up to the last of
     ``graph_sizes``, which are the same on all ranks, are padded to one of them then; on a GPU ``graphs`` hold these
-    steps. ``eager_sizes``: tokens of other steps, for which kernels are compiled beforehand.
+    steps. ``split_graph_sizes``: of a micro-batch, where steps have two. ``eager_sizes``: tokens of other steps, for
+    which kernels are compiled beforehand.
     """
 
     view: ViewInfo
@@ -57,6 +60,7 @@ class LoopContext:
     clock: StepClock
     graphs: StepGraphs | None = None
     graph_sizes: Sequence[int] = ()
+    split_graph_sizes: Sequence[int] = ()
     eager_sizes: Sequence[int] = ()
     device: torch.device = CPU
 
@@ -76,10 +80,8 @@ class StepLoop:
         self._progress = progress
         self._versions = context.view.versions
         self._is_on_device = context.plane.is_on_device
-        device = context.device
-        self._no_x = torch.empty(0, context.hidden_size, dtype=context.dtype, device=device)
-        self._no_slots = torch.empty(0, context.top_k, dtype=torch.int64, device=device)
-        self._no_weights = torch.empty(0, context.top_k, dtype=torch.float32, device=device)
+        self._work = LayerWork(context)
+        self._ping_pong = PingPong(self._work, context.plane, context.clock, context.view)
 
     def run(self) -> None:
         """Step until the leader ends the view in good order."""
@@ -101,21 +103,26 @@ class StepLoop:
                 if half is not None:
                     half.stage_chunk_of_nothing(size)
                 graphs.rehearse(partial(self._pass, half, self._padded(size)))
-            graphs.capture_all(reversed(self._c.graph_sizes), partial(self._pass_of_nothing, half))
+            whole, split = self._c.graph_sizes, self._c.split_graph_sizes
+            if split:
+                graphs.capture_all(reversed(split), partial(self._pass_of_nothing, half, MICRO_BATCHES), MICRO_BATCHES)
+                whole = whole[:1]  # a step with more than one token a rank is split
+            graphs.capture_all(reversed(whole), partial(self._pass_of_nothing, half, 1))
 
     def close(self) -> None:
         """The view is over; to be called before its plane is closed."""
         if self._c.graphs is not None:
             self._c.graphs.close()
 
-    def _pass_of_nothing(self, half: DeviceAttentionHalf | None, size: int) -> Callable[[], None]:
+    def _pass_of_nothing(self, half: DeviceAttentionHalf | None, parts: int, size: int) -> Callable[[], None]:
         if half is not None:
-            half.stage_nothing(size)
-        return partial(self._pass, half, self._padded(size))
+            half.stage_nothing(size, parts)
+        return partial(self._pass, half, self._padded(size, parts))
 
-    def _padded(self, size: int) -> list[int]:
-        """By rank, the tokens of a step that is padded to a size."""
-        return [size if rank.role in HOSTS_ATTENTION else 0 for rank in self._c.view.proto.ranks]
+    def _padded(self, size: int, parts: int = 1) -> list[list[int]]:
+        """By micro-batch and rank, the tokens of a step that is padded to a size."""
+        counts = [size if rank.role in HOSTS_ATTENTION else 0 for rank in self._c.view.proto.ranks]
+        return [counts] * parts
 
     def exchange(self) -> mesh_pb2.StepGo:
         """The lockstep before a step."""
@@ -131,6 +138,7 @@ class StepLoop:
             if ready.num_tokens:
                 ready.traceparent = self._c.attention.traceparent()
                 ready.can_pad = self._can_pad(ready.num_tokens)
+                ready.first_tokens = self._c.attention.first_tokens
         return ready
 
     def _can_pad(self, num_tokens: int) -> bool:
@@ -150,7 +158,7 @@ class StepLoop:
         for traceparent in self._c.migrations.switch(go.commits, go.step):
             if self._c.attention is not None:
                 self._c.attention.touched_by(traceparent, "migration")
-        self._versions = self._c.migrations.view.versions
+        self._versions = self._work.versions = self._c.migrations.view.versions
         tokens = list(go.num_tokens)
         if any(tokens):
             clock = self._c.clock
@@ -159,9 +167,9 @@ class StepLoop:
             if attention is not None and self._c.observer is not None:
                 self._c.observer.begin()
             if self._is_on_device:
-                self._pass_on_device(go, tokens)
+                self._pass_on_device(go)
             else:
-                self._pass(attention, tokens)
+                self._pass(attention, tokens_of(go))
             clock.attention_done()
             if attention is not None:
                 if traceparent:
@@ -185,100 +193,48 @@ class StepLoop:
         else:
             observer.commit()
 
-    def _pass(self, attention: AttentionHalf | None, tokens: list[int]) -> None:
-        """All layers, from the tokens to what is sampled from."""
-        if attention is not None:
-            attention.begin()
+    def _pass(self, attention: AttentionHalf | None, tokens: Sequence[Sequence[int]]) -> None:
+        """All layers, from the tokens to what is sampled from; ``tokens`` by micro-batch and rank."""
+        own = attention.micro_batches if attention is not None else ()
+        batches = [own[index] if index < len(own) else None for index in range(len(tokens))]
+        if len(tokens) > 1 and max(max(counts) for counts in tokens) <= self._c.max_num_tokens:
+            self._ping_pong.run(self._c.moe_layers, batches, tokens)
+            return
+        # One batch, or two of which one takes several exchanges, each of which is waited for.
+        for batch in batches:
+            if batch is not None:
+                batch.begin()
         for layer in self._c.moe_layers:
-            self._layer(layer, attention, tokens)
+            for index, batch in enumerate(batches):
+                self._work.whole(layer, batch, tokens[index], goes_on=index > 0)
 
-    def _pass_on_device(self, go: mesh_pb2.StepGo, tokens: list[int]) -> None:
+    def _pass_on_device(self, go: mesh_pb2.StepGo) -> None:
         """Replay the graph of the step's size where there is one, or else enqueue the pass.
 
         A rank without tokens takes part in a padded step with padding alone: what a graph sends is static.
         """
         graphs, half = self._c.graphs, cast("DeviceAttentionHalf | None", self._c.attention)
-        is_busy, size = bool(tokens[self._c.view.rank]), go.padded_tokens
+        is_busy, size, tokens = bool(go.num_tokens[self._c.view.rank]), go.padded_tokens, tokens_of(go)
         if not size:
             if half is not None and is_busy:
                 half.stage(None)
             self._pass(half if is_busy else None, tokens)
             return
+        parts = len(tokens)
         if half is not None:
             if is_busy:
-                half.stage(size)
+                half.stage(size, parts)
             else:
-                half.stage_nothing(size)
-        if graphs is not None and graphs.has(size):
-            graphs.replay(size)
+                half.stage_nothing(size, parts)
+        if graphs is not None and graphs.has(size, parts):
+            graphs.replay(size, parts)
         else:
-            self._pass(half, self._padded(size))
+            self._pass(half, self._padded(size, parts))
 
-    def _layer(self, layer: int, attention: AttentionHalf | None, tokens: list[int]) -> None:
-        x_TH, slot_TK, weight_TK = self._no_x, self._no_slots, self._no_weights
-        if attention is not None:
-            x_TH, routes = attention.before_experts(layer)
-            weight_TK = routes.weight_TK
-            if routes.slot_TK is not None:
-                slot_TK = routes.slot_TK
-                if self._c.observer is not None:
-                    self._c.observer.observe_on_device(routes.expert_TK)
-            else:
-                slot_TK = self._c.routing[layer].choose(routes.expert_TK)
-                if self._c.observer is not None:
-                    self._c.observer.observe(self._versions[layer], routes.expert_TK, slot_TK)
-        self._c.clock.attention_done()
-        limit = self._c.max_num_tokens
-        if max(tokens) <= limit:
-            out_TH = self._exchange(layer, x_TH, slot_TK, weight_TK, tokens, attention)
-        else:
-            out_TH = torch.cat(
-                [
-                    self._exchange(
-                        layer,
-                        x_TH[start : start + limit],
-                        slot_TK[start : start + limit],
-                        weight_TK[start : start + limit],
-                        [min(limit, max(0, count - start)) for count in tokens],
-                        attention if start == 0 else None,
-                    )
-                    for start in range(0, max(tokens), limit)
-                ]
-            )
-        if attention is not None:
-            attention.after_experts(layer, out_TH)
 
-    def _exchange(
-        self,
-        layer: int,
-        x_TH: torch.Tensor,
-        slot_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        tokens: list[int],
-        attention: AttentionHalf | None,
-    ) -> torch.Tensor:
-        """Dispatch, expert compute and combine of at most ``max_num_tokens`` tokens a rank.
-
-        ``attention`` is told when the layer's tokens are on their way.
-        """
-        clock, plane = self._c.clock, self._c.plane
-        exchange = Exchange(layer=layer, version=self._versions[layer], tokens=tokens, capacity=round_up(max(tokens)))
-        pending = plane.dispatch(x_TH, slot_TK, weight_TK, exchange)
-        if attention is not None:
-            attention.while_dispatched(layer)
-        dispatched: Dispatched[Any] = pending.wait()
-        clock.dispatched(layer, dispatched.num_tokens, dispatched.counts_S)
-        y_NH = dispatched.rows_NH
-        if self._c.experts is not None and y_NH.shape[0]:
-            y_NH = self._c.experts.compute(
-                layer,
-                y_NH,
-                dispatched.counts_S,
-                starts_S=dispatched.starts_S,
-                expected_rows=dispatched.expected_rows,
-                factor_N=dispatched.factor_N,
-            )
-        clock.computed()
-        out_TH = plane.combine(y_NH, dispatched.handle).wait()
-        clock.combined()
-        return out_TH
+def tokens_of(go: mesh_pb2.StepGo) -> list[list[int]]:
+    """The tokens of a step by micro-batch and rank; where it is not split there is one."""
+    if not go.first_tokens:
+        return [list(go.num_tokens)]
+    rest = [count - first for count, first in zip(go.num_tokens, go.first_tokens, strict=True)]
+    return [list(go.first_tokens), rest]

@@ -26,6 +26,7 @@ from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.meet import Links, meet
 from expertmesh.mesh.migration import MigrationContext, Migrations, failed_status
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.pingpong import MICRO_BATCHES
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.rank_security import RankSecurity
 from expertmesh.mesh.reporting import RoutingObserver
@@ -361,6 +362,7 @@ class StepThread:
     ) -> LoopContext:
         has_graphs, attention = self._device.type == "cuda", self._config.attention
         max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
+        splits = self._config.dataplane.micro_batches == MICRO_BATCHES
         max_tokens = max(attention.max_num_seqs, attention.max_num_batched_tokens)
         return LoopContext(
             view=view,
@@ -379,6 +381,7 @@ class StepThread:
             clock=self._clock,
             graphs=StepGraphs(self._device, is_alone=view.size == 1) if has_graphs else None,
             graph_sizes=sizes_up_to(max_decodes) if has_graphs else (),
+            split_graph_sizes=sizes_up_to(-(-max_decodes // MICRO_BATCHES)) if has_graphs and splits else (),
             eager_sizes=eager_sizes_up_to(max_tokens) if has_graphs else (),
             device=self._device,
         )

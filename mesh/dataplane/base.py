@@ -44,12 +44,14 @@ class Exchange:
     the others' slots are -1). ``version``: the placement version that the slots of ``layer`` were chosen under; an
     expert rank refuses another one, a device plane may leave that check to the lockstep. ``capacity``: for device
     planes, what static shapes are made from: no rank sends more tokens, all ranks have the same number.
+    ``micro_batch``: 0 or 1; exchanges of the two may be under way at once, those of one follow each other.
     """
 
     layer: int
     version: int
     tokens: Sequence[int]
     capacity: int = 0
+    micro_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

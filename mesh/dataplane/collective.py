@@ -12,7 +12,6 @@ than one torch operator takes to start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -32,6 +31,8 @@ Words = npt.NDArray[np.int32]
 
 _DISPATCH_TAG = 1
 _COMBINE_TAG = 2
+_TAGS = 2  # of a micro-batch
+_MICRO_BATCHES = 2
 _HEAD = 4  # rows of the message, layer, placement version (low and high half)
 _INT32_BYTES = 4
 
@@ -62,6 +63,7 @@ class CollectiveHandle:
     from and its factor. ``received``: (source rank, rows that came from it).
     """
 
+    micro_batch: int
     num_tokens: int
     token_N: Ints | None
     sent: list[int]
@@ -99,20 +101,20 @@ class CollectivePlane:
         self._group: PointToPoint | None = group
         self._shape = shape
         self._timeout = timedelta(seconds=timeout_s)
-        self._sends: list[_Transfer] = []
+        self._sends: list[list[_Transfer]] = [[] for _ in range(_MICRO_BATCHES)]
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._no_tokens = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
         self.nothing = np.empty(0, np.int64), np.empty(0, np.float32)
         # Static memory: no step allocates a message. Pages that no step has touched take none.
         rows = shape.max_num_tokens + 1 if self._expert_index is not None else 0
-        self._inbox_RMW = np.empty((shape.size, rows, shape.row_words), np.int32)
-        self._inbox = torch.from_numpy(self._inbox_RMW)
-        self._outbox_MW = np.empty((0, shape.row_words), np.int32)
+        self._inboxes_RMW = np.empty((_MICRO_BATCHES, shape.size, rows, shape.row_words), np.int32)
+        self._inboxes = torch.from_numpy(self._inboxes_RMW)
+        self._outboxes_MW = [np.empty((0, shape.row_words), np.int32)] * _MICRO_BATCHES
 
     def dispatch(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
     ) -> _PendingDispatch:
-        sources = self._post_receives(exchange.tokens)
+        sources = self._post_receives(exchange)
         num_tokens = x_TH.shape[0]
         assert num_tokens == exchange.tokens[self._shape.rank], "the exchange announces other tokens than it is given"
         if not num_tokens:
@@ -126,7 +128,7 @@ class CollectivePlane:
         back_NH = None
         if handle.token_N is not None:
             back_NH = torch.empty(len(handle.token_N), shape.hidden_size, dtype=shape.dtype)
-            arrivals = self._post_returns(back_NH, handle.sent)
+            arrivals = self._post_returns(back_NH, handle)
         own_sum = None
         if handle.received:
             own_sum = self._return_sums(y_NH, handle)
@@ -143,7 +145,8 @@ class CollectivePlane:
         """Who has the links ends every wait on them."""
 
     def close(self) -> None:
-        self._sends.clear()
+        for sends in self._sends:
+            sends.clear()
         self._group = None
 
     # -- sending side -------------------------------------------------------------------------------------------
@@ -151,13 +154,12 @@ class CollectivePlane:
     def _send_tokens(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
     ) -> tuple[Ints, list[int]]:
-        self._finish_sends()
         shape = self._shape
         num_ranks = len(shape.expert_ranks)
         token_N, sent_R = np.empty(len(slot_TK) * num_ranks, np.int64), np.empty(num_ranks, np.int64)
-        if len(self._outbox_MW) < len(token_N) + num_ranks:
-            self._outbox_MW = np.empty((len(token_N) + num_ranks, shape.row_words), np.int32)
-        message_MW = self._outbox_MW
+        if len(self._outboxes_MW[exchange.micro_batch]) < len(token_N) + num_ranks:
+            self._outboxes_MW[exchange.micro_batch] = np.empty((len(token_N) + num_ranks, shape.row_words), np.int32)
+        message_MW = self._outboxes_MW[exchange.micro_batch]
         weight_TK = weight_TK.contiguous().view(torch.int32)
         slots = slot_TK.contiguous().numpy()
         host_pack(self._words(x_TH), weight_TK.numpy(), slots, shape.slots_per_rank, message_MW, token_N, sent_R)
@@ -170,9 +172,9 @@ class CollectivePlane:
             part = message[start : start + 1 + count]
             start += 1 + count
             if index == self._expert_index:
-                self._inbox[shape.rank, : 1 + count] = part
+                self._inboxes[exchange.micro_batch, shape.rank, : 1 + count] = part
             else:
-                self._send(part, shape.expert_ranks[index], _DISPATCH_TAG)
+                self._send(part, shape.expert_ranks[index], _DISPATCH_TAG, exchange.micro_batch)
         return token_N[: sum(sent)], sent
 
     def _words(self, x_TH: torch.Tensor) -> Words:
@@ -185,18 +187,19 @@ class CollectivePlane:
 
     # -- receiving side -----------------------------------------------------------------------------------------
 
-    def _post_receives(self, tokens: Sequence[int]) -> list[_Transfer]:
+    def _post_receives(self, exchange: Exchange) -> list[_Transfer]:
         if self._expert_index is None:
             return []
+        inbox = self._inboxes[exchange.micro_batch]
         return [
-            self._receive(self._inbox[rank, : count + 1], rank, _DISPATCH_TAG)
-            for rank, count in enumerate(tokens)
+            self._receive(inbox[rank, : count + 1], rank, _DISPATCH_TAG, exchange.micro_batch)
+            for rank, count in enumerate(exchange.tokens)
             if count and rank != self._shape.rank
         ]
 
     def arrived(self, sources: list[int], exchange: Exchange) -> _Arrived:
         """Expand the messages in the inbox by local slot."""
-        shape, inbox_RMW = self._shape, self._inbox_RMW
+        shape, inbox_RMW = self._shape, self._inboxes_RMW[exchange.micro_batch]
         assert self._expert_index is not None, "only an expert rank receives tokens"
         received = [(source, self._rows_of(source, exchange)) for source in sources]
         source_I = np.array(sources)
@@ -212,7 +215,7 @@ class CollectivePlane:
 
     def _rows_of(self, source: int, exchange: Exchange) -> int:
         """Rows of a source's message, whose head is checked."""
-        count, layer, low, high = self._inbox_RMW[source, 0, :_HEAD].tolist()
+        count, layer, low, high = self._inboxes_RMW[exchange.micro_batch, source, 0, :_HEAD].tolist()
         version = low | (high << 31)
         if (layer, version) != (exchange.layer, exchange.version):
             raise DataPlaneError(
@@ -228,18 +231,18 @@ class CollectivePlane:
 
     # -- the way back -------------------------------------------------------------------------------------------
 
-    def _post_returns(self, back_NH: torch.Tensor, sent: list[int]) -> list[tuple[_Transfer, torch.Tensor]]:
+    def _post_returns(self, back_NH: torch.Tensor, handle: CollectiveHandle) -> list[tuple[_Transfer, torch.Tensor]]:
         arrivals = []
         start = 0
-        for index, count in enumerate(sent):
+        for index, count in enumerate(handle.sent):
             if count and index != self._expert_index:
                 part = back_NH[start : start + count]
-                arrivals.append((self._receive(part, self._shape.expert_ranks[index], _COMBINE_TAG), part))
+                source = self._shape.expert_ranks[index]
+                arrivals.append((self._receive(part, source, _COMBINE_TAG, handle.micro_batch), part))
             start += count
         return arrivals
 
     def _return_sums(self, y_MH: torch.Tensor, handle: CollectiveHandle) -> torch.Tensor | None:
-        self._finish_sends()
         total = sum(count for _, count in handle.received)
         sum_NH = torch.empty(total, self._shape.hidden_size)
         host_weighted_sum(y_MH.float().contiguous().numpy(), handle.row_M, handle.weight_M, sum_NH.numpy())
@@ -251,7 +254,7 @@ class CollectivePlane:
             if source == self._shape.rank:
                 own = part
             elif count:
-                self._send(part, source, _COMBINE_TAG)
+                self._send(part, source, _COMBINE_TAG, handle.micro_batch)
         return own
 
     def own_range(self, sent: list[int]) -> slice:
@@ -262,17 +265,18 @@ class CollectivePlane:
 
     # -- transfers ----------------------------------------------------------------------------------------------
 
-    def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> None:
+    def _send(self, tensor: torch.Tensor, peer: int, kind: int, micro_batch: int) -> None:
         assert self._group is not None, "the plane is closed"
         try:
-            self._sends.append(_Transfer(self._group.send([tensor], peer, tag), peer))
+            work = self._group.send([tensor], peer, _tag(kind, micro_batch))
         except RuntimeError as error:
             raise DataPlaneError(f"sending to rank {peer} failed: {error}", (peer,)) from error
+        self._sends[micro_batch].append(_Transfer(work, peer))
 
-    def _receive(self, tensor: torch.Tensor, peer: int, tag: int) -> _Transfer:
+    def _receive(self, tensor: torch.Tensor, peer: int, kind: int, micro_batch: int) -> _Transfer:
         assert self._group is not None, "the plane is closed"
         try:
-            return _Transfer(self._group.recv([tensor], peer, tag), peer)
+            return _Transfer(self._group.recv([tensor], peer, _tag(kind, micro_batch)), peer)
         except RuntimeError as error:
             raise DataPlaneError(f"receiving from rank {peer} failed: {error}", (peer,)) from error
 
@@ -282,11 +286,19 @@ class CollectivePlane:
         except RuntimeError as error:
             raise DataPlaneError(f"the transfer with rank {transfer.peer} failed: {error}", (transfer.peer,)) from error
 
-    def _finish_sends(self) -> None:
-        """Sends of the exchange before this one: long done, but the group wants to be asked."""
-        for transfer in self._sends:
+    def finish_sends(self, micro_batch: int) -> None:
+        """A micro-batch's dispatch and combine are over when what this rank sent has gone: peers wait for it, and
+        nothing else would send the rest while this rank waits elsewhere.
+
+        Those of the other micro-batch may have to wait for this one on their way.
+        """
+        sends, self._sends[micro_batch] = self._sends[micro_batch], []
+        for transfer in sends:
             self.wait(transfer)
-        self._sends.clear()
+
+
+def _tag(kind: int, micro_batch: int) -> int:
+    return kind + _TAGS * micro_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,12 +327,20 @@ class _PendingDispatch(Pending[Dispatched[CollectiveHandle]]):
         if self.num_tokens and plane._expert_index is not None:
             sources.append(plane._shape.rank)
         if not sources:
-            handle = CollectiveHandle(self.num_tokens, self.token_N, self.sent, *plane.nothing, [])
+            handle = CollectiveHandle(
+                self.exchange.micro_batch, self.num_tokens, self.token_N, self.sent, *plane.nothing, []
+            )
             counts_S = torch.zeros(plane._shape.slots_per_rank, dtype=torch.int64)
             return Dispatched(plane._no_tokens, counts_S, 0, handle)
         arrived = plane.arrived(sources, self.exchange)
         handle = CollectiveHandle(
-            self.num_tokens, self.token_N, self.sent, arrived.row_M, arrived.weight_M, arrived.received
+            self.exchange.micro_batch,
+            self.num_tokens,
+            self.token_N,
+            self.sent,
+            arrived.row_M,
+            arrived.weight_M,
+            arrived.received,
         )
         num_tokens = sum(count for _, count in arrived.received)
         return Dispatched(arrived.rows_MH, arrived.counts_S, num_tokens, handle)
@@ -337,11 +357,13 @@ class _PendingCombine(Pending[torch.Tensor]):
     def wait(self) -> torch.Tensor:
         handle = self.handle
         if self.back_NH is None:
+            self.plane.finish_sends(handle.micro_batch)
             return self.plane._no_tokens
         if self.own_sum is not None:
             self.back_NH[self.plane.own_range(handle.sent)] = self.own_sum
         for transfer, _ in self.arrivals:
             self.plane.wait(transfer)
+        self.plane.finish_sends(handle.micro_batch)
         assert handle.token_N is not None, "rows come back only for tokens that were sent"
         out_TH = torch.empty(handle.num_tokens, self.back_NH.shape[1])
         host_sum(self.back_NH.float().numpy(), handle.token_N, out_TH.numpy())

@@ -24,14 +24,15 @@ class LocalHandle:
 class LocalPlane:
     """Implements ``DataPlane``; all of it is work on the current stream.
 
-    ``counts``: by layer, int32 [S], rows of each slot in its last exchange, for whoever wants to know how many experts
-    were active.
+    ``counts``: by layer, int32 [S], rows of each slot in its last exchange of a first micro-batch, for whoever wants to
+    know how many experts were active.
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self._num_slots = num_slots
         self._device = device
         self.counts: dict[int, torch.Tensor] = {}
+        self._counts_of_second: dict[int, torch.Tensor] = {}
 
     @property
     def is_on_device(self) -> bool:
@@ -40,9 +41,10 @@ class LocalPlane:
     def dispatch(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
     ) -> Pending[Dispatched[LocalHandle]]:
-        if exchange.layer not in self.counts:
-            self.counts[exchange.layer] = torch.empty(self._num_slots, dtype=torch.int32, device=self._device)
-        groups = group_rows(x_TH, slot_TK, self.counts[exchange.layer])
+        counts = self._counts_of_second if exchange.micro_batch else self.counts
+        if exchange.layer not in counts:
+            counts[exchange.layer] = torch.empty(self._num_slots, dtype=torch.int32, device=self._device)
+        groups = group_rows(x_TH, slot_TK, counts[exchange.layer])
         handle = LocalHandle(groups.place_TK, weight_TK)
         return _Done(Dispatched(groups.rows_NH, groups.counts_S, None, handle))
 

@@ -303,6 +303,9 @@ class Metrics:
         unit="s",
         starts_on=RANKS,
     )
+    split_steps = Declared(
+        Counter, "expertmesh_split_steps", "Steps computed as two micro-batches that take turns.", starts_on=RANKS
+    )
     expert_rank_tokens = Declared(
         Counter,
         "expertmesh_expert_rank_tokens",

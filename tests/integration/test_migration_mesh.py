@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import mesh_pb2
-from support import reference
+from support import mesh_state, reference
 from support.mesh import demo_prompts, generate_all, greedy_request, mesh_config
 from support.scripted_balancer import Migrated, ScriptedMesh, ViewChangedError
 
@@ -96,11 +97,12 @@ def moves(layer_slots: Sequence[int], num_ranks: int, rng: random.Random) -> lis
 
 def changing(mesh: ScriptedMesh, rng: random.Random) -> Iterator[tuple[int, list[int]]]:
     """Layers in turn with a placement that differs from the one that runs."""
+    num_ranks = sum(rank.role == mesh_pb2.ROLE_EXPERT for rank in mesh.balancer.view.ranks)
     layers = [placement.layer for placement in mesh.balancer.view.placement]
     while True:
         for layer in layers:
             old = mesh.balancer.placement(layer)
-            new = moves(old, 3, rng)
+            new = moves(old, num_ranks, rng)
             if new != old and len(set(new) - {-1}) == NUM_EXPERTS:
                 yield layer, new
 
@@ -221,6 +223,28 @@ async def test_the_leader_is_killed_while_a_commit_goes_round(
             await balancer.migrate(layer, [*reversed(balancer.placement(layer))])
             stop.set()
         assert len(balancer.view.ranks) == 4
+
+
+async def test_micro_batches_while_experts_move_and_a_rank_is_killed(
+    tmp_path: Path, expected: tuple[list[str], list[tuple[int, ...]]]
+) -> None:
+    """Steps of two micro-batches; switches are between steps, and what broke in the middle of one is run again."""
+    settings = {"expert__servers": 2, "expert__slots_per_server": NUM_EXPERTS, "telemetry__metrics_port": 0}
+    async with mesh_under(tmp_path, **settings, dataplane__micro_batches=2) as mesh:
+        balancer, stop, traffic = mesh.balancer, asyncio.Event(), Traffic(mesh.router, expected)
+        await traffic.one_round()
+        split = mesh_state.metrics(mesh, "expert-0")["expertmesh_split_steps_total"]
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(traffic.run(stop))
+            for layer, slots in itertools.islice(changing(mesh, random.Random(5)), 6):
+                await balancer.migrate(layer, slots)
+            os.kill(mesh.pid("expert-1"), signal.SIGKILL)
+            await balancer.wait_serving(2)
+            assert not task.done()
+            await balancer.migrate(layer, [*reversed(balancer.placement(layer))])
+            stop.set()
+        assert len(balancer.view.ranks) == 3
+        assert 0 < split < mesh_state.metrics(mesh, "expert-0")["expertmesh_split_steps_total"]
 
 
 def one_transfer(mesh: ScriptedMesh) -> tuple[int, list[int], dict[str, str]]:

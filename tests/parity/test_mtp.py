@@ -79,8 +79,7 @@ def test_drafts_are_those_of_the_formula(folder: Path, tmp_path: Path) -> None:
     num_compared, counts = 0, []
     before = dict.fromkeys(known, 0)
     while engine.half.prepare():
-        assert engine.half._step is not None
-        chunks = [chunk for chunk in engine.half._step.chunks if chunk.completes]
+        chunks = [chunk for chunk in engine.half._chunks if chunk.completes]
         engine.forward()
         with mock.patch.object(model, "logits", wraps=model.logits) as logits:
             engine.half.finish()
@@ -98,11 +97,16 @@ def test_drafts_are_those_of_the_formula(folder: Path, tmp_path: Path) -> None:
     assert set(counts) == {1, 2}, "drafts were accepted, and were not"
 
 
-@pytest.mark.parametrize("caching", [True, False])
-def test_output_is_that_without_drafts(folder: Path, caching: bool) -> None:
+@pytest.mark.parametrize(("caching", "micro_batches"), [(True, 2), (False, 1)])
+def test_output_is_that_without_drafts(folder: Path, caching: bool, micro_batches: int) -> None:
     known = greedy(folder)
     engine = LocalEngine(
-        **parts(folder), speculation=MTP, enable_prefix_caching=caching, block_size=4, max_num_batched_tokens=7
+        **parts(folder),
+        speculation=MTP,
+        enable_prefix_caching=caching,
+        block_size=4,
+        max_num_batched_tokens=7,
+        micro_batches=micro_batches,
     )
     for again in (0, 10):
         for handle, prompt in enumerate(PROMPTS):

@@ -90,6 +90,7 @@ class LocalEngine:
         now: list[float] | None = None,
         telemetry: Telemetry | None = None,
         speculation: dict[str, Any] | None = None,
+        micro_batches: int = 1,
         **config: Any,
     ) -> None:
         self.now = now if now is not None else [100.0]
@@ -103,6 +104,7 @@ class LocalEngine:
             step_sample_interval_s=1.0,
             clock=lambda: self.now[0],
             speculation=SpeculationConfig(**speculation or {}),
+            micro_batches=micro_batches,
         )
         self.outputs: dict[int, list[Output]] = {}
         self.load = self.half.engine.load()
@@ -149,12 +151,17 @@ class LocalEngine:
         )
 
     def forward(self, layers: Iterable[int] | None = None) -> None:
-        """``begin`` and the MoE layers of a step (the first ones, for a step that breaks)."""
-        self.half.begin()
+        """``begin`` and the MoE layers of a step (the first ones, for a step that breaks), micro-batches in turns."""
+        for batch in self.half.micro_batches:
+            batch.begin()
         for layer in self.spec.moe_layers if layers is None else layers:
-            x_TH, routes = self.half.before_experts(layer)
-            self.half.while_dispatched(layer)
-            self.half.after_experts(layer, self._experts.compute(layer, x_TH, routes))
+            outs = []
+            for batch in self.half.micro_batches:
+                x_TH, routes = batch.before_experts(layer)
+                batch.while_dispatched(layer)
+                outs.append(self._experts.compute(layer, x_TH, routes))
+            for batch, out_TH in zip(self.half.micro_batches, outs, strict=True):
+                batch.after_experts(layer, out_TH)
 
     def step(self) -> int:
         """One step; returns its tokens."""

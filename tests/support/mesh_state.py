@@ -8,6 +8,8 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
 
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,7 +25,14 @@ _POLL_S = 0.1
 _HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
 
-def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
+class HasLogs(Protocol):
+    """A mesh that runs."""
+
+    @property
+    def state_dir(self) -> Path: ...
+
+
+def metrics(mesh: HasLogs, server_id: str) -> dict[str, float]:
     """What a service's /metrics says now, summed over labels."""
     with urllib.request.urlopen(f"http://{metrics_address(mesh, server_id)}/metrics", timeout=10) as response:
         text = response.read().decode()
@@ -34,7 +43,7 @@ def metrics(mesh: LocalMesh, server_id: str) -> dict[str, float]:
     return values
 
 
-def metrics_address(mesh: LocalMesh, server_id: str) -> str:
+def metrics_address(mesh: HasLogs, server_id: str) -> str:
     """``host:port`` of a service's /metrics."""
     log = (mesh.state_dir / f"{server_id}.log").read_text(encoding="utf-8", errors="replace")
     return str(re.findall(r"metrics on http://(\S+)/metrics", log)[-1])

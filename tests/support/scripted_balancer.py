@@ -311,6 +311,11 @@ class ScriptedMesh:
         self.servers: dict[str, ServiceProcess] = {}
 
     @property
+    def state_dir(self) -> Path:
+        """Where the logs are."""
+        return self._folder
+
+    @property
     def router(self) -> str:
         address = self.servers["router-0"].address
         assert address is not None

@@ -54,7 +54,7 @@ class EngineRank:
     Args:
         plane: of this rank. links: to the others, for the lockstep, by rank. next_view: as the lockstep asks for it.
         uses_graphs: None = on a GPU. pads: decode steps are padded also where no graph runs them.
-        max_num_tokens: of one rank in one exchange.
+        max_num_tokens: of one rank in one exchange. micro_batches: of a step of several sequences.
         config: keys of ``attention``.
     """
 
@@ -75,6 +75,7 @@ class EngineRank:
         pads: bool = False,
         fp8: Fp8 = "off",
         max_num_tokens: int = 2**30,
+        micro_batches: int = 1,
         **config: Any,
     ) -> None:
         telemetry = disabled_telemetry()
@@ -93,7 +94,14 @@ class EngineRank:
         self.outputs: dict[int, list[Output]] = {}
         if has_attention:
             self.half = GpuHalf(
-                attention, spec, checkpoint, telemetry, device, step_sample_interval_s=1.0, clock=lambda: self.now[0]
+                attention,
+                spec,
+                checkpoint,
+                telemetry,
+                device,
+                step_sample_interval_s=1.0,
+                clock=lambda: self.now[0],
+                micro_batches=micro_batches,
             )
             self.half.bind(self.routing, topology, plane.check)
             self.half.set_waker(self._waker.wake)
@@ -136,6 +144,7 @@ class EngineRank:
                 clock=StepClock(telemetry, has_experts=has_experts),
                 graphs=self.graphs,
                 graph_sizes=sizes_up_to(max_decodes) if with_graphs or pads else (),
+                split_graph_sizes=sizes_up_to(-(-max_decodes // 2)) if with_graphs and micro_batches == 2 else (),
                 eager_sizes=eager_sizes_up_to(max(attention.max_num_seqs, attention.max_num_batched_tokens)),
                 device=device,
             ),

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,29 +60,33 @@ def _tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Hands:
-    """The turn to compute, and what is under way from rank to rank. A rank that waits gives its turn away."""
+    """The turn to compute, and what is under way from rank to rank, by (sender, receiver, number of the exchange). A
+    rank that waits gives its turn away.
+    """
 
     def __init__(self) -> None:
         self.turn = threading.Condition()
         self.is_broken = False
-        self.under_way: dict[tuple[int, int], deque[torch.Tensor]] = {}
+        self.under_way: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def has_come(self, letters: deque[torch.Tensor]) -> bool:
-        return bool(letters) or self.is_broken
+    def has_come(self, letter: tuple[int, int, int]) -> bool:
+        return letter in self.under_way or self.is_broken
 
 
 @dataclass
 class HandExchanger:
-    """Implements ``dataplane.nccl.Exchanger``."""
+    """Implements ``dataplane.nccl.Exchanger``: as NCCL's, a rank's n-th exchange is with the n-th of the others."""
 
     rank: int
     hands: Hands
+    number: int = 0
 
     def exchange(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> Any:
+        self.number += 1
         for peer, part in enumerate(inputs):
-            self.hands.under_way.setdefault((self.rank, peer), deque()).append(part.clone())
+            self.hands.under_way[self.rank, peer, self.number] = part.clone()
         self.hands.turn.notify_all()
-        return _Handing(self, outputs)
+        return _Handing(self, outputs, self.number)
 
     def leave(self) -> bool:
         return True
@@ -96,14 +99,15 @@ class HandExchanger:
 class _Handing:
     exchanger: HandExchanger
     outputs: list[torch.Tensor]
+    number: int
 
     def wait(self) -> None:
         hands, rank = self.exchanger.hands, self.exchanger.rank
         for peer, output in enumerate(self.outputs):
-            come = hands.under_way.setdefault((peer, rank), deque())
-            hands.turn.wait_for(partial(hands.has_come, come), _WAIT_S)
-            assert come, f"nothing came from rank {peer}"
-            part = come.popleft()
+            letter = peer, rank, self.number
+            hands.turn.wait_for(partial(hands.has_come, letter), _WAIT_S)
+            assert letter in hands.under_way, f"nothing came from rank {peer}"
+            part = hands.under_way.pop(letter)
             assert part.shape == output.shape, f"rank {peer} sent {part.shape}, {output.shape} was expected"
             output.copy_(part)
 

@@ -79,6 +79,35 @@ def test_broken_step_is_repeated_without_a_trace(parts: dict[str, Any]) -> None:
     assert engine.tokens(1) == expected
 
 
+def test_two_micro_batches_that_break_anywhere_are_repeated(parts: dict[str, Any]) -> None:
+    """Each has the whole chunks of some sequences, and samples of both are put together again."""
+    outputs = []
+    for micro_batches in (1, 2):
+        engine = LocalEngine(**parts, micro_batches=micro_batches, max_num_batched_tokens=9)
+        for handle in range(3):
+            engine.submit(handle, PROMPT[handle:], temperature=0.7, seed=handle, logprobs=2 * (handle != 1))
+        layers, shares = parts["spec"].moe_layers, set()
+        while num_tokens := engine.half.prepare():
+            for broken in range(len(layers)):
+                engine.forward(layers[:broken])
+            assert engine.half.prepare() == num_tokens
+            batches = [batch.num_tokens for batch in engine.half.micro_batches]
+            assert sum(batches) == num_tokens
+            assert engine.half.first_tokens == (batches[0] if len(batches) == 2 else 0)
+            shares.add(tuple(batches))
+            engine.forward()
+            engine.half.finish()
+        assert ((2, 1) in shares) == (micro_batches == 2), "three sequences that decode"
+        outputs.append({handle: [_told(output) for output in found] for handle, found in engine.outputs.items()})
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0][0]) == 16
+
+
+def _told(output: Output) -> tuple[Any, ...]:
+    found = output.logprobs
+    return output.token, output.finish, None if found is None else (round(found.chosen, 3), found.top_ids)
+
+
 def test_prepared_batch_is_kept_until_it_ran(parts: dict[str, Any]) -> None:
     engine = LocalEngine(**parts)
     engine.submit(1, PROMPT)
@@ -169,6 +198,7 @@ def test_batch_chunks_prefixes_and_preemption_change_no_token(parts: dict[str, A
         {"max_num_batched_tokens": 7},
         {"enable_prefix_caching": False, "max_num_seqs": 3},
         {"num_kv_blocks": 12, "block_size": 4},
+        {"micro_batches": 2, "num_kv_blocks": 12, "block_size": 4, "max_num_batched_tokens": 7},
     ]
     for config in configs:
         engine = LocalEngine(**parts, **config)
@@ -213,9 +243,5 @@ def test_handle_in_use_is_refused(parts: dict[str, Any]) -> None:
 def test_half_without_tokens_takes_part_with_nothing(parts: dict[str, Any]) -> None:
     half = LocalEngine(**parts).half
     assert half.prepare() == 0
-    half.begin()
-    x_TH, routes = half.before_experts(0)
-    half.after_experts(0, x_TH)
+    assert not half.micro_batches
     half.finish()
-    assert x_TH.shape == (0, parts["spec"].hidden_size)
-    assert routes.expert_TK.shape == routes.weight_TK.shape == (0, parts["spec"].top_k)

@@ -84,11 +84,12 @@ class Stepper:
         while not self._stopping:
             self._work.clear()
             if half.prepare():
-                half.begin()
+                (batch,) = half.micro_batches
+                batch.begin()
                 for layer in self._layers:
-                    x_TH, routes = half.before_experts(layer)
-                    half.while_dispatched(layer)
-                    half.after_experts(layer, self._experts.compute(layer, x_TH, routes))
+                    x_TH, routes = batch.before_experts(layer)
+                    batch.while_dispatched(layer)
+                    batch.after_experts(layer, self._experts.compute(layer, x_TH, routes))
                 half.finish()
             else:
                 self._work.wait(TIMEOUT_S)

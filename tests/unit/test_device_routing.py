@@ -53,6 +53,24 @@ def test_prices_carry_over_with_a_completed_step_and_through_a_placement() -> No
     assert prices.price_R.tolist() == [0.5, 0.0, 0.25]
 
 
+def test_a_second_micro_batch_finds_the_prices_behind_the_first() -> None:
+    tables = RoutingTables([placement(SLOTS)], 3, TOPOLOGY)
+    routing = device_routing(tables)
+    first, second = routing.prices(3), routing.prices(3, goes_on=True)
+    assert first is not None
+    assert second is not None
+    for _ in range(2):  # a step that is run again finds what it had found
+        found = []
+        for prices in (first, second):
+            found.append(prices.price_R.tolist())
+            route_reference(torch.tensor([[1.0, 0.0, 0.5]] * 4), Gate(top_k=2), routing.tables(3), prices=prices)
+        assert found[0] == [0, 0, 0]
+        assert found[1] != found[0]
+    after = second.after_R.tolist()
+    tables.commit()
+    assert first.price_R.tolist() == after != found[1]
+
+
 def test_without_room_for_replicas_there_is_nothing_to_choose() -> None:
     topology = Topology(slots_per_rank=3, node_R=(0,), own_rank=0, own_node=0)
     routing = device_routing(RoutingTables([placement([2, 0, 1])], 3, topology), topology)

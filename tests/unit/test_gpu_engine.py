@@ -74,15 +74,17 @@ def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
 )  # in rows that belong to no slot
-@pytest.mark.parametrize("roles", ["bb", "ae"])
-def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(parts: dict[str, Any], roles: str) -> None:
+@pytest.mark.parametrize(("roles", "micro_batches"), [("bb", 1), ("ae", 1), ("bb", 2), ("ae", 2)])
+def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(
+    parts: dict[str, Any], roles: str, micro_batches: int
+) -> None:
     """Decode steps are padded to the size that all ranks agree on, also by a rank that has nothing to do."""
     config: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 12, "block_size": 4}
     spec, checkpoint = parts["spec"], parts["checkpoint"]
     requests = {1: (PROMPT, 7), 2: (PROMPT[:3], 3), 3: ([3], 4)}
     cpu = LocalEngine(spec, checkpoint, PlainExperts(spec, checkpoint), **config)
     hosts = [rank for rank, role in enumerate(roles) if role in "eb"]
-    mesh = ThreadRanks(spec, checkpoint, roles, spec.num_experts // len(hosts), **config)
+    mesh = ThreadRanks(spec, checkpoint, roles, spec.num_experts // len(hosts), micro_batches=micro_batches, **config)
     own = {1: 0, 2: 0, 3: len(roles) - 1 if roles == "bb" else 0}
     for handle, (prompt, length) in requests.items():
         cpu.submit(handle, prompt, max_tokens=length)
@@ -93,7 +95,14 @@ def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(parts: dict[str, A
     for handle, rank in own.items():
         assert mesh.ranks[rank].tokens(handle) == cpu.tokens(handle)
     padded = [go for go in mesh.goes[0] if go.padded_tokens]
-    assert any(go.padded_tokens > max(go.num_tokens) or 0 in go.num_tokens for go in padded), "nothing was padded"
+    if micro_batches == 1:
+        assert any(go.padded_tokens > max(go.num_tokens) or 0 in go.num_tokens for go in padded), "nothing was padded"
+    else:
+        split = [go for go in mesh.goes[0] if go.first_tokens]
+        sizes = [(2 * go.padded_tokens, go.num_tokens[rank]) for go in split for rank in own.values()]
+        assert any(size > count for size, count in sizes), "nothing was padded"
+        assert any(not go.padded_tokens for go in split), "chunks of prompts are split, too"
+        assert any(not go.first_tokens for go in padded), "one sequence is not split"
     assert any(any(go.num_tokens) and not go.padded_tokens for go in mesh.goes[0]), "chunks of prompts are never padded"
     assert mesh.goes[0] == mesh.goes[1], "all ranks make the same steps"
     mesh.close()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from expertmesh.mesh.errors import DataPlaneError
 from expertmesh.mesh.framing import Waker
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.meet import Links, bind_listener, meet
+from expertmesh.mesh.steploop import tokens_of
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
@@ -63,8 +65,8 @@ class Ranks:
         self.commits[rank] = [*self.commits[rank], *ids]
         self.wakers[rank].wake()
 
-    def exchange(self, rank: int, num_tokens: int = 0) -> Future[mesh_pb2.StepGo]:
-        return self.pool.submit(self.steps[rank].exchange, lambda: Ready(num_tokens=num_tokens))
+    def exchange(self, rank: int, num_tokens: int = 0, **brought: Any) -> Future[mesh_pb2.StepGo]:
+        return self.pool.submit(self.steps[rank].exchange, lambda: Ready(num_tokens=num_tokens, **brought))
 
     def close(self) -> None:
         for links in self.links:
@@ -88,6 +90,22 @@ def test_all_ranks_hear_the_tokens_of_all(three: Ranks) -> None:
         for future in waiting:
             go = future.result(timeout=20)
             assert (go.step, list(go.num_tokens), go.stop) == (step, [step, 10 + step, 20 + step], False)
+
+
+def test_a_step_has_two_micro_batches_where_a_rank_brings_two(three: Ranks) -> None:
+    """A rank that brings one has all its tokens in the first."""
+    waiting = [
+        three.exchange(0, 9, first_tokens=5, can_pad=True),
+        three.exchange(1, 3, can_pad=True),
+        three.exchange(2, 6, first_tokens=3, can_pad=True),
+    ]
+    goes = [future.result(5) for future in waiting]
+    assert goes[0] == goes[1] == goes[2]
+    assert tokens_of(goes[0]) == [[5, 3, 3], [4, 0, 3]]
+    assert goes[0].padded_tokens == 8, "the size of each micro-batch"
+    goes = [future.result(5) for future in [three.exchange(rank, 3, can_pad=True) for rank in range(3)]]
+    assert tokens_of(goes[0]) == [[3, 3, 3]]
+    assert goes[0].padded_tokens == 4
 
 
 def test_idle_ranks_wait_until_one_has_work(three: Ranks) -> None:

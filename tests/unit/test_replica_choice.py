@@ -82,6 +82,12 @@ def test_the_same_tokens_in_one_step_or_in_many(
         parts.append(routing.choose(expert_TK[start : start + step]))
         routing.commit()
     assert torch.equal(torch.cat(parts), whole)
+    in_turns = LayerRouting(slots, NUM_EXPERTS, topology, quota_R=quota_R)
+    in_turns.choose(expert_TK[:step].flip(0))  # a step that was broken between its micro-batches
+    micro_batches = [in_turns.choose(expert_TK[:step]), in_turns.choose(expert_TK[step:], goes_on=True)]
+    assert torch.equal(torch.cat(micro_batches), whole)
+    in_turns.commit()
+    assert in_turns.price_R.tolist() == routing.price_R.tolist()
 
 
 @given(placements(), st.integers(0, 2**32 - 1), st.integers(1, 2000))

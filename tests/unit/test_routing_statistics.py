@@ -169,6 +169,21 @@ def test_a_step_that_is_run_again_counts_once() -> None:
     assert made.take() is None
 
 
+def test_two_micro_batches_count_as_one_step() -> None:
+    whole, watching_whole = observer()
+    split, watching_split = observer()
+    expert_LTK, slot_LTK = routed(4, 9)
+    see(watching_whole, expert_LTK, slot_LTK)
+    watching_split.begin()
+    for index in range(len(LAYERS)):
+        for part in (slice(0, 5), slice(5, 9)):
+            chosen, sent = torch.from_numpy(expert_LTK[index, part]), torch.from_numpy(slot_LTK[index, part])
+            watching_split.observe(1, chosen, sent, goes_on=part.start > 0)
+    watching_whole.commit()
+    watching_split.commit()
+    assert taken(split) == taken(whole)
+
+
 @dataclass
 class FakeOutbox:
     is_drained: bool = True

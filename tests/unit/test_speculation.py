@@ -192,8 +192,10 @@ def test_replay_goes_on_as_if_nothing_had_happened(parts: dict[str, Any], drafti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("caching", [True, False])
-def test_few_blocks_and_small_steps(parts: dict[str, Any], drafting: Callable[..., LocalEngine], caching: bool) -> None:
+@pytest.mark.parametrize(("caching", "micro_batches"), [(True, 2), (False, 1)])
+def test_few_blocks_and_small_steps(
+    parts: dict[str, Any], drafting: Callable[..., LocalEngine], caching: bool, micro_batches: int
+) -> None:
     """Chunked prefill, preemptions and drafts together."""
     prompts = [[(7 * i + j * j) % VOCAB for j in range(9 + i)] for i in range(5)]
     expected = [tokens_of(plain(parts, prompt, max_tokens=14)) for prompt in prompts]
@@ -203,6 +205,7 @@ def test_few_blocks_and_small_steps(parts: dict[str, Any], drafting: Callable[..
         block_size=4,
         max_num_batched_tokens=10,
         enable_prefix_caching=caching,
+        micro_batches=micro_batches,
     )
     for handle, prompt in enumerate(prompts):
         engine.submit(handle, prompt, max_tokens=14)

@@ -21,8 +21,9 @@ HIDDEN, LAYERS = 4, (0, 1)
 class Attention:
     """Sends three tokens to expert 0 in each layer; ``log`` gets the layers whose tokens were on their way."""
 
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self, log: list[str], micro_batches: int) -> None:
         self._log = log
+        self.micro_batches = [self] * micro_batches
 
     def begin(self) -> None: ...
 
@@ -77,11 +78,12 @@ def tables(earlier: RoutingTables | None = None) -> RoutingTables:
     return RoutingTables(placements, 1, topology, earlier)
 
 
-def loop(routing: RoutingTables, plane: Plane) -> StepLoop:
-    view = SimpleNamespace(versions=dict.fromkeys(LAYERS, 1), rank=0)
+def loop(routing: RoutingTables, plane: Plane, micro_batches: int = 1) -> StepLoop:
+    proto = mesh_pb2.View(ranks=[mesh_pb2.Rank(role=mesh_pb2.ROLE_BOTH)])
+    view = SimpleNamespace(versions=dict.fromkeys(LAYERS, 1), rank=0, proto=proto)
     context = SimpleNamespace(
         view=view,
-        attention=Attention(plane.log),
+        attention=Attention(plane.log, micro_batches),
         experts=None,
         plane=plane,
         migrations=SimpleNamespace(switch=lambda ids, step: [], view=view),
@@ -123,6 +125,14 @@ def test_shared_experts_are_computed_once_while_the_layers_tokens_are_away() -> 
     loop(tables(), plane).step(mesh_pb2.StepGo(step=1, num_tokens=[3]))
     layer = ["dispatch 0", "shared experts 0", "combine"]
     assert plane.log == layer + [event.replace("0", "1") for event in layer]
+    in_turns = Plane()
+    loop(tables(), in_turns, micro_batches=2).step(mesh_pb2.StepGo(step=1, num_tokens=[20], first_tokens=[12]))
+    assert [event for event in in_turns.log if "1" not in event][: 2 * 3 + 2] == [
+        *layer,
+        "dispatch 0",
+        "combine",
+        *layer,
+    ], "a micro-batch of several exchanges waits for each of them"
     in_parts = Plane()
     loop(tables(), in_parts).step(mesh_pb2.StepGo(step=1, num_tokens=[20]))
     assert in_parts.log.count("dispatch 0") == 3

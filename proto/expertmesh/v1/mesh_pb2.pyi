@@ -1037,6 +1037,7 @@ class StepReady(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
     CAN_PAD_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     num_tokens: _builtins.int
     next_view: _builtins.int
@@ -1045,6 +1046,8 @@ class StepReady(_message.Message):
     """of a sampled request in the batch"""
     can_pad: _builtins.bool
     """its batch is one token a sequence, and may be padded: a captured step can serve it"""
+    first_tokens: _builtins.int
+    """of num_tokens, those in the first of two micro-batches; 0 = the batch is one"""
     @_builtins.property
     def commits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """migrations that this rank is ready to switch to"""
@@ -1058,10 +1061,11 @@ class StepReady(_message.Message):
         traceparent: _builtins.str = ...,
         commits: _abc.Iterable[_builtins.int] | None = ...,
         can_pad: _builtins.bool = ...,
+        first_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_pad", b"can_pad", "commits", b"commits", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_pad", b"can_pad", "commits", b"commits", "first_tokens", b"first_tokens", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1079,6 +1083,7 @@ class StepGo(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
     PADDED_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     traceparent: _builtins.str
     stop: _builtins.bool
@@ -1093,6 +1098,10 @@ class StepGo(_message.Message):
     def commits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """migrations that every rank switches to before this step"""
 
+    @_builtins.property
+    def first_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """by rank, in the first of two micro-batches that the step has; none = it has one"""
+
     def __init__(
         self,
         *,
@@ -1102,10 +1111,11 @@ class StepGo(_message.Message):
         stop: _builtins.bool = ...,
         commits: _abc.Iterable[_builtins.int] | None = ...,
         padded_tokens: _builtins.int = ...,
+        first_tokens: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "num_tokens", b"num_tokens", "padded_tokens", b"padded_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "first_tokens", b"first_tokens", "num_tokens", b"num_tokens", "padded_tokens", b"padded_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
