@@ -3,13 +3,16 @@
     PYTHONPATH=src:tests:benchmarks/gpu python benchmarks/gpu/decode_two.py --out benchmarks/results/gpu_decode_two.json
 
 ``bb`` = two ranks with both halves, half of the requests and of the experts each; ``ae`` = one rank with the attention
-half and all requests, one with all experts. As ``decode.py`` otherwise, whose docstring says what the columns mean:
-all requests submitted at once, 128 random tokens in, 128 out, greedy, no cached prefixes, everything but gRPC.
+half and all requests, one with all experts. ``--micro-batches 1 2`` compares steps as one batch and as two in turns:
+``hidden`` is the share of the time of exchange kernels, by rank, in which other kernels ran on that GPU too. As
+``decode.py`` otherwise, whose docstring says what the columns mean: all requests submitted at once, 128 random tokens
+in, 128 out, greedy, no cached prefixes, everything but gRPC.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -27,6 +30,7 @@ from decode import QWEN3_30B_A3B
 from expertmesh.mesh.graphs import round_up
 from support.gpu_engines import EngineJob, Request, TimedEngine, close_engine, open_engine, submit
 from support.gpu_ranks import PlaneConfig, Rank, Ranks, gpu_ranks
+from support.kernel_overlap import KernelTime, hidden
 
 VLLM_MS = {64: 10.8, 256: 14.4, 512: 18.2}
 """vLLM 0.26.0 on two H200s, its best mode offline (tensor parallel attention, expert parallel experts): median ms per
@@ -100,19 +104,22 @@ def slot_load(rank: Rank, load: Load) -> Any:
     return found
 
 
-def time_graph(rank: Rank, load: Load) -> float:
+def time_graph(rank: Rank, job: tuple[Load, int]) -> float:
     """Milliseconds of a decode step's graph, replayed on all ranks over and over while all requests decode."""
+    load, micro_batches = job
     engine = begin(rank, load)
     for _ in range(load.steps_until_all_decode):
         engine.step()
     assert engine.graphs is not None, "there is a GPU"
-    size = round_up(max(load.of(Rank(peer, rank.size, rank.store, rank.device)) for peer in range(rank.size)))
+    most = max(load.of(Rank(peer, rank.size, rank.store, rank.device)) for peer in range(rank.size))
+    parts = min(micro_batches, most)
+    size = round_up(-(-most // parts))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    engine.graphs.replay(size)
+    engine.graphs.replay(size, parts)
     start.record()
     for _ in range(_REPLAYS):
-        engine.graphs.replay(size)
+        engine.graphs.replay(size, parts)
     end.record()
     end.synchronize()
     engine.run()
@@ -121,15 +128,7 @@ def time_graph(rank: Rank, load: Load) -> float:
 
 def profile(rank: Rank, load: Load) -> list[dict[str, Any]]:
     """What the kernels of a decode step take on this rank, summed up by name."""
-    engine = begin(rank, load)
-    for _ in range(load.steps_until_all_decode + 8):
-        engine.step()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(_PROFILED_STEPS):
-            engine.step()
-        torch.cuda.synchronize()
-    engine.run()
+    profiler = profiled(rank, load)
     found = [event for event in profiler.key_averages() if event.self_device_time_total]
     found.sort(key=lambda event: -event.self_device_time_total)
     return [
@@ -142,7 +141,43 @@ def profile(rank: Rank, load: Load) -> list[dict[str, Any]]:
     ]
 
 
-def measure_load(ranks: Ranks, layout: str, load: Load) -> dict[str, Any]:
+def exchange_times(rank: Rank, load: Load) -> tuple[float, float, list[str]]:
+    """µs a decode step in which exchange kernels run on this rank, those in which others run too, and their names."""
+    kernels = [
+        KernelTime(event.name, event.time_range.start, event.time_range.end)
+        for event in profiled(rank, load).events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    exchange_us, hidden_us = hidden(kernels)
+    names = sorted({kernel.name[:60] for kernel in kernels if kernel.is_exchange})
+    return exchange_us / _PROFILED_STEPS, hidden_us / _PROFILED_STEPS, names
+
+
+def profiled(rank: Rank, load: Load) -> Any:
+    """Some decode steps under torch's profiler."""
+    engine = begin(rank, load)
+    for _ in range(load.steps_until_all_decode + 8):
+        engine.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(_PROFILED_STEPS):
+            engine.step()
+        torch.cuda.synchronize()
+    engine.run()
+    return profiler
+
+
+def measure_overlap(ranks: Ranks, load: Load) -> dict[str, Any]:
+    """By rank."""
+    found = ranks.run(exchange_times, load)
+    return {
+        "exchange_us": [round(exchange_us, 1) for exchange_us, _, _ in found],
+        "hidden": [round(hidden_us / exchange_us, 3) if exchange_us else None for exchange_us, hidden_us, _ in found],
+        "exchange_kernels": sorted({name for _, _, names in found for name in names}),
+    }
+
+
+def measure_load(ranks: Ranks, layout: str, load: Load, micro_batches: int) -> dict[str, Any]:
     few = Load([Request(r.rank, r.handle, r.prompt, {"max_tokens": 16}) for r in load.requests], load.tokens_in, 16)
     loads = [np.array(found) for found in ranks.run(slot_load, few) if found is not None]
     timed = ranks.run(run_load, load)
@@ -153,13 +188,14 @@ def measure_load(ranks: Ranks, layout: str, load: Load) -> dict[str, Any]:
     number = len(load.requests)
     return {
         "layout": layout,
+        "micro_batches": micro_batches,
         "requests": number,
         "tokens_in": load.tokens_in,
         "tokens_out": load.tokens_out,
         "ms_per_token": round(1e3 * statistics.median((t[-1] - t[0]) / (load.tokens_out - 1) for t in arrivals), 3),
         "vllm_ms_per_token": VLLM_MS.get(number),
         "step_ms": round(1e3 * statistics.median(steps), 3),
-        "graph_ms": round(max(ranks.run(time_graph, few)), 3),
+        "graph_ms": round(max(ranks.run(time_graph, (few, micro_batches))), 3),
         "output_tokens_per_s": round(number * load.tokens_out / seconds),
         "ttft_ms": round(1e3 * statistics.median(times[0] - started for times in arrivals), 1),
         "active_experts": round(float((sum(loads) > 0).sum(1).mean()), 1),
@@ -174,38 +210,46 @@ def main() -> None:
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--micro-batches", type=int, nargs="+", choices=(1, 2), default=[1])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile decode steps of")
     arguments = parser.parse_args()
     command = f"python benchmarks/gpu/decode_two.py --out {arguments.out.name}"
+    if arguments.micro_batches != [1]:
+        command += f" --micro-batches {' '.join(map(str, arguments.micro_batches))}"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, gpu_ranks(2) as ranks:
         config = {**QWEN3_30B_A3B, "num_hidden_layers": arguments.layers}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         model = {"path": folder, "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 4096}
-        for layout in arguments.layouts:
+        for layout, micro_batches in itertools.product(arguments.layouts, arguments.micro_batches):
             roles, _, backend = layout.partition(":")
             seqs = -(-max(arguments.requests) // sum(role in "ab" for role in roles))
             sizes = {"max_num_seqs": seqs, "max_num_batched_tokens": MAX_BATCHED_TOKENS, "enable_prefix_caching": False}
             plane = PlaneConfig(backend, timeout_s=60.0)
             began = time.perf_counter()
-            ranks.run(open_engine, EngineJob(roles, plane, model, sizes, max_num_tokens=MAX_BATCHED_TOKENS))
+            job = EngineJob(roles, plane, model, sizes, max_num_tokens=MAX_BATCHED_TOKENS, micro_batches=micro_batches)
+            ranks.run(open_engine, job)
             print(f"{layout}: ready in {time.perf_counter() - began:.1f} s", flush=True)
             for requests in arguments.requests:
                 load = draw(roles, requests, arguments.tokens_in, arguments.tokens_out)
-                rows.append(measure_load(ranks, layout, load))
+                row = measure_load(ranks, layout, load, micro_batches)
+                if len(arguments.micro_batches) > 1:
+                    row |= measure_overlap(ranks, draw(roles, requests, arguments.tokens_in, 64))
+                rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
                 measure.write(arguments.out, command, {}, rows)
             for requests in arguments.profile:
                 kernels = ranks.run(profile, draw(roles, requests, arguments.tokens_in, 64))
                 for rank, found in enumerate(kernels):
-                    for row in found[:14]:
+                    for line in found[:14]:
                         print(
-                            f"{row['us_a_step']:10.1f} us {row['launches_a_step']:7.1f} x {row['kernel']}", flush=True
+                            f"{line['us_a_step']:10.1f} us {line['launches_a_step']:7.1f} x {line['kernel']}",
+                            flush=True,
                         )
-                    total = round(sum(row["us_a_step"] for row in found))
+                    total = round(sum(line["us_a_step"] for line in found))
                     print(layout, requests, "rank", rank, "all kernels", total, "us a step", flush=True)
-                name = f".{roles}{requests}.json"
-                arguments.out.with_suffix(name).write_text(json.dumps(kernels, indent=1))
+                part = f".{roles}{requests}" + (f".m{micro_batches}" if micro_batches > 1 else "")
+                arguments.out.with_suffix(f"{part}.json").write_text(json.dumps(kernels, indent=1))
             ranks.run(close_engine)
 
 

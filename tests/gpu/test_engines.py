@@ -78,7 +78,17 @@ def outputs_of(ranks: Ranks, requests: list[Request]) -> dict[int, list[Any]]:
 
 @ROLES
 @pytest.mark.parametrize(
-    "options", [{}, {"uses_graphs": False}, {"config": {"max_num_batched_tokens": 17}}, {"max_num_tokens": 8}], ids=str
+    "options",
+    [
+        {},
+        {"uses_graphs": False},
+        {"config": {"max_num_batched_tokens": 17}},
+        {"max_num_tokens": 8},
+        {"micro_batches": 2},
+        {"micro_batches": 2, "uses_graphs": False},
+        {"micro_batches": 2, "config": {"max_num_batched_tokens": 17}},
+    ],
+    ids=str,
 )
 def test_greedy_tokens_are_those_of_transformers(
     folder: Path, reference: Qwen3MoeForCausalLM, ranks: Ranks, roles: str, options: dict[str, Any]
@@ -105,12 +115,20 @@ def test_greedy_tokens_are_those_of_transformers(
 @ROLES
 @pytest.mark.parametrize("backend", [DEEPEP, "nccl"])
 @pytest.mark.parametrize("uses_graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
 def test_log_probabilities_in_bfloat16_are_within_its_noise(
-    folder: Path, reference: Qwen3MoeForCausalLM, ranks: Ranks, roles: str, backend: str, uses_graphs: bool
+    folder: Path,
+    reference: Qwen3MoeForCausalLM,
+    ranks: Ranks,
+    roles: str,
+    backend: str,
+    uses_graphs: bool,
+    micro_batches: int,
 ) -> None:
     """Of the chosen tokens, against float32's of the same text; and no token is chosen that is far from the best."""
     requests = requests_of(roles, logprobs=1)
-    ranks.run(open_engine, job(folder, roles, backend, "bfloat16", uses_graphs=uses_graphs))
+    options = {"uses_graphs": uses_graphs, "micro_batches": micro_batches}
+    ranks.run(open_engine, job(folder, roles, backend, "bfloat16", **options))
     try:
         outputs = outputs_of(ranks, requests)
     finally:

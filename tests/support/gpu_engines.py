@@ -38,6 +38,7 @@ class EngineJob:
     config: dict[str, Any] = field(default_factory=dict)
     uses_graphs: bool = True
     max_num_tokens: int = 512
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def _engine(rank: Rank, job: EngineJob, spec: ModelSpec, checkpoint: Checkpoint,
         rank.keep["links"],
         uses_graphs=job.uses_graphs,
         max_num_tokens=job.max_num_tokens,
+        micro_batches=job.micro_batches,
         **job.config,
     )
 
