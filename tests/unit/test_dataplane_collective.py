@@ -154,6 +154,26 @@ def test_a_peer_that_went_away_is_an_error_that_names_it(backend: str) -> None:
         assert caught.value.suspects == (1,)
 
 
+def test_a_combine_that_is_over_has_sent_all_of_its_answer() -> None:
+    """More than the kernel holds, and nothing that comes behind it sends the rest."""
+    layout, hidden = Layout("ae", (64, 0), slots=1), 32768
+    exchange = Exchange(layer=0, version=1, tokens=layout.tokens)
+
+    def run(rank: int) -> torch.Tensor:
+        plane, count = planes[rank], layout.tokens[rank]
+        slots = torch.zeros(count, 1, dtype=torch.int64)
+        dispatched = plane.dispatch(torch.ones(count, hidden), slots, torch.ones(count, 1), exchange).wait()
+        return plane.combine(dispatched.rows_NH, dispatched.handle).wait()
+
+    with socket_group(2) as groups, ThreadPoolExecutor(2) as pool:
+        planes = [
+            CollectivePlane(g, layout.shape(r, hidden, 1, torch.float32), timeout_s=5) for r, g in enumerate(groups)
+        ]
+        outs = list(pool.map(run, range(2), timeout=20))
+    assert [len(out) for out in outs] == [64, 0]
+    assert bool((outs[0] == 1).all())
+
+
 def test_two_ranks_that_send_much_to_each_other_do_not_block_each_other() -> None:
     def run(rank: int) -> bool:
         peer = 1 - rank
