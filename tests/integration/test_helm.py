@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from expertmesh.cli.ranks import STOP_TIMEOUT_S as RANKS_STOP_S
 from expertmesh.mesh.addresses import split_addresses, split_host_port
-from expertmesh.mesh.telemetry.metrics import ATTENTION, Declared, Metrics
-from expertmesh.router.server import DRAIN_TIMEOUT_S as ROUTER_DRAIN_S
 from support import helm
-from support.helm import CHART, RANK_ROLES, ROOT, VALUES, Document, container, rendered, tool
+from support.helm import CHART, RANK_ROLES, ROOT, VALUES, Document, container, each_values, rendered, tool
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +35,6 @@ KINDS = {
     "ServiceAccount",
     "StatefulSet",
 }
-each_values = pytest.mark.parametrize("values", VALUES, ids=[file.stem for file in VALUES])
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -243,40 +238,6 @@ def test_budgets_leave_replicas_and_let_nodes_be_drained(values: Path) -> None:
 
 
 @each_values
-def test_pods_have_the_time_that_draining_takes(values: Path) -> None:
-    for role, pod in rendered(values).pods.items():
-        before = container(pod).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-        assert (before > 0) is (role == "router"), "services lead to it for a moment more, and a draining one refuses"
-        drain_s = {"router": ROUTER_DRAIN_S, "balancer": 0}.get(role, RANKS_STOP_S)
-        assert pod["spec"]["terminationGracePeriodSeconds"] >= before + drain_s + 3
-
-
-def test_a_long_sleep_before_the_end_takes_nothing_from_draining() -> None:
-    pod = rendered(CHART / "values.yaml", "router.preStopSeconds=120").pods["router"]
-    assert pod["spec"]["terminationGracePeriodSeconds"] >= 120 + ROUTER_DRAIN_S + 3
-
-
-@each_values
-def test_what_a_pod_may_write_is_bounded(values: Path) -> None:
-    for role, pod in rendered(values).pods.items():
-        empty = {volume["name"]: volume["emptyDir"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
-        assert {"cache", "tmp"} <= empty.keys()
-        assert (role in RANK_ROLES) is ("shm" in empty)
-        for name, volume in empty.items():
-            assert "sizeLimit" in volume or volume["medium"] == "HugePages-2Mi", f"{role} {name}"
-
-
-@pytest.mark.parametrize("role", ["router", "balancer", "attention"])
-def test_a_component_has_nodes_of_its_own(role: str) -> None:
-    settings = [f"{role}.{key}" for key in ("nodeSelector.pool=a", "priorityClassName=high", "tolerations[0].key=b")]
-    made = rendered(CHART / "values.yaml", *settings)
-    for other, pod in made.pods.items():
-        spec = pod["spec"]
-        found = (spec.get("nodeSelector"), spec.get("priorityClassName"), spec.get("tolerations"))
-        assert found == (({"pool": "a"}, "high", [{"key": "b"}]) if other == role else (None, None, None))
-
-
-@each_values
 def test_pods_have_no_rights(values: Path) -> None:
     made = rendered(values)
     accounts = {account["metadata"]["name"] for account in made.documents if account["kind"] == "ServiceAccount"}
@@ -327,36 +288,6 @@ def test_gpus_cards_and_pages(name: str, cards: str | None) -> None:
         names = {variable["name"] for variable in only["env"]}
         assert ("FI_PROVIDER" in names) is ("NCCL_NET_PLUGIN" in names) is has_efa
         assert ("EP_DISABLE_GIN" in names) is not has_efa
-
-
-def test_autoscaling_takes_what_can_be_scaled() -> None:
-    made = rendered(CHART / "values-production.yaml")
-    targets = {
-        role: (hpa["spec"]["scaleTargetRef"]["kind"], hpa["spec"]["scaleTargetRef"]["name"])
-        for role, hpa in made.of_kind("HorizontalPodAutoscaler").items()
-    }
-    assert targets == {
-        "router": ("Deployment", "mesh-expertmesh-router"),
-        "attention": ("LeaderWorkerSet", "mesh-expertmesh-attention"),
-    }
-    assert made.config.scaling.policy == "off", "two who scale would work against each other"
-    for role, (kind, _) in targets.items():
-        assert "replicas" not in made.of_kind(kind)[role]["spec"], "an upgrade must not take the scaler's number back"
-
-
-def test_autoscaling_follows_metrics_that_attention_servers_export() -> None:
-    """Adapter rules of docs/kubernetes.md, name by name: from the registry of metrics to the scaler."""
-    text = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```yaml\n(rules:.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    declared = {metric.name: metric for metric in vars(Metrics).values() if isinstance(metric, Declared)}
-    offered = {}
-    for rule in yaml.safe_load(block)["rules"]:
-        series = rule["seriesQuery"].split('"')[1]
-        assert declared[series].starts_on == ATTENTION, series
-        offered[rule["name"]["as"]] = series
-    scaler = rendered(CHART / "values-production.yaml").of_kind("HorizontalPodAutoscaler")["attention"]
-    asked = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
-    assert sorted(asked) == sorted(offered)
 
 
 # -- network policies against docs/design.md -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.prefix) / "tools"
 CHART = ROOT / "deploy/helm/expertmesh"
 VALUES = sorted((*CHART.glob("values*.yaml"), *CHART.glob("nodes/*.yaml")))
+each_values = pytest.mark.parametrize("values", VALUES, ids=[file.stem for file in VALUES])
 NAMESPACE = "models"
 RANK_ROLES = ("attention", "expert", "both")
 _PACKAGE = ROOT / "tests/tools/package.json"
