@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import socket
 import statistics
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +24,13 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+from expertmesh.cli.certs import make_certificates
+from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.dataplane import Exchange
 from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
+from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
+from expertmesh.mesh.rank_security import RankSecurity
 
 TIMEOUT_S = 30.0
 WARM_UP, ROUNDS = 100, 500
@@ -37,18 +43,48 @@ def gloo(rank: int, size: int, store: TCPStore) -> Any:
     return ProcessGroupGloo(PrefixStore("gloo/", store), rank, size, options)
 
 
-def tcp(rank: int, size: int, store: TCPStore) -> Any:
+def linked(name: str, rank: int, size: int, store: TCPStore) -> dict[int, socket.socket]:
+    """A link to every other rank."""
     links = {}
     with socket.create_server(("127.0.0.1", 0)) as server:
-        store.set(f"port/{rank}", str(server.getsockname()[1]))
+        store.set(f"{name}/{rank}", str(server.getsockname()[1]))
         for peer in range(rank):
-            link = socket.create_connection(("127.0.0.1", int(store.get(f"port/{peer}"))))
+            link = socket.create_connection(("127.0.0.1", int(store.get(f"{name}/{peer}"))))
             link.sendall(bytes([rank]))
             links[peer] = link
         for _ in range(rank + 1, size):
             link, _ = server.accept()
             links[link.recv(1)[0]] = link
-    return SocketGroup(links, timeout_s=TIMEOUT_S)
+    return links
+
+
+def tcp(rank: int, size: int, store: TCPStore) -> Any:
+    return SocketGroup(linked("tcp", rank, size, store), timeout_s=TIMEOUT_S)
+
+
+def tls(rank: int, size: int, store: TCPStore) -> Any:
+    """One certificate for all ranks, which rank 0 makes and shows the others."""
+    if rank == 0:
+        folder = Path(tempfile.mkdtemp(prefix="expertmesh-dataplane-"))
+        make_certificates(folder, ["both"])
+        store.set("tls/folder", str(folder))
+    folder = Path(store.get("tls/folder").decode())
+    security = RankSecurity(
+        TlsConfig(cert_file=folder / "both.pem", key_file=folder / "both.key", ca_file=folder / "ca.pem")
+    )
+    meet(store, "tls/read", size)
+    if rank == 0:
+        shutil.rmtree(folder)
+    streams = {
+        peer: security.stream(link, is_caller=peer < rank) for peer, link in linked("tls", rank, size, store).items()
+    }
+    for _, stream in sorted(streams.items()):
+        while not stream.shake():
+            stream.feed()
+    return SecureGroup(streams, timeout_s=TIMEOUT_S)
+
+
+TRANSPORTS = {"gloo": gloo, "tcp": tcp, "tcp with TLS": tls}
 
 
 def run_rank(rank: int, arguments: argparse.Namespace, port: int, results: Any) -> None:
@@ -73,7 +109,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, port: int, results: Any) 
     weights = torch.rand(count, arguments.top_k, generator=generator)
     exchange = Exchange(layer=0, version=1, tokens=tokens)
     with torch.inference_mode():
-        for name, make in (("gloo", gloo), ("tcp", tcp)):
+        for name, make in TRANSPORTS.items():
             plane = CollectivePlane(make(rank, size, store), shape, timeout_s=TIMEOUT_S)
             times = []
             for turn in range(WARM_UP + ROUNDS):
@@ -109,7 +145,7 @@ def main() -> None:
     ranks = [context.Process(target=run_rank, args=(rank, arguments, port, results)) for rank in range(size)]
     for rank in ranks:
         rank.start()
-    rows = [results.get(timeout=120) for _ in range(2 * size)]
+    rows = [results.get(timeout=120) for _ in range(len(TRANSPORTS) * size)]
     for rank in ranks:
         rank.join(timeout=30)
     report = {
@@ -117,7 +153,7 @@ def main() -> None:
             "round_trip_us": round(1e6 * max(median for n, _, median, _ in rows if n == name)),
             "cpu_us_all_ranks": round(1e6 * sum(cpu for n, _, _, cpu in rows if n == name)),
         }
-        for name in ("gloo", "tcp")
+        for name in TRANSPORTS
     }
     for name, figures in report.items():
         print(
