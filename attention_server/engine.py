@@ -59,7 +59,10 @@ Event = Sequence | Abort | Unlink | EndAll
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a step did for a sequence. ``token`` None = nothing new; ``code`` other than OK ends it with ``message``."""
+    """What a step did for a sequence. ``token`` None = nothing new; ``code`` other than OK ends it with ``message``.
+
+    ``cached_tokens``: said with the first token and the last one.
+    """
 
     link: int
     handle: int
@@ -337,6 +340,7 @@ class Engine:
     def _answer(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> bool:
         """Whether the token ends the sequence."""
         sequence.fill(token)
+        is_first = not sequence.last_token_s
         self._metrics.token(sequence, now)
         finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
         ends = token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens
@@ -352,9 +356,8 @@ class Engine:
             finish = generate_pb2.FINISH_REASON_STOP
         elif sequence.num_tokens == len(sequence.tokens) and not sequence.num_pending:
             finish = generate_pb2.FINISH_REASON_LENGTH
-        self._outputs.append(
-            Output(sequence.link, sequence.handle, token, logprobs, finish, matched_id, sequence.cached_tokens)
-        )
+        cached_tokens = sequence.cached_tokens if is_first or finish else 0
+        self._outputs.append(Output(sequence.link, sequence.handle, token, logprobs, finish, matched_id, cached_tokens))
         if finish:
             self._drop(sequence, "")
         return bool(finish)

@@ -39,6 +39,7 @@ class RouterLink:
 
     number: int
     router_id: str
+    takes_columns: bool
     outputs: list[Output] = field(default_factory=list)
     load: Load | None = None
     sent_load: Load | None = None
@@ -102,7 +103,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         self, request_iterator: AsyncIterator[attention_pb2.LinkRequest], context: LinkContext
     ) -> AsyncIterator[attention_pb2.LinkResponse]:
         hello = await self._hello(request_iterator, context)
-        link = RouterLink(next(self._numbers), hello.router_id)
+        link = RouterLink(next(self._numbers), hello.router_id, hello.takes_columns)
         self._links[link.number] = link
         log.info("router %s linked", link.router_id)
         reader = asyncio.create_task(self._read(request_iterator, link), name=f"link {link.router_id}")
@@ -119,7 +120,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             while not (link.closed and not link.outputs):
                 await link.changed.wait()  # bounded by the life of the call
                 link.changed.clear()
-                response = _take_response(link, self.kv_source)
+                response = take_response(link, self.kv_source)
                 if response is not None:
                     yield response
         finally:
@@ -238,11 +239,14 @@ def _refuse(link: RouterLink, handle: int, refusal: RefusedError) -> None:
     link.changed.set()
 
 
-def _take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb2.LinkResponse | None:
+def take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb2.LinkResponse | None:
     """All that waits for a link as one message."""
     if not link.outputs and link.load is None:
         return None
-    response = attention_pb2.LinkResponse(deltas=[_delta(output) for output in link.outputs])
+    handles, token_ids, others = _columns(link.outputs) if link.takes_columns else ([], [], link.outputs)
+    response = attention_pb2.LinkResponse(
+        deltas=[_delta(output) for output in others], handles=handles, token_ids=token_ids
+    )
     if link.load is not None:
         response.load.CopyFrom(_load_message(link.load))
         if kv_source is not None:
@@ -254,6 +258,27 @@ def _take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb
     link.outputs = []
     link.load = None
     return response
+
+
+def _columns(outputs: list[Output]) -> tuple[list[int], list[int], list[Output]]:
+    """Handles and tokens of the outputs that are a token and nothing else, and the others.
+
+    Columns are read first: what follows another output of its sequence stays behind it.
+    """
+    handles: list[int] = []
+    token_ids: list[int] = []
+    others: list[Output] = []
+    others_of: set[int] = set()
+    for output in outputs:
+        token, handle = output.token, output.handle
+        says_more = output.finish or output.cached_tokens or output.logprobs is not None
+        if token is None or says_more or output.code is not grpc.StatusCode.OK or handle in others_of:
+            others.append(output)
+            others_of.add(handle)
+        else:
+            handles.append(handle)
+            token_ids.append(token)
+    return handles, token_ids, others
 
 
 def _delta(output: Output) -> attention_pb2.TokenDelta:

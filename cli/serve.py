@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import gc
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from expertmesh.mesh.errors import EXIT_DEVICE_LOST, DeviceLostError, UserError
 
 log = logging.getLogger(__name__)
 
+_YOUNG_OBJECTS = 10_000  # made and not freed since garbage was looked for last
 ORPHAN_GRACE_S = 5.0
 """How long a process whose launcher died may drain."""
 
@@ -137,6 +139,8 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
     )
 
     def ready(address: str, *, http: str | None = None) -> None:
+        if role is ServiceRole.ROUTER:
+            _collect_less_garbage()
         line = {"ready": True, "role": role.value, "id": server_id, "address": address}
         if http is not None:
             line["http"] = http
@@ -162,6 +166,13 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
     finally:
         telemetry.shutdown()
     log.info("%s %s stopped", role.value, server_id)
+
+
+def _collect_less_garbage() -> None:
+    """For a process whose every token makes objects, and hardly a cycle: looking for those took a tenth of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 def _stop_on_signals(stop: asyncio.Event, ignore_sigterm: bool) -> None:

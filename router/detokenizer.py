@@ -32,6 +32,7 @@ class Vocabulary:
             token_id for token_id, added in tokenizer.get_added_tokens_decoder().items() if added.special
         )
         self._bytes_of: dict[int, bytes] = {}
+        self._text_of: dict[int, str | None] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The token's bytes; empty for an id that the tokenizer does not know (a padded vocabulary)."""
@@ -40,6 +41,19 @@ class Vocabulary:
             known = _byte_level_bytes(self.tokenizer.id_to_token(token_id) or "")
             self._bytes_of[token_id] = known
         return known
+
+    def text_of(self, token_id: int) -> str | None:
+        """The token's text, where its bytes are whole characters."""
+        try:
+            return self._text_of[token_id]
+        except KeyError:
+            data = self.bytes_of(token_id)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = None
+        self._text_of[token_id] = text
+        return text
 
     def shown_bytes(self, token_id: int) -> bytes:
         """What a token stands for by itself, as lists of log probabilities show it."""
@@ -57,17 +71,26 @@ class Vocabulary:
 
 
 class ByteLevelText:
-    """Byte-level vocabularies: a token is bytes, so an incremental UTF-8 decoder is all it takes."""
+    """Byte-level vocabularies: a token is bytes, so an incremental UTF-8 decoder is all it takes.
+
+    A token of whole characters behind whole characters does not even take that.
+    """
 
     def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool) -> None:
         self._vocabulary = vocabulary
         self._skipped_ids: frozenset[int] = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._holds_bytes = False
 
     def add(self, token_id: int) -> str:
         if token_id in self._skipped_ids:
             return ""
-        return self._decoder.decode(self._vocabulary.bytes_of(token_id))
+        whole = None if self._holds_bytes else self._vocabulary.text_of(token_id)
+        if whole is not None:
+            return whole
+        text = self._decoder.decode(self._vocabulary.bytes_of(token_id))
+        self._holds_bytes = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -151,19 +174,19 @@ class Detokenizer:
         """Text that these tokens make final. After a piece with ``matched_stop`` nothing more may be added."""
         pieces: list[str] = []
         for index, token_id in enumerate(token_ids):
-            self._num_tokens += 1
-            text = self._text.add(token_id)
-            if not self._stop:
-                pieces.append(text)
-                continue
-            if not text:
-                continue
-            matched = self._match(text)
-            if matched is not None:
-                shown, stop = matched
-                return Piece("".join([*pieces, shown]), index + 1, stop)
-            pieces.append(self._release(text))
+            text, stop = self.add_token(token_id)
+            pieces.append(text)
+            if stop is not None:
+                return Piece("".join(pieces), index + 1, stop)
         return Piece("".join(pieces), len(token_ids))
+
+    def add_token(self, token_id: int) -> tuple[str, str | None]:
+        """As ``add``: text, and the stop string that the token completes."""
+        self._num_tokens += 1
+        text = self._text.add(token_id)
+        if not self._stop or not text:
+            return text, None
+        return self._match(text) or (self._release(text), None)
 
     def flush(self) -> str:
         """The rest, when the output ended otherwise than by a stop string."""

@@ -23,8 +23,8 @@ UNSPECIFIED = generate_pb2.FINISH_REASON_UNSPECIFIED
 class Generation:
     """The state of one request. Everything runs on the event loop's thread.
 
-    A link calls ``on_delta`` and ``on_lost``; the request's handler waits with ``wait``, reads ``take``, ``finish`` and
-    ``refusal``, and finds a new attention server when ``needs_server`` is true.
+    A link calls ``on_token``, ``on_delta`` and ``on_lost``; the request's handler waits with ``changed``, reads
+    ``take``, ``finish`` and ``refusal``, and finds a new attention server when ``needs_server`` is true.
 
     Args:
         request_id: as the client knows it.
@@ -61,16 +61,20 @@ class Generation:
         self.refusal: Refusal | None = None
         self.first_token_s: float | None = None
         self.on_first_token: Callable[[], None] | None = None
+        self.on_gap: Callable[[float, int], None] | None = None
+        """Is told the mean time between so many tokens, of every step but the first."""
         self.last_token_s = accepted_s
         self._detokenizer = detokenizer
         self._max_replays = max_replays
         self._clock = clock
         self.accepted_s = accepted_s
         self._cached_tokens = 0
-        self._pending = generate_pb2.GenerateResponse()
+        self._token_ids: list[int] = []  # not taken yet, as the next two
+        self._logprobs: list[generate_pb2.TokenLogprob] = []
         self._texts: list[str] = []
         self._finish_taken = False
-        self._changed = asyncio.Event()
+        self._has_changed = False
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def ended(self) -> bool:
@@ -88,7 +92,22 @@ class Generation:
         self._prefilled_at = prefill
         self.was_prefilling |= prefill is not None
 
-    def on_delta(self, delta: attention_pb2.TokenDelta, server_id: str) -> bool:
+    def on_token(self, token_id: int, now_s: float) -> bool:
+        """As ``on_delta``, for a token of which there is nothing else to say; ``now_s`` is the clock's."""
+        if self.finish is not None or self.refusal is not None:
+            return False
+        self._note_tokens(1, now_s)
+        text, matched_stop = self._detokenizer.add_token(token_id)
+        self._texts.append(text)
+        self._token_ids.append(token_id)
+        self.output_token_ids.append(token_id)
+        if matched_stop is not None:
+            self._end(generate_pb2.Finish(reason=STOP, matched_stop_str=matched_stop))
+            return False
+        self.wake()
+        return True
+
+    def on_delta(self, delta: attention_pb2.TokenDelta, server_id: str, now_s: float) -> bool:
         """Take what a step produced; whether the attention server should go on with the sequence."""
         if self.ended:
             return False
@@ -96,13 +115,7 @@ class Generation:
             self._on_status(delta, server_id)
             return False
         self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
-        if delta.token_ids:
-            self.last_token_s = self._clock()
-            if self.first_token_s is None:
-                self.first_token_s = self.last_token_s
-                if self.on_first_token is not None:
-                    self.on_first_token()
-        matched_stop = self._add_tokens(delta)
+        matched_stop = self._add_tokens(delta, now_s)
         if matched_stop is not None:
             self._end(generate_pb2.Finish(reason=STOP, matched_stop_str=matched_stop))
         elif self.is_prefilling and delta.finish_reason == LENGTH:
@@ -114,7 +127,7 @@ class Generation:
             if delta.HasField("matched_token_id"):
                 finish.matched_token_id = delta.matched_token_id
             self._end(finish)
-        self._changed.set()
+        self.wake()
         return not self.ended
 
     def on_lost(self, reason: str) -> None:
@@ -132,7 +145,7 @@ class Generation:
             self.fail(Refusal(grpc.StatusCode.UNAVAILABLE, f"an attention server was lost, {allowed}: {reason}"))
             return
         self.needs_server = True
-        self._changed.set()
+        self.wake()
 
     def cancel(self) -> None:
         """End with FINISH_REASON_CANCELLED and what there is."""
@@ -147,34 +160,45 @@ class Generation:
             self.wake()
 
     def wake(self) -> None:
-        self._changed.set()
+        self._has_changed = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    async def wait(self, timeout_s: float) -> None:
-        """Until something changed.
-
-        Raises:
-            TimeoutError: nothing did.
-        """
-        async with asyncio.timeout(timeout_s):
-            await self._changed.wait()
-        self._changed.clear()
+    async def changed(self) -> None:
+        """Until something has changed since the call before. It waits as long as it takes: ``Patience`` ends it."""
+        if not self._has_changed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._has_changed = False
 
     def take(self) -> generate_pb2.GenerateResponse | None:
         """Everything that came since the last call; ``None`` when that is nothing a client would see."""
         text = "".join(self._texts)
         finish = None if self._finish_taken else self.finish
-        if not (text or self._pending.token_ids or finish):
+        if not (text or self._token_ids or finish):
             return None
-        response, self._pending = self._pending, generate_pb2.GenerateResponse()
-        self._texts.clear()
-        response.request_id = self.request_id
-        response.text = text
+        response = generate_pb2.GenerateResponse(request_id=self.request_id, text=text, token_ids=self._token_ids)
+        if self._logprobs:
+            response.logprobs.extend(self._logprobs)
+            self._logprobs.clear()
         if finish is not None:
             response.finish.CopyFrom(finish)
             self._finish_taken = True
+        self._texts.clear()
+        self._token_ids.clear()
         return response
 
-    def _add_tokens(self, delta: attention_pb2.TokenDelta) -> str | None:
+    def _note_tokens(self, count: int, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s = now_s
+            if self.on_first_token is not None:
+                self.on_first_token()
+            count -= 1
+        if count and self.on_gap is not None:
+            self.on_gap((now_s - self.last_token_s) / count, count)
+        self.last_token_s = now_s
+
+    def _add_tokens(self, delta: attention_pb2.TokenDelta, now_s: float) -> str | None:
         """Text and ids of the delta; returns the stop string that they complete."""
         token_ids = list(delta.token_ids)
         shown_ids = token_ids
@@ -183,10 +207,12 @@ class Generation:
         piece = self._detokenizer.add(shown_ids)
         if piece.matched_stop is not None:
             token_ids = token_ids[: piece.num_tokens]
+        if token_ids:
+            self._note_tokens(len(token_ids), now_s)
         self._texts.append(piece.text)
         self.output_token_ids += token_ids
-        self._pending.token_ids.extend(token_ids)
-        self._pending.logprobs.extend(delta.logprobs[: len(token_ids)])
+        self._token_ids += token_ids
+        self._logprobs += delta.logprobs[: len(token_ids)]
         return piece.matched_stop
 
     def _ends_with_hidden_stop(self, delta: attention_pb2.TokenDelta) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -162,15 +162,31 @@ class AttentionLink:
         self._outbox_filled.set()
 
     def _on_response(self, response: attention_pb2.LinkResponse) -> None:
+        now_s = time.monotonic()
+        self._on_columns(response.handles, response.token_ids, now_s)
         for delta in response.deltas:
-            self._on_delta(delta)
+            self._on_delta(delta, now_s)
         if response.HasField("load"):
             self._reported_outstanding_tokens = response.load.outstanding_tokens
             self.num_waiting = response.load.num_requests_waiting
             self.kv_source = response.load.kv_source if response.load.HasField("kv_source") else None
             self._set_serving(response.load.serving, "its rank is in no view that steps")
 
-    def _on_delta(self, delta: attention_pb2.TokenDelta) -> None:
+    def _on_columns(self, handles: Sequence[int], token_ids: Sequence[int], now_s: float) -> None:
+        """A token for each of the sequences: nearly all that comes, so it does nothing that a step could do once."""
+        sequences, done = self._sequences, 0
+        for handle, token_id in zip(handles, token_ids, strict=True):
+            sequence = sequences.get(handle)
+            if sequence is None:  # aborted a moment ago
+                continue
+            if sequence.outstanding_tokens:
+                sequence.outstanding_tokens -= 1
+                done += 1
+            if not sequence.generation.on_token(token_id, now_s):
+                self.abort(handle)
+        self._own_outstanding_tokens -= done
+
+    def _on_delta(self, delta: attention_pb2.TokenDelta, now_s: float) -> None:
         sequence = self._sequences.get(delta.handle)
         if sequence is None:  # aborted a moment ago
             return
@@ -178,7 +194,7 @@ class AttentionLink:
         done = min(len(delta.token_ids), sequence.outstanding_tokens)
         sequence.outstanding_tokens -= done
         self._own_outstanding_tokens -= done
-        wants_more = generation.on_delta(delta, self.server_id)
+        wants_more = generation.on_delta(delta, self.server_id, now_s)
         if delta.status_code or delta.finish_reason != UNSPECIFIED:
             self._forget(delta.handle)
         elif not wants_more:

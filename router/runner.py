@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
 import secrets
 import time
@@ -24,6 +24,7 @@ from expertmesh.router.errors import Refusal, invalid
 from expertmesh.router.generation import Generation
 from expertmesh.router.links import AttentionLink
 from expertmesh.router.model import RouterModel
+from expertmesh.router.patience import Patience
 from expertmesh.router.pool import LinkPool
 from expertmesh.router.prefill import PrefillMesh
 from expertmesh.router.spans import RequestTelemetry
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 Emit = Callable[[generate_pb2.GenerateResponse], Awaitable[None]]
 
-# A request that waits for a mesh is told why a little before its deadline, after which the client would not hear it.
-_DEADLINE_MARGIN_S = 0.25
 _REFUSED_PAUSE_S = 0.05
 
 
@@ -106,13 +105,20 @@ class Runner:
             if request_id in self._cancelled_early:
                 generation.cancel()
             self.admission.may_shed(request_id, generation.fail)
-            generation.on_first_token = lambda: self.admission.may_shed(request_id, None)
+            generation.on_first_token = functools.partial(self._begun, generation, caller)
+            generation.on_gap = caller.telemetry.on_gap
             await _Placement(self, generation, request, caller).drive(emit)
         finally:
             self._running.pop(request_id, None)
             self._owners.pop(request_id, None)
             self._cancelled_early.discard(request_id)
             self.admission.release(request_id)
+
+    def _begun(self, generation: Generation, caller: Caller) -> None:
+        """Its first token is there."""
+        assert generation.first_token_s is not None
+        self.admission.may_shed(generation.request_id, None)
+        caller.telemetry.on_first_token(generation.first_token_s)
 
     def _check_envelope(self, request: generate_pb2.GenerateRequest) -> None:
         """What costs nothing to check, before the request takes a place."""
@@ -184,22 +190,28 @@ class _Placement:
         self._caller = caller
         self._link: AttentionLink | None = None
         self._handle = 0
-        self._homeless_since_s: float | None = None  # without a server, and no token since
         self._began_under = self._pool.view_traceparent
 
     async def drive(self, emit: Emit) -> None:
         """Until the request ends; then, or when cancelled, the attention server lets go of it."""
         generation = self._generation
+        stalled = asyncio.timeout(None)  # its end is the patience's to set
+        patience = Patience(generation, self._config, self._caller.deadline_s, stalled, self._why_not_serving)
+        # A task of its own: what wakes up for every token does not go through all the calls that led here.
+        passing_on = asyncio.create_task(self._pass_on(emit, patience), name=f"pass on {generation.request_id}")
         try:
-            while not generation.ended:
-                if generation.needs_server:
-                    await self._place()
-                with contextlib.suppress(TimeoutError):  # _check_patience knows why
-                    await generation.wait(max(0.0, self._patience_ends_s() - time.monotonic()))
-                self._check_patience()
-                await self._emit_pending(emit)
-            await self._emit_pending(emit)
+            async with stalled:
+                await passing_on
+        except TimeoutError:
+            if not stalled.expired():
+                raise
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the client read nothing for {self._config.client_stall_timeout_s:g} s"
+                " (router.client_stall_timeout_s); read the stream as it comes",
+            ) from None
         finally:
+            patience.stop()
             self._pool.forget(generation)
             if self._pool.view_traceparent != self._began_under:
                 self._caller.telemetry.on_view_changed(self._pool.view_traceparent)
@@ -208,27 +220,30 @@ class _Placement:
         if generation.refusal is not None:
             raise generation.refusal
 
-    async def _emit_pending(self, emit: Emit) -> None:
-        response = self._generation.take()
-        if response is None:
-            return
-        self._caller.telemetry.on_response(self._generation, response)
-        self._caller.principal.charge(len(response.token_ids))
-        try:
-            async with asyncio.timeout(self._config.client_stall_timeout_s):
-                await emit(response)
-        except TimeoutError:
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the client read nothing for {self._config.client_stall_timeout_s:g} s"
-                " (router.client_stall_timeout_s); read the stream as it comes",
-            ) from None
+    async def _pass_on(self, emit: Emit, patience: Patience) -> None:
+        """What comes, to the client; while that takes a message, what comes next gathers for the one behind it."""
+        generation, principal = self._generation, self._caller.principal
+        while True:
+            if generation.needs_server and not generation.ended:
+                await self._place(patience)
+            response = generation.take()
+            if response is None:
+                if generation.ended:
+                    return
+                await generation.changed()
+                if generation.needs_server:
+                    patience.look()
+                continue
+            if response.HasField("finish"):
+                self._caller.telemetry.on_finish(generation, response.finish)
+            principal.charge(len(response.token_ids))
+            patience.emitting_since_s = time.monotonic()
+            await emit(response)
+            patience.emitting_since_s = None
 
-    async def _place(self) -> None:
+    async def _place(self, patience: Patience) -> None:
         """Submit to the best server there is; without one, be woken when that may have changed."""
         generation = self._generation
-        if self._homeless_since_s is None or self._homeless_since_s < generation.last_token_s:
-            self._homeless_since_s = time.monotonic()
         if self._link is not None:
             self._caller.telemetry.on_lost()
             self._link = None
@@ -237,12 +252,14 @@ class _Placement:
         link = prefill or self._pool.choose(generation.prompt_token_ids, avoid=generation.refused_by)
         if link is None:
             self._pool.notify(generation)
+            patience.look()
             return
         if link.server_id in generation.refused_by:  # there is no other: ask again, but not in a tight loop
             await asyncio.sleep(_REFUSED_PAUSE_S)
         generation.placed(prefill.kv_source if prefill is not None else None)
-        self._link = link
+        self._link = patience.link = link
         self._handle = link.submit(generation, self._submit_message())
+        patience.look()
         self._caller.telemetry.on_placed(generation, link.server_id, self._pool.num_serving)
 
     def _submit_message(self) -> attention_pb2.Submit:
@@ -269,29 +286,6 @@ class _Placement:
     def _timeout_s(self) -> float:
         deadline_s = self._caller.deadline_s
         return 0.0 if deadline_s is None else max(deadline_s - time.monotonic(), 0.001)
-
-    def _patience_ends_s(self) -> float:
-        """When ``_check_patience`` has something to say if nothing happens before."""
-        deadline_s, link = self._caller.deadline_s, self._link
-        if self._generation.needs_server:
-            assert self._homeless_since_s is not None
-            if deadline_s is None:
-                return self._homeless_since_s + self._config.no_capacity_timeout_s
-            return deadline_s - _DEADLINE_MARGIN_S
-        if deadline_s is not None:
-            return deadline_s
-        since_s = time.monotonic() if link is None or link.serving else link.not_serving_since_s
-        return since_s + self._config.no_capacity_timeout_s
-
-    def _check_patience(self) -> None:
-        """Long silence is an answer when there is no mesh that could end it, or no time left."""
-        if time.monotonic() < self._patience_ends_s():
-            return
-        if self._generation.needs_server or (self._link is not None and not self._link.serving):
-            self._generation.fail(Refusal(grpc.StatusCode.UNAVAILABLE, self._why_not_serving()))
-        elif self._caller.deadline_s is not None:
-            message = "the deadline came before the end; raise it or lower sampling_params.max_tokens"
-            self._generation.fail(Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, message))
 
     def _why_not_serving(self) -> str:
         refused_by = self._generation.refused_by

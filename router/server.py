@@ -25,7 +25,7 @@ from expertmesh.router.prefill import PrefillMesh
 from expertmesh.router.runner import Runner
 from expertmesh.router.service import GenerationService
 from expertmesh.router.slo import Objectives
-from expertmesh.router.spans import RequestObserver
+from expertmesh.router.spans import RequestObserver, TokenGaps
 from expertmesh.v1 import attention_pb2, mesh_pb2
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class Router:
         self.server_id = server_id
         self.telemetry = telemetry
         self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
-        hello = attention_pb2.LinkHello(router_id=server_id, fingerprint=self.model.spec.fingerprint)
+        hello = attention_pb2.LinkHello(
+            router_id=server_id, fingerprint=self.model.spec.fingerprint, takes_columns=True
+        )
         self._mesh = FollowedMesh(
             _balancer_address(config),
             config,
@@ -79,6 +81,7 @@ class Router:
             telemetry=telemetry,
             model=self.model.limits.name,
             objectives=Objectives(telemetry.metrics, ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s),
+            gaps=TokenGaps(telemetry.metrics.inter_token_latency_seconds.labels()),
         )
         self.calls = Calls(self.runner, self.model, self.observer)
         self.service = GenerationService(self.calls)

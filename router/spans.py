@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -11,6 +13,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from expertmesh.mesh.telemetry import Telemetry, extract_context, link_to, record_span, traceparent_of
+from expertmesh.mesh.telemetry.instruments import HistogramCell
 from expertmesh.mesh.telemetry.tracing import Metadata
 from expertmesh.router.generation import Generation
 from expertmesh.router.slo import Objectives
@@ -39,6 +42,27 @@ class RequestTotals:
         return mean_s
 
 
+class TokenGaps:
+    """Times between tokens of all requests, told to their histogram once for all that come with a step."""
+
+    def __init__(self, cell: HistogramCell) -> None:
+        self._cell = cell
+        self._gaps_s: list[float] = []
+
+    def add(self, gap_s: float, count: int) -> None:
+        """``count`` tokens, each so long after the one before it."""
+        if not self._gaps_s:
+            asyncio.get_running_loop().call_soon(self._tell)
+        if count == 1:
+            self._gaps_s.append(gap_s)
+        else:
+            self._gaps_s.extend([gap_s] * count)
+
+    def _tell(self) -> None:
+        gaps_s, self._gaps_s = self._gaps_s, []
+        self._cell.observe_all(gaps_s)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestObserver:
     """What the telemetry of all requests of a router shares. ``model``: as the mesh names it."""
@@ -46,6 +70,7 @@ class RequestObserver:
     telemetry: Telemetry
     model: str
     objectives: Objectives
+    gaps: TokenGaps
     totals: RequestTotals = field(default_factory=RequestTotals)
 
 
@@ -63,7 +88,6 @@ class RequestTelemetry:
         self._tracer = telemetry.tracer
         self._metrics = telemetry.metrics
         self._started_s = time.monotonic()
-        self._last_response_s = 0.0
         self._inflight = False
         self._placements = 0
         self._choosing_ns = 0
@@ -145,26 +169,22 @@ class RequestTelemetry:
         """The view that the request began under is not the one that it ended under."""
         link_to(self._span, traceparent, "view_change")
 
-    def on_response(self, generation: Generation, response: generate_pb2.GenerateResponse) -> None:
-        """A message is about to go to the client."""
-        num_tokens = len(response.token_ids)
-        if num_tokens:
-            now_s = generation.last_token_s
-            if not self._last_response_s:
-                assert generation.first_token_s is not None
-                ttft_s = generation.first_token_s - self._started_s
-                self._metrics.time_to_first_token_seconds.observe(ttft_s, self._exemplar)
-                self._observer.totals.ttfts += 1
-                self._observer.totals.ttft_s += ttft_s
-                self._span.add_event("first_token")
-                num_tokens -= 1
-                self._last_response_s = generation.first_token_s
-            for _ in range(num_tokens):
-                gap_s = (now_s - self._last_response_s) / num_tokens
-                self._metrics.inter_token_latency_seconds.observe(gap_s, self._exemplar)
-            self._last_response_s = now_s
-        if response.HasField("finish"):
-            self._on_finish(generation, response.finish)
+    def on_first_token(self, now_s: float) -> None:
+        """It has come, ``now_s`` on ``time.monotonic``."""
+        ttft_s = now_s - self._started_s
+        self._metrics.time_to_first_token_seconds.observe(ttft_s, self._exemplar)
+        self._observer.totals.ttfts += 1
+        self._observer.totals.ttft_s += ttft_s
+        self._span.add_event("first_token")
+
+    @property
+    def on_gap(self) -> Callable[[float, int], None]:
+        """Takes the mean time between so many tokens: for all of a step at once, except where a trace is pointed to."""
+        return self._observe_gap if self._span.is_recording() else self._observer.gaps.add
+
+    def _observe_gap(self, gap_s: float, count: int) -> None:
+        for _ in range(count):
+            self._metrics.inter_token_latency_seconds.observe(gap_s, self._exemplar)
 
     def refused(self, code: grpc.StatusCode, message: str) -> None:
         self._metrics.requests_rejected.add(1, reason=code.name.lower())
@@ -200,7 +220,8 @@ class RequestTelemetry:
             parent = trace.set_span_in_context(self._span)
             record_span(self._tracer, name, parent, began_ns, self._phase_ns, attributes)
 
-    def _on_finish(self, generation: Generation, finish: generate_pb2.Finish) -> None:
+    def on_finish(self, generation: Generation, finish: generate_pb2.Finish) -> None:
+        """The last message is about to go to the client."""
         reason = FINISH_NAMES[finish.reason]
         e2e_s = time.monotonic() - self._started_s
         self._metrics.request_success.add(1, finished_reason=reason)

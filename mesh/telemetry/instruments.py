@@ -97,6 +97,14 @@ class HistogramCell:
             if traceparent:
                 self._exemplars[index] = Exemplar(value, traceparent, time.time())
 
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Several that were seen in no trace, at the price of little more than one."""
+        indices = [bisect_left(self._bounds, value) for value in values]
+        with self._lock:
+            for index in indices:
+                self._counts[index] += 1
+            self._sum += sum(values)
+
     def read(self) -> Distribution:
         with self._lock:
             return Distribution(self._bounds, tuple(self._counts), self._sum, tuple(self._exemplars))
@@ -182,6 +190,9 @@ class _NullHistogramCell(HistogramCell):
     __slots__ = ()
 
     def observe(self, value: float, traceparent: str = "") -> None:
+        pass
+
+    def observe_all(self, values: Sequence[float]) -> None:
         pass
 
 

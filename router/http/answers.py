@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from expertmesh.router.detokenizer import Vocabulary
@@ -15,6 +16,7 @@ _FINISH_NAMES = {
     generate_pb2.FINISH_REASON_LENGTH: "length",
     generate_pb2.FINISH_REASON_CANCELLED: "abort",  # vLLM's word
 }
+_MARK = "the text"
 Logprobs = Iterable[generate_pb2.TokenLogprob]
 
 
@@ -63,6 +65,7 @@ class Shape:
     def __init__(self, answering: Answering) -> None:
         self._a = answering
         self._chunk_head = self._head(self.chunk_object)
+        self._plain: dict[int, tuple[str, str]] = {}  # by choice: what stands around the text of a chunk of text alone
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer of a request that does not stream."""
@@ -76,8 +79,25 @@ class Shape:
         """What comes before the first text of a choice, if anything does."""
         raise NotImplementedError
 
-    def chunk(self, choice: Choice, response: generate_pb2.GenerateResponse) -> dict[str, Any] | None:
-        """What a message adds; None when a client would not see it."""
+    def chunk(self, choice: Choice, response: generate_pb2.GenerateResponse) -> bytes:
+        """The event of what a message adds; empty when a client would not see it."""
+        a = self._a
+        if response.text and not (a.with_logprobs or a.with_token_ids or response.HasField("finish")):
+            choice.num_chars += len(response.text)
+            return self._plain_event(choice.index, response.text)
+        chunk = self._chunk(choice, response)
+        return b"" if chunk is None else event(chunk)
+
+    def _plain_event(self, index: int, text: str) -> bytes:
+        """Of nearly all chunks: the first one, with another text."""
+        if index not in self._plain:
+            marked = event(self._chunk(Choice(index), generate_pb2.GenerateResponse(text=_MARK))).decode()
+            head, _, tail = marked.rpartition(encode_basestring(_MARK))
+            self._plain[index] = (head, tail)
+        head, tail = self._plain[index]
+        return f"{head}{encode_basestring(text)}{tail}".encode("utf-8", errors="replace")
+
+    def _chunk(self, choice: Choice, response: generate_pb2.GenerateResponse) -> dict[str, Any] | None:
         a, finish = self._a, response.finish if response.HasField("finish") else None
         choice.finish = finish
         is_seen = response.text or finish is not None

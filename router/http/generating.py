@@ -92,11 +92,11 @@ class Generating:
 
         async def write(index: int, response: generate_pb2.GenerateResponse) -> None:
             choice = self._choices[index]
-            chunks = [shape.chunk(choice, response)]
+            data = shape.chunk(choice, response)
             if index not in begun:
                 begun.add(index)
-                chunks.insert(0, shape.first(choice))
-            data = b"".join(event(chunk) for chunk in chunks if chunk is not None)
+                first = shape.first(choice)
+                data = data if first is None else event(first) + data
             if data:
                 await answer.write(data)
 

@@ -52,6 +52,11 @@ async def test_generates_streamed_and_unary(stand: Stand) -> None:
     assert (info.model, info.has_chat_template) == ("expertmesh-demo", False)
 
 
+async def test_a_server_that_knows_no_columns_is_understood(stand: Stand) -> None:
+    client = await stand.start([FakeAttention("a0", makes_columns=False)])
+    assert (await client.complete(ask())).token_ids == expected_tokens(PROMPT, 1, 8)
+
+
 async def test_text_prompt_and_hidden_end_of_sequence(stand: Stand) -> None:
     server = FakeAttention("a0", script=scripted([300, 301, 0]))
     client = await stand.start([server])
@@ -237,7 +242,7 @@ async def test_without_a_mesh_requests_wait_and_then_learn_the_reason(
     async with asyncio.timeout(TIMEOUT_S):
         while "3 experts have no home" not in ((await refusal_of(client.complete(ask()))).details() or ""):
             pass
-    monkeypatch.setattr("expertmesh.router.runner._DEADLINE_MARGIN_S", 9.0)
+    monkeypatch.setattr("expertmesh.router.patience._DEADLINE_MARGIN_S", 9.0)
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await client.complete(ask(), timeout_s=9.5)
     assert (refusal.value.code(), "no home" in (refusal.value.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
@@ -274,6 +279,22 @@ async def test_a_running_request_without_deadline_does_not_outwait_a_dead_mesh(s
     refused = await refusal_of(running)
     assert refused.code() is grpc.StatusCode.UNAVAILABLE
     await server.until(lambda: server.num_running == 0)
+
+
+async def test_a_request_that_ran_for_long_is_replayed_when_its_server_is_lost(stand: Stand) -> None:
+    """Its patience with a mesh that does not serve begins with the loss, not with its own start."""
+    server = FakeAttention("a0")
+    client = await stand.start([server], no_capacity_timeout_s=0.5)
+    server.going.clear()
+    running = asyncio.create_task(client.complete(ask()))
+    await server.until(lambda: server.num_running == 1)
+    server.step()
+    await asyncio.sleep(0.6)  # the time itself is what matters
+    server.break_links()
+    await server.until(lambda: len(server.submits) == 2)
+    server.going.set()
+    answer = await running
+    assert (answer.token_ids, answer.finish.replays) == (expected_tokens(PROMPT, 1, 8), 1)
 
 
 async def test_deadline(stand: Stand) -> None:

@@ -47,6 +47,7 @@ def scripted(token_ids: Sequence[int]) -> Script:
 
 @dataclass
 class _Link:
+    takes_columns: bool = False
     running: dict[int, attention_pb2.Submit] = field(default_factory=dict)
     emitted: dict[int, int] = field(default_factory=dict)
     outbox: asyncio.Queue[attention_pb2.LinkResponse] = field(default_factory=asyncio.Queue)
@@ -57,10 +58,17 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     """One attention server. A step gives every running sequence ``tokens_per_step`` tokens in one message.
 
     It steps by itself while ``going`` is set. ``max_steps`` breaks every link after so many steps, as a dying server.
+    One that makes no columns speaks as servers did before there were any.
     """
 
     def __init__(
-        self, server_id: str, *, script: Script = hashed_tokens, tokens_per_step: int = 1, max_steps: int | None = None
+        self,
+        server_id: str,
+        *,
+        script: Script = hashed_tokens,
+        tokens_per_step: int = 1,
+        max_steps: int | None = None,
+        makes_columns: bool = True,
     ) -> None:
         self.server_id = server_id
         self.incarnation = f"{server_id}-1"
@@ -73,6 +81,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.going.set()
         self._script = script
         self._tokens_per_step = tokens_per_step
+        self._makes_columns = makes_columns
         self._steps_left = max_steps
         self._serving = True
         self._links: list[_Link] = []
@@ -146,6 +155,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
             match request.WhichOneof("message"):
                 case "hello":
                     self.hellos.append(request.hello)
+                    link.takes_columns = request.hello.takes_columns and self._makes_columns
                     link.outbox.put_nowait(attention_pb2.LinkResponse(load=self._load(link)))
                 case "submit":
                     self._on_submit(link, request.submit)
@@ -184,9 +194,15 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         for link in self._links:
             if link.broken.is_set():
                 continue
-            deltas = [self._advance(link, handle) for handle in list(link.running)]
-            if deltas:
-                link.outbox.put_nowait(attention_pb2.LinkResponse(deltas=deltas, load=self._load(link)))
+            response = attention_pb2.LinkResponse(load=self._load(link))
+            for delta in [self._advance(link, handle) for handle in list(link.running)]:
+                if link.takes_columns and not (delta.logprobs or delta.finish_reason):
+                    response.handles.extend([delta.handle] * len(delta.token_ids))
+                    response.token_ids.extend(delta.token_ids)
+                else:
+                    response.deltas.append(delta)
+            if response.deltas or response.handles:
+                link.outbox.put_nowait(response)
         if self._steps_left is not None:
             self._steps_left -= 1
             if self._steps_left <= 0:

@@ -12,7 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.attention_server.engine import Output
+from expertmesh.attention_server.sampler import Logprobs
 from expertmesh.attention_server.server import AttentionServer
+from expertmesh.attention_server.service import RouterLink as ServiceLink
+from expertmesh.attention_server.service import take_response
 from expertmesh.mesh.config import AttentionConfig, MeshConfig, ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
@@ -121,11 +125,13 @@ class Rig:
             await asyncio.to_thread(self.stepper.stop)
 
     @asynccontextmanager
-    async def link(self, fingerprint: str | None = None) -> AsyncIterator[RouterLink]:
+    async def link(self, fingerprint: str | None = None, *, takes_columns: bool = False) -> AsyncIterator[RouterLink]:
         async with grpc.aio.insecure_channel(self.address) as channel:
             call = attention_pb2_grpc.AttentionServiceStub(channel).Link(timeout=TIMEOUT_S)
             hello = attention_pb2.LinkHello(
-                router_id="router-0", fingerprint=self.spec.fingerprint if fingerprint is None else fingerprint
+                router_id="router-0",
+                fingerprint=self.spec.fingerprint if fingerprint is None else fingerprint,
+                takes_columns=takes_columns,
             )
             await call.write(attention_pb2.LinkRequest(hello=hello))
             try:
@@ -168,6 +174,50 @@ async def test_tokens_of_several_sequences_come_with_the_load(path: Path) -> Non
             assert deltas[handle][-1].finish_reason == generate_pb2.FINISH_REASON_LENGTH
             assert deltas[handle][0].logprobs[0].top_logprobs[0].token_id == deltas[handle][0].token_ids[0]
         await call.load_until(num_requests_running=0, kv_cache_usage=0.0, outstanding_tokens=0)
+
+
+async def test_columns_hold_the_same_tokens(path: Path) -> None:
+    prompt, sampling = [7, 8, 9], {"max_tokens": 12}
+    async with Rig(path).serve() as rig:
+        rig.stepper.start()
+        async with rig.link() as link:
+            await link.write(submit(1, prompt, sampling_params=sampling))
+            expected = [token for delta in (await link.deltas_until_end(1))[1] for token in delta.token_ids]
+        async with rig.link(takes_columns=True) as link:
+            await link.write(submit(5, prompt, sampling_params=sampling))
+            columns: list[int] = []
+            while True:
+                message = await link.read()
+                assert message is not None
+                assert set(message.handles) <= {5}
+                columns += message.token_ids
+                if message.deltas:
+                    break
+    (last,) = message.deltas
+    assert last.finish_reason == generate_pb2.FINISH_REASON_LENGTH
+    assert (len(columns), [*columns, *last.token_ids]) == (11, expected)
+
+
+def test_what_follows_a_delta_of_its_sequence_stays_behind_it() -> None:
+    """As when a router's link is some steps behind."""
+    length = generate_pb2.FINISH_REASON_LENGTH
+    link = ServiceLink(1, "router-0", takes_columns=True)
+    link.outputs = [
+        Output(1, 1, 10, cached_tokens=16),
+        Output(1, 2, 20),
+        Output(1, 1, 11),
+        Output(1, 2, 21),
+        Output(1, 3, 30, logprobs=Logprobs(-1.0, [], [])),
+        Output(1, 2, 22, finish=length),
+        Output(1, 4, code=grpc.StatusCode.UNAVAILABLE, message="it stops"),
+        Output(1, 3, 31),
+    ]
+    message = take_response(link, None)
+    assert message is not None
+    assert list(zip(message.handles, message.token_ids, strict=True)) == [(2, 20), (2, 21)]
+    deltas = [(delta.handle, list(delta.token_ids)) for delta in message.deltas]
+    assert deltas == [(1, [10]), (1, [11]), (3, [30]), (2, [22]), (4, []), (3, [31])]
+    assert take_response(link, None) is None
 
 
 async def test_other_model_is_refused(path: Path) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import generate_pb2 as expertmesh_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/attention.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/generate.proto\"\x9b\x01\n\x0bLinkRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.LinkHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12-\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1c.expertmesh.v1.AbortSequenceH\x00\x42\t\n\x07message\"3\n\tLinkHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\xbd\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x36\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x16\n\x0e\x61rrival_unix_s\x18\n \x01(\x01\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12*\n\tkv_source\x18\x14 \x01(\x0b\x32\x17.expertmesh.v1.KvSource\"@\n\x08KvSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x13\n\x0bnixl_digest\x18\x03 \x01(\x0c\"\x1f\n\rAbortSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"e\n\x0cLinkResponse\x12)\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenDelta\x12*\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expertmesh.v1.AttentionLoad\"\x89\x02\n\nTokenDelta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x13\n\x0bstatus_code\x18\x07 \x01(\x05\x12\x15\n\rerror_message\x18\x08 \x01(\tB\x13\n\x11_matched_token_id\"\xd3\x01\n\rAttentionLoad\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x03 \x01(\x02\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x0f\n\x07serving\x18\x05 \x01(\x08\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12*\n\tkv_source\x18\x14 \x01(\x0b\x32\x17.expertmesh.v1.KvSource2W\n\x10\x41ttentionService\x12\x43\n\x04Link\x12\x1a.expertmesh.v1.LinkRequest\x1a\x1b.expertmesh.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/attention.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/generate.proto\"\x9b\x01\n\x0bLinkRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.LinkHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12-\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1c.expertmesh.v1.AbortSequenceH\x00\x42\t\n\x07message\"J\n\tLinkHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x15\n\rtakes_columns\x18\x03 \x01(\x08\"\xbd\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x36\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x16\n\x0e\x61rrival_unix_s\x18\n \x01(\x01\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12*\n\tkv_source\x18\x14 \x01(\x0b\x32\x17.expertmesh.v1.KvSource\"@\n\x08KvSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x13\n\x0bnixl_digest\x18\x03 \x01(\x0c\"\x1f\n\rAbortSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"\x89\x01\n\x0cLinkResponse\x12)\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenDelta\x12*\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expertmesh.v1.AttentionLoad\x12\x0f\n\x07handles\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\x89\x02\n\nTokenDelta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x13\n\x0bstatus_code\x18\x07 \x01(\x05\x12\x15\n\rerror_message\x18\x08 \x01(\tB\x13\n\x11_matched_token_id\"\xd3\x01\n\rAttentionLoad\x12\x1c\n\x14num_requests_running\x18\x01 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x03 \x01(\x02\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x0f\n\x07serving\x18\x05 \x01(\x08\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12*\n\tkv_source\x18\x14 \x01(\x0b\x32\x17.expertmesh.v1.KvSource2W\n\x10\x41ttentionService\x12\x43\n\x04Link\x12\x1a.expertmesh.v1.LinkRequest\x1a\x1b.expertmesh.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINKREQUEST']._serialized_start=79
   _globals['_LINKREQUEST']._serialized_end=234
   _globals['_LINKHELLO']._serialized_start=236
-  _globals['_LINKHELLO']._serialized_end=287
-  _globals['_SUBMIT']._serialized_start=290
-  _globals['_SUBMIT']._serialized_end=607
-  _globals['_KVSOURCE']._serialized_start=609
-  _globals['_KVSOURCE']._serialized_end=673
-  _globals['_ABORTSEQUENCE']._serialized_start=675
-  _globals['_ABORTSEQUENCE']._serialized_end=706
-  _globals['_LINKRESPONSE']._serialized_start=708
-  _globals['_LINKRESPONSE']._serialized_end=809
-  _globals['_TOKENDELTA']._serialized_start=812
-  _globals['_TOKENDELTA']._serialized_end=1077
-  _globals['_ATTENTIONLOAD']._serialized_start=1080
-  _globals['_ATTENTIONLOAD']._serialized_end=1291
-  _globals['_ATTENTIONSERVICE']._serialized_start=1293
-  _globals['_ATTENTIONSERVICE']._serialized_end=1380
+  _globals['_LINKHELLO']._serialized_end=310
+  _globals['_SUBMIT']._serialized_start=313
+  _globals['_SUBMIT']._serialized_end=630
+  _globals['_KVSOURCE']._serialized_start=632
+  _globals['_KVSOURCE']._serialized_end=696
+  _globals['_ABORTSEQUENCE']._serialized_start=698
+  _globals['_ABORTSEQUENCE']._serialized_end=729
+  _globals['_LINKRESPONSE']._serialized_start=732
+  _globals['_LINKRESPONSE']._serialized_end=869
+  _globals['_TOKENDELTA']._serialized_start=872
+  _globals['_TOKENDELTA']._serialized_end=1137
+  _globals['_ATTENTIONLOAD']._serialized_start=1140
+  _globals['_ATTENTIONLOAD']._serialized_end=1351
+  _globals['_ATTENTIONSERVICE']._serialized_start=1353
+  _globals['_ATTENTIONSERVICE']._serialized_end=1440
 # @@protoc_insertion_point(module_scope)

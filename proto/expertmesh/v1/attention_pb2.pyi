@@ -57,18 +57,22 @@ class LinkHello(_message.Message):
 
     ROUTER_ID_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TAKES_COLUMNS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     fingerprint: _builtins.str
     """of the model that the router tokenises for"""
+    takes_columns: _builtins.bool
+    """the router reads `handles` and `token_ids` of LinkResponse"""
     def __init__(
         self,
         *,
         router_id: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        takes_columns: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "router_id", b"router_id", "takes_columns", b"takes_columns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,19 +201,31 @@ class LinkResponse(_message.Message):
 
     DELTAS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    HANDLES_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenDelta]: ...
     @_builtins.property
     def load(self) -> Global___AttentionLoad: ...
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of which there is nothing else to say, to routers that take them so: sequence handles[i] got token_ids[i].
+        They come before the deltas of the same message: of a sequence that has both, these tokens are the earlier ones.
+        """
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         deltas: _abc.Iterable[Global___TokenDelta] | None = ...,
         load: Global___AttentionLoad | None = ...,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "handles", b"handles", "load", b"load", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,6 +249,7 @@ class TokenDelta(_message.Message):
     matched_token_id: _builtins.int
     """the end-of-sequence or stop id that ended it"""
     cached_tokens: _builtins.int
+    """in the first and the last delta of a sequence"""
     status_code: _builtins.int
     """A gRPC status code other than OK ends the sequence with that status and `error_message`."""
     error_message: _builtins.str
