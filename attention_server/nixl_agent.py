@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import logging
 import queue
 import secrets
 import threading
@@ -19,54 +17,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_transport import HandoverError
-from expertmesh.mesh.config_security import is_loopback
+from expertmesh.attention_server.nixl_setup import load_nixl, ucx_settings
 from expertmesh.mesh.errors import UserError
-
-log = logging.getLogger(__name__)
 
 _POLL_S = 0.0005
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _MAX_PEERS = 64
-_PACKAGES = ("nixl_cu13", "nixl_cu12")  # of one release each, for the CUDA that torch has
-
-
-def load_nixl() -> ModuleType:
-    """
-    Raises:
-        UserError: the package is not installed, or cannot be imported.
-    """
-    cuda = (torch.version.cuda or "").partition(".")[0]
-    wanted = [name for name in _PACKAGES if not cuda or name.endswith(cuda)]
-    problems = []
-    raises = logging.raiseExceptions
-    for name in wanted:
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            problems.append(str(error))
-            continue
-        # It configures logging for the whole process: its lines would go to stdout.
-        logging.raiseExceptions = raises
-        logger = logging.getLogger("nixl")
-        logger.handlers.clear()
-        logger.setLevel(logging.WARNING)
-        logger.propagate = True
-        return module
-    raise UserError(
-        "disaggregation.transport",
-        f"KV blocks are to travel by NIXL, which cannot be imported ({'; '.join(problems) or 'none for this CUDA'})",
-        "pip install 'expertmesh[nixl]' (nixl-cu12 where torch has CUDA 12), or set it to tcp between CPU ranks",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +167,7 @@ class NixlAgent:
             torch.cuda.set_device(self._memory.device)
         config = self._nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
         agent = self._nixl.nixl_agent(f"kv-{secrets.token_hex(16)}", config)
-        agent.create_backend("UCX", {"engine_config": _ucx_settings(host, self._memory), "ucx_ep_close_force": "true"})
+        agent.create_backend("UCX", {"engine_config": ucx_settings(host, self._memory), "ucx_ep_close_force": "true"})
         device = self._memory.device.index or 0
         regions = [(start, size, device, "") for start, size in self._memory.regions()]
         agent.register_memory(regions, "DRAM" if self._memory.is_on_host else "VRAM")
@@ -307,23 +271,3 @@ def _answer(read: _Read, error: HandoverError | None) -> None:
             read.future.set_result(None)
         else:
             read.future.set_exception(error)
-
-
-def _ucx_settings(host: str, memory: BlockMemory) -> str:
-    """What UCX may use where the environment (``UCX_TLS``, ``UCX_NET_DEVICES``) does not say it.
-
-    Between GPUs it finds the best way itself; on one machine nothing of it is to be reached from others.
-    """
-    settings = ["TLS=tcp"] if memory.is_on_host else []
-    device = _device_of(host)
-    if device and (memory.is_on_host or is_loopback(host)):
-        settings.append(f"NET_DEVICES={device}")
-    return ",".join(settings)
-
-
-def _device_of(host: str) -> str:
-    """The network device with this address; '' = none or all of them have it."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address.partition("%")[0] == host.strip("[]") for address in addresses):
-            return name
-    return "lo" if is_loopback(host) else ""

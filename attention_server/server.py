@@ -71,7 +71,7 @@ def _open_half(
     )
 
 
-def _open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
+def open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
     """None = blocks travel by TCP alone."""
     transport = config.disaggregation.transport
     if transport == "tcp" and not memory.is_on_host:
@@ -133,7 +133,7 @@ class AttentionServer:
                 f"is {section.role!r}, and KV blocks are handed over from prefix cache to prefix cache",
                 "set it to off, or attention.enable_prefix_caching: true",
             )
-        self._nixl = _open_nixl(config, memory)
+        self._nixl = open_nixl(config, memory)
         transports: list[Transport] = [] if self._nixl is None else [NixlTransport(memory, self._nixl)]
         if memory.is_on_host:
             transports.append(TcpTransport(memory))

@@ -16,7 +16,8 @@ from expertmesh.attention_server.kv_handover import KvGiver, fetch_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_nixl import NixlTransport
 from expertmesh.attention_server.kv_transport import KvSource, TcpTransport, Transport
-from expertmesh.attention_server.nixl_agent import NixlAgent, load_nixl
+from expertmesh.attention_server.nixl_agent import NixlAgent
+from expertmesh.attention_server.nixl_setup import load_nixl
 from expertmesh.attention_server.prefix_desk import PrefixDesk
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.rank_security import RankSecurity

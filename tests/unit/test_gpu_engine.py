@@ -71,6 +71,38 @@ def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
     rank.close()
 
 
+def test_blocks_can_be_handed_over_when_the_steps_under_way_are_over(parts: dict[str, Any]) -> None:
+    """A rank on a GPU is a step ahead of what it knows; its blocks are of the CPU's size."""
+    config: dict[str, Any] = {"max_num_seqs": 3, "num_kv_blocks": 12, "block_size": 4}
+    cpu = LocalEngine(parts["spec"], parts["checkpoint"], PlainExperts(parts["spec"], parts["checkpoint"]), **config)
+    rank = SoloRank(parts["spec"], parts["checkpoint"], "cpu", **config)
+    here, there = cpu.half.block_memory, rank.half.block_memory
+    assert here is not None
+    assert there is not None
+    assert here.block_bytes == there.block_bytes == 4 * parts["spec"].kv_bytes_per_token
+    assert here.slabs == there.slabs
+    assert len(there.regions()) == 1
+    for engine, is_quiet_after_a_step in ((cpu, True), (rank, False)):
+        quiet = watch_steps(engine.half)
+        engine.submit(1, PROMPT, max_tokens=4)
+        engine.run()
+        assert quiet[0] is is_quiet_after_a_step
+        assert engine.half.engine.prefixes.quiet()(), "all steps have landed"
+    rank.close()
+
+
+def watch_steps(half: Any) -> list[bool]:
+    """Gets for each step whether none was under way after it."""
+    finish, quiet = half.finish, list[bool]()
+
+    def finish_and_ask() -> None:
+        finish()
+        quiet.append(half.engine.prefixes.quiet()())
+
+    half.finish = finish_and_ask
+    return quiet
+
+
 @pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
 )  # in rows that belong to no slot

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_transport import HandoverError, KvSource, TcpTransport
+from expertmesh.attention_server.server import open_nixl
+from expertmesh.mesh.config import MeshConfig, parse_config
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.rank_security import RankSecurity
 from support.kv_caches import (
     BLOCK_SIZE,
@@ -201,3 +205,15 @@ async def _fetch_from(peer: Peer, ours: Cache, digests: list[bytes], timeout_s: 
     finally:
         server.close()
         await server.wait_closed()
+
+
+def test_what_each_transport_needs() -> None:
+    on_device = BlockMemory([torch.empty(BLOCK_SIZE, 2, 8, device="meta")], BLOCK_SIZE)
+    with pytest.raises(UserError, match=r"disaggregation\.transport: is 'tcp', .*on meta"):
+        open_nixl(with_transport("tcp"), on_device)
+    for transport in ("tcp", "auto"):
+        assert open_nixl(with_transport(transport), Cache(0).memory) is None
+
+
+def with_transport(transport: str) -> MeshConfig:
+    return parse_config({"disaggregation": {"role": "prefill", "transport": transport}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import struct
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from expertmesh.attention_server import nixl_setup
 from expertmesh.attention_server.gpu_model import GpuKvCache
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_nixl import NixlTransport
@@ -23,6 +26,7 @@ from expertmesh.attention_server.kv_transport import HandoverError, KvSource, Tr
 from expertmesh.attention_server.nixl_agent import NixlAgent, Span
 from expertmesh.attention_server.paged import PagedKvCache
 from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.mesh.model.spec import load_spec
 from support.kv_caches import (
@@ -342,19 +346,26 @@ async def test_nobody_is_there() -> None:
         await fetch(KvSource("127.0.0.1:9", b"?" * 32, bytes(32)), digests_of(2), ours, taking)
 
 
-def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertmesh.attention_server import nixl_agent
-    from expertmesh.mesh.errors import UserError
+def test_ucx_listens_at_the_interface_alone() -> None:
+    def listening() -> set[str]:
+        connections = psutil.Process().net_connections("tcp")
+        return {f"{c.laddr.ip} {c.laddr.port}" for c in connections if c.status == psutil.CONN_LISTEN}
 
-    monkeypatch.setattr(nixl_agent, "_PACKAGES", ("nixl_of_nowhere",))
+    before = listening()
+    with travelling(Cache(0), "nixl"):
+        of_ucx = listening() - before
+    assert of_ucx
+    assert all(address.startswith("127.0.0.1 ") for address in of_ucx), of_ucx
+
+
+def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_setup, "_PACKAGES", ("nixl_of_nowhere",))
     with pytest.raises(UserError, match=r"(?s)disaggregation\.transport.*nixl_of_nowhere.*expertmesh\[nixl\]"):
-        nixl_agent.load_nixl()
+        nixl_setup.load_nixl()
 
 
 def test_logs_stay_ours() -> None:
     """The package sets logging up for the whole process."""
-    import logging
-
     logger = logging.getLogger("nixl")
     assert not logger.handlers
     assert logger.propagate
