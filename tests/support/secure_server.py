@@ -22,7 +22,7 @@ from expertmesh.mesh.gate import Gate
 from expertmesh.mesh.telemetry import disabled_telemetry
 
 GENERATION, ADMIN = "expertmesh.v1.GenerationService", "expertmesh.v1.AdminService"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="session")
