@@ -30,6 +30,12 @@ class Peer:
     rank: int
     sock: socket.socket
     unsent: deque[memoryview] = field(default_factory=deque)
+    posted: int = 0  # bytes of all messages to it, gone or not
+
+    @property
+    def gone(self) -> int:
+        """Bytes that the kernel has taken."""
+        return self.posted - sum([len(part) for part in self.unsent])
 
 
 class SocketGroup:
@@ -56,12 +62,13 @@ class SocketGroup:
         peer = self._peers[dst]
         payload = _bytes_of(tensors[0])
         parts = self._parts(peer, [memoryview(_HEAD.pack(tag, len(payload))), payload])
+        peer.posted += sum([len(part) for part in parts])
         if not peer.unsent:
             parts = _write(peer, parts)
         if parts:
             peer.unsent.extend(parts)
             self._backlog.add(peer.rank)
-        return _Sent(self, peer)
+        return _Sent(self, peer, peer.posted)
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> _Received:
         """Expect a message of at most the tensor's size; a shorter one fills its beginning."""
@@ -79,10 +86,11 @@ class SocketGroup:
         if size:
             self._read(peer, into[:size])
 
-    def flush(self, peer: Peer) -> None:
-        """Wait until the kernel has taken everything for a peer."""
+    def flush(self, peer: Peer, end: int) -> None:
+        """Wait until the kernel has taken so many bytes for a peer, and not for what was posted behind them: the peer
+        may read that only when this rank has gone on."""
         deadline = time.monotonic() + self._timeout_s
-        while peer.unsent:
+        while peer.gone < end:
             self._progress(None, deadline)
 
     def _parts(self, peer: Peer, parts: list[memoryview]) -> list[memoryview]:
@@ -133,10 +141,11 @@ class SocketGroup:
 class _Sent:
     group: SocketGroup
     peer: Peer
+    end: int
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if self.peer.unsent:
-            self.group.flush(self.peer)
+            self.group.flush(self.peer, self.end)
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,13 +163,19 @@ def test_every_answer_goes_to_its_own_tokens(roles: str, backend: str) -> None:
     run_through(roles, backend, [(1, 0) if rank == 0 else (0, 0) for rank in range(len(roles))], 8)
 
 
-@pytest.mark.parametrize("roles", ["ae", "bb"])
+@pytest.mark.parametrize("roles", ["ae", "bb", "abe"])
 def test_messages_beyond_what_the_kernel_holds_do_not_block(roles: str) -> None:
-    run_through(roles, "tcp", [(200, 200) if role in "ab" else (0, 0) for role in roles], 8192)
+    own = [(24, 24) if role in "ab" else (0, 0) for role in roles]
+    run_through(roles, "tcp", own, 8192, kernel_bytes=1 << 14)
 
 
-def run_through(roles: str, backend: str, own: Sequence[tuple[int, int]], hidden: int) -> None:
-    """All ranks, a thread each; the residual streams have to be those of a plain sum."""
+def run_through(
+    roles: str, backend: str, own: Sequence[tuple[int, int]], hidden: int, kernel_bytes: int | None = None
+) -> None:
+    """All ranks, a thread each; the residual streams have to be those of a plain sum.
+
+    ``kernel_bytes``: of a link's buffers.
+    """
     hosts = [place for place, role in enumerate(roles) if role in "eb"]
     generator = torch.Generator().manual_seed(len(roles) + hidden)
     go = mesh_pb2.StepGo(num_tokens=[sum(counts) for counts in own], first_tokens=[first for first, _ in own])
@@ -194,6 +201,9 @@ def run_through(roles: str, backend: str, own: Sequence[tuple[int, int]], hidden
             ping_pong(roles, rank, planes[rank], []).run(LAYERS, pair, tokens)
 
     with GROUPS[backend](len(roles)) as groups:
+        for peer in [peer for group in groups if kernel_bytes for peer in cast(Any, group)._peers.values()]:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                peer.sock.setsockopt(socket.SOL_SOCKET, option, kernel_bytes)
         planes = [
             CollectivePlane(
                 group,
