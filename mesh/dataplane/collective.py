@@ -56,7 +56,7 @@ class _Transfer:
 
 @dataclass(slots=True)
 class CollectiveHandle:
-    """What combine needs of its dispatch.
+    """What combine needs of its dispatch, which was that of ``micro_batch``.
 
     ``token_N``: int64 [n over all destinations], the sender's token of each row it sent, by destination.
     ``sent``: rows sent to each expert rank. ``row_M`` / ``weight_M``: for each expanded row, the received row it came
