@@ -24,7 +24,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 import expertmesh
 from expertmesh.mesh.telemetry import instruments
-from expertmesh.mesh.telemetry.metrics import Declared, Metrics
+from expertmesh.mesh.telemetry.metrics import Metrics
+from expertmesh.mesh.telemetry.tables.declared import Declared
 
 # Prometheus label → OpenTelemetry attribute, where the GenAI semantic conventions have one.
 _ATTRIBUTES = {

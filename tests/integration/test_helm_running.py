@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from expertmesh.cli.ranks import STOP_TIMEOUT_S as RANKS_STOP_S
-from expertmesh.mesh.telemetry.metrics import ATTENTION, Declared, Metrics
+from expertmesh.mesh.telemetry.metrics import declarations
+from expertmesh.mesh.telemetry.tables.declared import ATTENTION
 from expertmesh.router.server import DRAIN_TIMEOUT_S as ROUTER_DRAIN_S
 from support.helm import CHART, RANK_ROLES, ROOT, container, each_values, rendered
 
@@ -69,7 +70,7 @@ def test_autoscaling_follows_metrics_that_attention_servers_export() -> None:
     """Adapter rules of docs/kubernetes.md, name by name: from the registry of metrics to the scaler."""
     text = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(rules:.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    declared = {metric.name: metric for metric in vars(Metrics).values() if isinstance(metric, Declared)}
+    declared = {metric.name: metric for metric in declarations()}
     offered = {}
     for rule in yaml.safe_load(block)["rules"]:
         series = rule["seriesQuery"].split('"')[1]
