@@ -111,6 +111,7 @@ class Driver:
                 self._soon.cancel()
                 self._soon = None
             self._tick_until_done()
+            self._show_missing()
             now = time.monotonic()
             self._loads.update(now)
             started_s = min((migration.started_s for migration in self._migrations), default=now)
@@ -133,6 +134,14 @@ class Driver:
                 acted = True
         if acted:
             self._show()
+
+    def _show_missing(self) -> None:
+        """In every round: what there should be changes without an action, too."""
+        scale = self._actual.scale
+        assert scale is not None, "of a balancer that leads"
+        there = Counter(member.role_name for member in self._actual.staying())
+        for role, target in scale.targets.items():
+            self._metrics.balancer_servers_missing.set(max(target - there[role], 0), server_role=role)
 
     def _show(self) -> None:
         """Gauges change only with an action."""

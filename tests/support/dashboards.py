@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import promql_parser
@@ -12,6 +16,19 @@ import yaml
 FOLDER = Path(__file__).parents[2] / "deploy/dashboards"
 RULES = FOLDER / "alerts.yaml"
 _COMPARISONS = frozenset({"==", "!=", ">", "<", ">=", "<="})
+
+
+@functools.cache
+def generator() -> ModuleType:
+    """The program that makes dashboards and rules, as a module; it stands beside what it makes, in no package."""
+    spec = importlib.util.spec_from_file_location("generate_dashboards", FOLDER / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
 
 
 def dashboards() -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from error
 
+    def alerts(self, name: str) -> list[dict[str, Any]]:
+        """Those of this name that are pending or firing now, one for each set of labels."""
+        return [alert for alert in self.get("alerts")["alerts"] if alert["labels"]["alertname"] == name]
+
     def query(self, expr: str) -> list[float]:
         """The values of all series; empty = no data."""
         data = self.get("query", query=expr)

@@ -1,37 +1,23 @@
-"""Dashboards, rules and collector configuration: generated from what is committed, and accepted by the tools."""
+"""Dashboards and rules: what their code gives is committed, and the tools accept it."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import promql_parser
 import pytest
 import yaml
 
 from expertmesh.mesh.telemetry.metrics import declarations
-from support.dashboards import FOLDER, RULES, dashboards, operands, panel_queries, rules
+from support.dashboards import FOLDER, RULES, dashboards, generator, operands, panel_queries, rules
 from support.prometheus import needs
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_dashboards", FOLDER / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-def test_the_dashboards_are_what_their_code_gives(generator: ModuleType) -> None:
-    made = {f"{board.uid}.json": generator.render(board) for board in generator.BOARDS}
-    committed = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.json")}
+def test_dashboards_and_rules_are_what_their_code_gives() -> None:
+    made = {f"{board.uid}.json": generator().render(board) for board in generator().BOARDS}
+    made[RULES.name] = generator().render_rules(generator().alerts.Limits())
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (*FOLDER.glob("*.json"), RULES)}
     assert committed == made, "run `make dashboards`"
 
 
@@ -71,7 +57,7 @@ def _metrics(node: object) -> set[str]:
 
 def test_alerts_say_what_to_do() -> None:
     alerts = [rule for rule in rules() if "alert" in rule]
-    assert len(alerts) == 9
+    assert len(alerts) == 10
     for alert in alerts:
         assert set(alert["annotations"]) == {"summary", "remedy"}, alert["alert"]
         assert alert["labels"]["severity"] in ("page", "ticket"), alert["alert"]
@@ -105,11 +91,3 @@ def test_promtool_accepts_the_scrape_configuration(tmp_path: Path, scraping: str
     command = ["promtool", "check", "config", str(tmp_path / scraping)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-def test_the_collectors_pipelines_are_made_of_what_it_declares() -> None:
-    config = yaml.safe_load((FOLDER / "otel-collector.yaml").read_text(encoding="utf-8"))
-    for name, pipeline in config["service"]["pipelines"].items():
-        for kind, used in pipeline.items():
-            assert set(used) <= set(config[kind]), f"{name}.{kind}"
-    assert set(config["service"]["extensions"]) <= set(config["extensions"])
