@@ -272,6 +272,8 @@ class Engine:
         if chunk.num_drafted:
             sequence.extend(num_accepted)
             self._metrics.speculated(chunk.num_drafted, num_accepted)
+            if sequence.trace is not None:
+                sequence.trace.speculated(chunk.num_drafted, num_accepted)
         for num_more, (index, token) in enumerate(tokens):
             if self._answer(sequence, token, logprobs.get(index), now):
                 num_accepted = num_more

@@ -95,9 +95,14 @@ class Fetching:
             reason = str(error) or f"{source.address} did not give them within {self._timeout_s:g} s"
             log.warning("request %s: KV blocks are computed anew: %s", sequence.request_id, reason)
             self._metrics.kv_handover_failures.add()
+            if sequence.trace is not None:
+                sequence.trace.prepared("kv handover", {"expertmesh.kv.blocks": 0, "error.type": type(error).__name__})
             return
         self._metrics.kv_handover_blocks.add(count)
-        self._metrics.kv_handover_seconds.observe(time.monotonic() - started_s)
+        exemplar = sequence.trace.traceparent if sequence.trace is not None else ""
+        self._metrics.kv_handover_seconds.observe(time.monotonic() - started_s, exemplar)
+        if sequence.trace is not None:
+            sequence.trace.prepared("kv handover", {"expertmesh.kv.blocks": count})
 
     def _ended(self, sequence: Sequence, task: asyncio.Task[None]) -> None:
         """However it ended: only a sequence that nobody wants any more is not posted."""
@@ -107,6 +112,8 @@ class Fetching:
             log.error("request %s: fetching KV blocks failed", sequence.request_id, exc_info=task.exception())
         if key in self._unwanted:
             self._unwanted.discard(key)
+            if sequence.trace is not None:
+                sequence.trace.refused("aborted while its KV blocks were fetched")
         else:
             self._engine.post(sequence)
         self._changed()

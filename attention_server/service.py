@@ -174,7 +174,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
                 max_model_len=self._spec.max_model_len,
             )
         except RefusedError as refusal:
-            _refuse(link, submit.handle, refusal)
+            _answer_refused(link, submit.handle, refusal)
             return
         sequence.trace = trace_request(self._telemetry, submit, model=self._spec.name)
         constraint = constraint_of(submit.sampling_params)
@@ -184,13 +184,16 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         compiling = self._constrain(sequence, link, constraint, submit)
         key = (link.number, submit.handle)
         task = self._compiling[key] = asyncio.create_task(compiling, name=f"constraint of {submit.request_id}")
-        task.add_done_callback(functools.partial(self._compiled, link, submit.handle))
+        task.add_done_callback(functools.partial(self._compiled, link, sequence))
 
-    def _compiled(self, link: RouterLink, handle: int, task: asyncio.Task[None]) -> None:
-        del self._compiling[(link.number, handle)]
-        if not task.cancelled() and task.exception() is not None:
+    def _compiled(self, link: RouterLink, sequence: Sequence, task: asyncio.Task[None]) -> None:
+        del self._compiling[(link.number, sequence.handle)]
+        if task.cancelled():
+            if sequence.trace is not None:
+                sequence.trace.refused("aborted while its constraint was compiled")
+        elif task.exception() is not None:
             log.error("a constraint could not be compiled", exc_info=task.exception())
-            _refuse(link, handle, RefusedError(grpc.StatusCode.INTERNAL, "the constraint could not be compiled"))
+            _refuse(link, sequence, RefusedError(grpc.StatusCode.INTERNAL, "the constraint could not be compiled"))
 
     async def _constrain(
         self, sequence: Sequence, link: RouterLink, constraint: Constraint, submit: attention_pb2.Submit
@@ -205,8 +208,10 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             if self.draining:
                 raise RefusedError(grpc.StatusCode.UNAVAILABLE, "this attention server is draining")
         except RefusedError as refusal:
-            _refuse(link, sequence.handle, refusal)
+            _refuse(link, sequence, refusal)
             return
+        if sequence.trace is not None:
+            sequence.trace.prepared("constraint", {"expertmesh.constraint": constraint.kind})
         self._admit(sequence, submit)
 
     def _admit(self, sequence: Sequence, submit: attention_pb2.Submit) -> None:
@@ -234,7 +239,14 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             self._engine.post(Unlink(link.number))
 
 
-def _refuse(link: RouterLink, handle: int, refusal: RefusedError) -> None:
+def _refuse(link: RouterLink, sequence: Sequence, refusal: RefusedError) -> None:
+    """A sequence that the engine has not heard of."""
+    if sequence.trace is not None:
+        sequence.trace.refused(str(refusal))
+    _answer_refused(link, sequence.handle, refusal)
+
+
+def _answer_refused(link: RouterLink, handle: int, refusal: RefusedError) -> None:
     link.outputs.append(Output(link.number, handle, code=refusal.code, message=str(refusal)))
     link.changed.set()
 

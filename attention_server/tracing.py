@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
@@ -23,7 +24,8 @@ from expertmesh.v1 import attention_pb2
 class RequestTrace:
     """``attention.request``, from the queue to the last token, a child of the router's span.
 
-    Its own children: ``queue``, a ``prefill chunk`` for each step that computed some of its prompt, and ``decode``.
+    Its own children: ``constraint`` and ``kv handover`` where it has them, ``queue``, a ``prefill chunk`` for each step
+    that computed some of its prompt, and ``decode``.
     Calls come one at a time; any thread may make them.
     """
 
@@ -47,11 +49,23 @@ class RequestTrace:
         self._context = trace.set_span_in_context(self._span)
         self._queued_ns = time.time_ns()
         self._first_token_ns = 0
+        self._drafted = self._accepted = 0
         self._chunks: deque[tuple[int, int, int]] = deque()  # under way: first position, end, when it was chosen
         self.traceparent = traceparent_of(self._span)
 
     def event(self, name: str) -> None:
         self._span.add_event(name)
+
+    def prepared(self, what: str, attributes: Mapping[str, AttributeValue]) -> None:
+        """``what`` had to be done before it could enter the queue, and is done."""
+        now_ns = time.time_ns()
+        record_span(self._tracer, what, self._context, self._queued_ns, now_ns, attributes)
+        self._queued_ns = now_ns
+
+    def refused(self, error: str) -> None:
+        """It ends before it entered the queue."""
+        self._span.set_status(Status(StatusCode.ERROR, error))
+        self._span.end()
 
     def started(self) -> None:
         """It has a place in the batch."""
@@ -76,6 +90,11 @@ class RequestTrace:
         self._first_token_ns = time.time_ns()
         self._span.add_event("first token")
 
+    def speculated(self, drafted: int, accepted: int) -> None:
+        """A step verified so many drafted tokens."""
+        self._drafted += drafted
+        self._accepted += accepted
+
     def link(self, traceparent: str, what: str) -> None:
         """``what`` touched it: a step that it rode in, a migration or a view change."""
         link_to(self._span, traceparent, what)
@@ -91,6 +110,9 @@ class RequestTrace:
         )
         if self._first_token_ns:
             tokens = {"gen_ai.usage.output_tokens": output_tokens}
+            if self._drafted:
+                tokens["expertmesh.speculation.drafted_tokens"] = self._drafted
+                tokens["expertmesh.speculation.accepted_tokens"] = self._accepted
             record_span(self._tracer, "decode", self._context, self._first_token_ns, time.time_ns(), tokens)
         if error:
             self._span.set_status(Status(StatusCode.ERROR, error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -14,8 +14,11 @@ from expertmesh.mesh.telemetry.tracing import Metadata
 from expertmesh.router.errors import Refusal
 from expertmesh.router.model import RouterModel
 from expertmesh.router.runner import Caller, Emit, Runner
-from expertmesh.router.spans import RequestObserver, RequestTelemetry
+from expertmesh.router.spans import RequestObserver, RequestTelemetry, around_choices
 from expertmesh.v1 import generate_pb2
+
+DEADLINE_SLACK_S = 0.25
+"""A client's deadline began when it sent the request, and ends the call so much earlier than ours would."""
 
 EmitChoice = Callable[[int, generate_pb2.GenerateResponse], Awaitable[None]]
 
@@ -60,31 +63,32 @@ class Calls:
             telemetry.refused(refusal.code, refusal.message)
             raise
         except (asyncio.CancelledError, grpc.aio.InternalError):
-            is_late = call.deadline_s is not None and time.monotonic() >= call.deadline_s
+            is_late = call.deadline_s is not None and time.monotonic() >= call.deadline_s - DEADLINE_SLACK_S
             telemetry.abandoned(deadline_passed=is_late)
             raise
         finally:
             telemetry.end()
 
     async def run_all(self, requests: Sequence[generate_pb2.GenerateRequest], emit: EmitChoice, call: Call) -> None:
-        """Generate the choices of one answer beside each other; ``emit`` gets their indices too.
+        """Generate the choices of one answer beside each other, in one trace; ``emit`` gets their indices too.
 
         Raises:
             Refusal: of the first that was refused; the others are cancelled.
         """
 
-        async def run(index: int) -> None:
+        async def run(index: int, call: Call) -> None:
             async def emit_one(response: generate_pb2.GenerateResponse) -> None:
                 await emit(index, response)
 
             await self.run(requests[index], emit_one, call)
 
         if len(requests) == 1:
-            await run(0)
+            await run(0, call)
             return
         try:
-            async with asyncio.TaskGroup() as group:
-                for index in range(len(requests)):
-                    group.create_task(run(index))
+            with around_choices(self._observer, call.metadata, len(requests)) as metadata:
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(requests)):
+                        group.create_task(run(index, replace(call, metadata=metadata)))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None

@@ -98,7 +98,7 @@ class Runner:
         self._owners[request_id] = caller.principal.tenant
         caller.telemetry.on_admitted(request_id)
         try:
-            generation = await self._accept(request, request_id, accepted_s)
+            generation = await self._accept(request, request_id, accepted_s, caller.telemetry)
             caller.principal.charge(len(generation.prompt_token_ids))
             caller.telemetry.on_accepted(generation)
             self._running[request_id] = generation
@@ -132,9 +132,16 @@ class Runner:
         num_bytes = len(request.text.encode()) if field == "text" else getattr(request, field).ByteSize()
         validation.check_prompt_bytes(field, num_bytes, self._config.max_prompt_bytes)
 
-    async def _accept(self, request: generate_pb2.GenerateRequest, request_id: str, accepted_s: float) -> Generation:
+    async def _accept(
+        self,
+        request: generate_pb2.GenerateRequest,
+        request_id: str,
+        accepted_s: float,
+        telemetry: RequestTelemetry,
+    ) -> Generation:
         limits = self._model.limits
         prompt_token_ids = await self._prompt_ids(request)
+        telemetry.on_tokenised(len(prompt_token_ids))
         sampling = validation.resolve_sampling(
             request.sampling_params,
             limits,
@@ -144,6 +151,7 @@ class Runner:
         constraint = constraint_of(sampling)
         if constraint is not None:
             await self.constraints.check(constraint)
+            telemetry.on_constraint_checked(constraint.kind)
         return Generation(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
@@ -245,7 +253,7 @@ class _Placement:
         """Submit to the best server there is; without one, be woken when that may have changed."""
         generation = self._generation
         if self._link is not None:
-            self._caller.telemetry.on_lost()
+            self._caller.telemetry.on_homeless(self._link.server_id)
             self._link = None
         self._caller.telemetry.on_choosing()
         prefill = self._prefill.choose(generation) if self._prefill is not None else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -12,7 +13,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from expertmesh.mesh.telemetry import Telemetry, extract_context, link_to, record_span, traceparent_of
+from expertmesh.mesh.telemetry import Telemetry, extract_context, inject_metadata, link_to, record_span, traceparent_of
 from expertmesh.mesh.telemetry.instruments import HistogramCell
 from expertmesh.mesh.telemetry.tracing import Metadata
 from expertmesh.router.generation import Generation
@@ -74,6 +75,20 @@ class RequestObserver:
     totals: RequestTotals = field(default_factory=RequestTotals)
 
 
+@contextmanager
+def around_choices(observer: RequestObserver, metadata: Metadata | None, count: int) -> Iterator[Metadata]:
+    """A server span around the ``count`` choices of one answer, so that they are in one trace even where the client
+    sends none. Yields what stands for ``metadata`` in each of them."""
+    with observer.telemetry.tracer.start_as_current_span(
+        f"choices {observer.model}",
+        context=extract_context(metadata),
+        kind=SpanKind.SERVER,
+        attributes={"expertmesh.choices": count},
+        record_exception=False,
+    ):
+        yield inject_metadata()
+
+
 class RequestTelemetry:
     """A server span from arrival to ``end``, a child of the client's span where it sent one, with a span for each
     thing that the router does before the request has an attention server.
@@ -89,7 +104,9 @@ class RequestTelemetry:
         self._metrics = telemetry.metrics
         self._started_s = time.monotonic()
         self._inflight = False
-        self._placements = 0
+        self._replays = 0  # when it got the server that it had last
+        self._prefilled = False  # by that server
+        self._left = ""
         self._choosing_ns = 0
         self._phase_ns = time.time_ns()  # when what the router does now began
         self._span = telemetry.tracer.start_span(
@@ -116,12 +133,19 @@ class RequestTelemetry:
         self._span.set_attribute("gen_ai.response.id", request_id)
         self._record_phase("admission", self._phase_ns, {})
 
+    def on_tokenised(self, num_tokens: int) -> None:
+        """Its prompt has so many tokens."""
+        self._record_phase("tokenise", self._phase_ns, {"gen_ai.usage.input_tokens": num_tokens})
+
+    def on_constraint_checked(self, kind: str) -> None:
+        """The constraint on its output compiles."""
+        self._span.set_attribute("expertmesh.constraint", kind)
+        self._record_phase("constraint", self._phase_ns, {"expertmesh.constraint": kind})
+
     def on_accepted(self, generation: Generation) -> None:
         """The request is valid: what it asks for, resolved."""
         if not self._span.is_recording():
             return
-        num_tokens = len(generation.prompt_token_ids)
-        self._record_phase("tokenise", self._phase_ns, {"gen_ai.usage.input_tokens": num_tokens})
         sampling = generation.sampling
         self._span.set_attributes(
             {
@@ -133,12 +157,13 @@ class RequestTelemetry:
                 "gen_ai.request.presence_penalty": sampling.presence_penalty,
                 "gen_ai.request.seed": sampling.seed,
                 "gen_ai.request.stop_sequences": list(sampling.stop),
-                "gen_ai.usage.input_tokens": num_tokens,
+                "gen_ai.usage.input_tokens": len(generation.prompt_token_ids),
             }
         )
 
-    def on_lost(self) -> None:
-        """The request has lost its attention server."""
+    def on_homeless(self, server_id: str) -> None:
+        """The request is at ``server_id`` no more: that was lost, took nothing new, or has computed the prompt."""
+        self._left = server_id
         self._phase_ns = time.time_ns()
 
     def on_choosing(self) -> None:
@@ -147,23 +172,33 @@ class RequestTelemetry:
 
     def on_placed(self, generation: Generation, server_id: str, num_serving: int) -> None:
         """The request was given to one of ``num_serving`` attention servers, the first time or again."""
-        self._placements += 1
-        if self._placements > 1:
+        phase = self._what_ends(generation)
+        self._replays, self._prefilled = generation.replays, generation.is_prefilling
+        if phase == "replay":
             self._metrics.replays.add(1)
         if not self._span.is_recording():
             return
-        # In the queue until the choice that found a server; a replay is in it again, and begins where it was lost.
         attributes: dict[str, AttributeValue] = {
             "expertmesh.server_id": server_id,
             "expertmesh.servers_serving": num_serving,
             "expertmesh.output_tokens": len(generation.output_token_ids),
         }
+        if generation.is_prefilling:
+            attributes["expertmesh.prefill"] = True  # that server belongs to the mesh that computes prompts
         began_ns, chosen_ns = self._phase_ns, time.time_ns()
-        if self._placements > 1:
-            self._record_phase("replay", began_ns, {**attributes, "expertmesh.replays": generation.replays})
+        if phase == "queue":  # until the choice that found a server; the others last until it has the request
+            self._record_phase(phase, began_ns, {}, self._choosing_ns)
         else:
-            self._record_phase("queue", began_ns, {}, self._choosing_ns)
+            attributes["expertmesh.from_server_id"] = self._left
+            self._record_phase(phase, began_ns, {**attributes, "expertmesh.replays": generation.replays})
         self._record_phase("choose attention server", self._choosing_ns, attributes, chosen_ns)
+
+    def _what_ends(self, generation: Generation) -> str:
+        """What the request was in until it got a server: a queue, at first or after a server that took nothing new; a
+        replay, after a server that was lost; or a handover from the mesh that has computed its prompt."""
+        if generation.replays > self._replays:
+            return "replay"
+        return "handover" if self._prefilled and generation.kv_source is not None else "queue"
 
     def on_view_changed(self, traceparent: str) -> None:
         """The view that the request began under is not the one that it ended under."""
@@ -195,6 +230,8 @@ class RequestTelemetry:
     def abandoned(self, deadline_passed: bool) -> None:
         """The client went away, or its deadline came."""
         self._metrics.request_success.add(1, finished_reason="abort")
+        if deadline_passed:
+            self._observer.objectives.refused(grpc.StatusCode.DEADLINE_EXCEEDED)
         self._fail(
             "DEADLINE_EXCEEDED" if deadline_passed else "CANCELLED",
             "the client's deadline came" if deadline_passed else "",

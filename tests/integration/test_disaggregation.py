@@ -4,17 +4,25 @@ blocks travel."""
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import signal
 from collections.abc import Iterator
 from itertools import cycle, islice
+from unittest import mock
 
 import pytest
 
 from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.mesh import rpc
+from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
+from expertmesh.v1 import generate_pb2_grpc
 from support import mesh_state, reference
 from support.kv_caches import NIXL_IS_MISSING, TRANSPORTS
+from support.live_trace import Trace
 from support.mesh import Output, demo_prompts, generate_all, greedy_request, mesh_config, start_mesh
+from support.otlp_collector import Collector, attributes, running_collector
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +32,21 @@ SMALL = {"attention__servers": 0, "expert__servers": 0, "telemetry__metrics_port
 
 
 @pytest.fixture(scope="module")
-def prefill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
+def collector() -> Iterator[Collector]:
+    with running_collector() as collector, mock.patch.dict(os.environ, OTEL_BSP_SCHEDULE_DELAY="500"):
+        yield collector
+
+
+def traced(collector: Collector) -> dict[str, object]:
+    """Requests that bring a trace context, that is."""
+    return {"telemetry__otlp_endpoint": collector.address, "telemetry__trace_sample_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def prefill(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     """It hands blocks over by TCP, and by NIXL where that is installed."""
     disaggregation = {"role": "prefill", "transport": "tcp" if NIXL_IS_MISSING else "nixl", "timeout_s": TIMEOUT_S}
-    config = mesh_config(**SMALL, both_servers=1, disaggregation=disaggregation)
+    config = mesh_config(**SMALL, **traced(collector), both_servers=1, disaggregation=disaggregation)
     mesh = start_mesh(tmp_path_factory.mktemp("prefill"), config, restart=True)
     yield mesh
     mesh.stop()
@@ -35,7 +54,10 @@ def prefill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def decode(
-    prefill: LocalMesh, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    prefill: LocalMesh,
+    collector: Collector,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[LocalMesh]:
     # Blocks that were late would be computed again, which is right and not what is counted here.
     disaggregation = {
@@ -45,7 +67,7 @@ def decode(
         "transport": request.param,
         "timeout_s": TIMEOUT_S,
     }
-    config = mesh_config(**SMALL, both_servers=2, disaggregation=disaggregation)
+    config = mesh_config(**SMALL, **traced(collector), both_servers=2, disaggregation=disaggregation)
     mesh = start_mesh(tmp_path_factory.mktemp("decode"), config)
     yield mesh
     mesh.stop()
@@ -99,6 +121,30 @@ async def test_the_prompt_is_computed_there_and_the_text_generated_here(decode: 
     assert await total(decode, "both", "vllm:prefix_cache_hits_total") - hits == 16 * whole_blocks
     assert await total(decode, "both", "vllm:prompt_tokens_total") - computed <= NUM_PROMPTS * PROMPT_TOKENS
     assert all(output.finish.replays == 0 for output in outputs)
+
+
+async def test_one_trace_goes_through_both_meshes(decode: LocalMesh, prefill: LocalMesh, collector: Collector) -> None:
+    await until_linked(decode, prefill)
+    replays = await total(decode, "router", "expertmesh_replays_total")
+    trace_id = secrets.token_hex(16)
+    request = greedy_request(long_prompts(6)[0][::-1], NUM_TOKENS, ignore_eos=True)  # in nobody's cache
+    async with rpc.open_channel(decode.router, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        metadata = (("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),)
+        await stub.GenerateUnary(request, metadata=metadata, timeout=TIMEOUT_S)
+    trace = Trace(collector, trace_id)
+    await asyncio.to_thread(trace.wait_for, {"generate": 1, "attention.request": 2, "handover": 1, "kv": 1})
+    (router,), (handover,), (fetched,) = trace.named("generate"), trace.named("handover"), trace.named("kv")
+    chosen = [attributes(span.attributes) for span in trace.named("choose")]
+    assert [one.get("expertmesh.prefill", False) for one in chosen] == [True, False]
+    assert attributes(handover.attributes)["expertmesh.output_tokens"] == 1
+    first, second = sorted(trace.named("attention.request"), key=lambda span: span.start_time_unix_nano)
+    assert first.parent_span_id == second.parent_span_id == handover.parent_span_id == router.span_id
+    assert attributes(second.attributes)["expertmesh.replayed_tokens"] == 1, "goes on behind the first token"
+    assert fetched.parent_span_id == second.span_id
+    assert attributes(fetched.attributes)["expertmesh.kv.blocks"] == PROMPT_TOKENS // 16
+    assert not trace.named("replay")
+    assert await total(decode, "router", "expertmesh_replays_total") == replays, "a handover is none"
 
 
 async def test_sampled_text_is_the_same_on_either_way(decode: LocalMesh, prefill: LocalMesh) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -17,89 +15,25 @@ from expertmesh.mesh.client import build_request
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2_grpc
 from support.live_mesh import LiveMesh
+from support.live_trace import EXPORT_TIMEOUT_S, NUM_PROMPT_TOKENS, Trace, generating, servers_of
 from support.mesh import REQUEST_TIMEOUT_S
 from support.mesh_state import swap_two_experts, until
 from support.otlp_collector import attributes
 
 pytestmark = pytest.mark.slow
 
-NUM_PROMPT_TOKENS, NUM_TOKENS = 3, 4
+NUM_TOKENS = 4
 NUM_LAYERS, TOP_K = 8, 4  # of the demo model, all of them with experts
-EXPORT_TIMEOUT_S = 30.0
 RECOVERY_TIMEOUT_S = 60.0
-ENDLESS_TOKENS = 1000
-
-
-class Trace:
-    """The collected spans of one trace id."""
-
-    def __init__(self, live: LiveMesh, trace_id: str) -> None:
-        self._collector = live.collector
-        self._trace_id = bytes.fromhex(trace_id)
-
-    @property
-    def spans(self) -> list[Span]:
-        return [span for _, span in list(self._collector.spans) if span.trace_id == self._trace_id]
-
-    def named(self, name: str) -> list[Span]:
-        return [span for span in self.spans if span.name.split()[0] == name]
-
-    def wait_for(self, numbers: dict[str, int]) -> None:
-        def complete() -> bool:
-            counts = Counter(span.name.split()[0] for span in self.spans)
-            return all(counts[name] >= number for name, number in numbers.items())
-
-        self._collector.wait_for(complete, EXPORT_TIMEOUT_S)
-
-
-def servers_of(spans: Iterable[Span]) -> set[str]:
-    return {attributes(span.attributes)["expertmesh.instance"] for span in spans}
 
 
 def list_of(span: Span, key: str) -> list[int]:
     return [value.int_value for value in attributes(span.attributes)[key].values]
 
 
-@asynccontextmanager
-async def generating(live: LiveMesh, trace_id: str) -> AsyncIterator[None]:
-    """A sampled request whose tokens come until the block has ended, and one more: then its client goes away."""
-    arrived = asyncio.Event()
-    async with rpc.open_channel(live.router, TlsConfig()) as channel:
-        stub = generate_pb2_grpc.GenerationServiceStub(channel)
-        request = build_request([7] * NUM_PROMPT_TOKENS, max_tokens=ENDLESS_TOKENS, ignore_eos=True, seed=5)
-        metadata = (("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),)
-        call = stub.Generate(request, metadata=metadata, timeout=REQUEST_TIMEOUT_S)
-
-        async def read() -> None:
-            async for _ in call:
-                arrived.set()
-            raise AssertionError(f"all {ENDLESS_TOKENS} tokens came before the test was done")
-
-        reader = asyncio.create_task(read())
-        try:
-            await first_of(reader, arrived)
-            yield
-            arrived.clear()
-            await first_of(reader, arrived)
-        finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            call.cancel()
-
-
-async def first_of(reader: asyncio.Task[None], arrived: asyncio.Event) -> None:
-    """Until another token has arrived; what ends the reader before is raised."""
-    waiting = asyncio.create_task(arrived.wait())
-    done, _ = await asyncio.wait({reader, waiting}, timeout=REQUEST_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    assert done, "no token came"
-    if reader in done:
-        reader.result()
-
-
 async def links_of(live: LiveMesh, trace_id: str, name: str, what: str) -> list[Span.Link]:
     """The links of this kind that a request's span has, once the span has been exported."""
-    trace = Trace(live, trace_id)
+    trace = Trace(live.collector, trace_id)
     await asyncio.to_thread(trace.wait_for, {name: 1})
     (span,) = trace.named(name)
     return [link for link in span.links if attributes(link.attributes)["expertmesh.link"] == what]
@@ -118,7 +52,7 @@ async def generate_traced(live: LiveMesh, traceparent: str) -> None:
 async def test_one_trace_through_every_server(live: LiveMesh) -> None:
     trace_id, client_span = secrets.token_hex(16), secrets.token_hex(8)
     await generate_traced(live, f"00-{trace_id}-{client_span}-01")
-    trace = Trace(live, trace_id)
+    trace = Trace(live.collector, trace_id)
     num_ranks, num_experts = len(live.ranks), len(live.ranks) - len(live.attention_servers)
     steps = NUM_TOKENS * num_ranks
     layers = steps * NUM_LAYERS
@@ -202,7 +136,7 @@ async def test_a_migration_is_a_trace_that_a_request_links_to(live: LiveMesh) ->
     async with generating(live, trace_id):
         await swap_two_experts(live.mesh)
     (link,) = await links_of(live, trace_id, "attention.request", "migration")
-    migration = Trace(live, link.trace_id.hex())
+    migration = Trace(live.collector, link.trace_id.hex())
     await asyncio.to_thread(migration.wait_for, {"migration": 4, "rank": len(live.ranks), "switch": len(live.ranks)})
     (root,) = [span for span in migration.spans if span.name == "migration"]
     assert root.span_id == link.span_id
@@ -227,7 +161,7 @@ async def test_a_failure_is_a_trace_that_a_request_links_to(live: LiveMesh) -> N
     (link, *later) = await links_of(live, trace_id, "attention.request", "view_change")
     (router_link,) = await links_of(live, trace_id, "generate", "view_change")
     assert router_link.span_id in {link.span_id, *(other.span_id for other in later)}
-    failure, survivors = Trace(live, link.trace_id.hex()), set(live.ranks) - {victim}
+    failure, survivors = Trace(live.collector, link.trace_id.hex()), set(live.ranks) - {victim}
     await asyncio.to_thread(failure.wait_for, {"failure": 1, "view_change": 1, "enter": len(survivors)})
     changed = {span.span_id: span for span in failure.named("view_change")}[link.span_id]
     (root,) = failure.named("failure")
@@ -244,8 +178,8 @@ async def test_request_outside_of_a_trace_leaves_no_spans(live: LiveMesh) -> Non
     unsampled, sampled = secrets.token_hex(16), secrets.token_hex(16)
     await generate_traced(live, f"00-{unsampled}-{secrets.token_hex(8)}-00")
     await generate_traced(live, f"00-{sampled}-{secrets.token_hex(8)}-01")
-    await asyncio.to_thread(Trace(live, sampled).wait_for, {"generate": 1, "attention.request": 1})
-    assert Trace(live, unsampled).spans == []
+    await asyncio.to_thread(Trace(live.collector, sampled).wait_for, {"generate": 1, "attention.request": 1})
+    assert Trace(live.collector, unsampled).spans == []
 
 
 METRICS = {

@@ -114,6 +114,23 @@ async def test_refused_and_cancelled_requests_are_told_apart(stand: Observed, mo
     assert stand.metrics.router_requests_inflight.labels().read() == 0
 
 
+async def test_a_client_that_keeps_its_deadline_itself_was_not_served(
+    stand: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.router.calls.DEADLINE_SLACK_S", 60.0)
+    server = FakeAttention("a0")
+    await stand.start([server])
+    async with rpc.open_channel(stand.address, TlsConfig()) as channel:
+        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.Generate(build_request([5], max_tokens=20), timeout=30.0)
+        await call.read()
+        call.cancel()
+    await stand.close()
+    span = stand.spans.get_finished_spans()[-1]
+    assert (span.attributes or {})["error.type"] == "DEADLINE_EXCEEDED"
+    assert stand.metrics.slo_requests.labels(objective="served", met="false").read() == 1
+
+
 async def test_a_replay_has_a_span_and_a_link_to_the_view_change(stand: Observed) -> None:
     view_change = f"00-{'ab' * 16}-{'cd' * 8}-01"
     first, second = FakeAttention("a0"), FakeAttention("a1")

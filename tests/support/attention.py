@@ -16,6 +16,7 @@ from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
+from expertmesh.attention_server.tracing import RequestTrace
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
@@ -126,6 +127,7 @@ class LocalEngine:
         timeout_s: float = 0.0,
         link: int = 1,
         matcher: Matcher | None = None,
+        trace: RequestTrace | None = None,
         **sampling: Any,
     ) -> None:
         params = Sampling(**{"max_tokens": 16, **sampling})
@@ -142,6 +144,7 @@ class LocalEngine:
                 num_tokens=len(given),
                 sampling=params,
                 matcher=matcher,
+                trace=trace,
                 priority=priority,
                 arrival_s=arrival_s,
                 timeout_s=timeout_s,

@@ -8,7 +8,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import NonRecordingSpan
+from opentelemetry.trace import NonRecordingSpan, StatusCode
 
 from expertmesh.attention_server.request import parse_submit
 from expertmesh.attention_server.tracing import trace_request
@@ -94,6 +94,31 @@ def test_what_touches_a_request_is_linked_from_it(telemetry: Telemetry, spans: I
     (link,) = spans.get_finished_spans()[-1].links
     assert traceparent_of(NonRecordingSpan(link.context)) == traceparent_of(other)
     assert dict(link.attributes or {}) == {"expertmesh.link": "view_change"}
+
+
+def test_what_was_drafted_and_accepted_is_told(telemetry: Telemetry, spans: InMemorySpanExporter) -> None:
+    trace = trace_request(telemetry, submit_message(1, sampled=True), model="tiny")
+    assert trace is not None
+    trace.first_token()
+    trace.speculated(4, 3)
+    trace.speculated(4, 0)
+    trace.end(input_tokens=3, output_tokens=6, cached_tokens=0, error="")
+    decode, _ = spans.get_finished_spans()
+    found = {key.removeprefix("expertmesh.speculation."): value for key, value in (decode.attributes or {}).items()}
+    assert (found["drafted_tokens"], found["accepted_tokens"]) == (8, 3)
+
+
+def test_what_precedes_the_queue_ends_where_it_begins(telemetry: Telemetry, spans: InMemorySpanExporter) -> None:
+    trace = trace_request(telemetry, submit_message(1, sampled=True), model="tiny")
+    assert trace is not None
+    trace.prepared("constraint", {"expertmesh.constraint": "regex"})
+    trace.prepared("kv handover", {"expertmesh.kv.blocks": 7})
+    trace.started()
+    trace.refused("aborted")
+    constraint, handover, queue, span = spans.get_finished_spans()
+    assert [constraint.name, handover.name, queue.name] == ["constraint", "kv handover", "queue"]
+    assert (constraint.end_time, handover.end_time) == (handover.start_time, queue.start_time)
+    assert span.status.status_code is StatusCode.ERROR
 
 
 def test_unsampled_request_costs_no_span(telemetry: Telemetry) -> None:

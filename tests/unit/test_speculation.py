@@ -18,6 +18,7 @@ from expertmesh.attention_server.engine import Abort, Output
 from expertmesh.attention_server.kv_cache import chain_digests
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.server import AttentionServer
+from expertmesh.attention_server.tracing import RequestTrace
 from expertmesh.mesh.config import MeshConfig, ModelConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.constraint import Constraint
@@ -113,6 +114,20 @@ def test_same_output_whatever_is_drafted(
     assert steps == {1: 13, 3: 5, 1000: 4}[wrong_every]
     assert engine.load.kv_cache_usage == 0
     assert engine.load.outstanding_tokens == 0
+
+
+def test_a_traced_sequence_is_told_what_became_of_its_drafts(
+    parts: dict[str, Any], drafting: Callable[..., LocalEngine]
+) -> None:
+    known = tokens_of(plain(parts, PROMPT, max_tokens=13))
+    metrics = Metrics(role="attention")
+    engine = drafting(Oracle(known, 3), telemetry=Telemetry(NoOpTracer(), metrics))
+    trace = mock.create_autospec(RequestTrace, instance=True, traceparent="")
+    engine.submit(1, PROMPT, trace=trace, max_tokens=13)
+    engine.run()
+    told = [call.args for call in trace.speculated.call_args_list]
+    assert sum(drafted for drafted, _ in told) == metrics.spec_decode_num_draft_tokens.labels().read()
+    assert sum(right for _, right in told) == metrics.spec_decode_num_accepted_tokens.labels().read() > 0
 
 
 def test_end_among_accepted_tokens_drops_those_behind_it(
