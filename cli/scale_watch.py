@@ -81,6 +81,7 @@ class ScaleWatch:
             for task in (following, stopping):
                 task.cancel()
             await asyncio.gather(following, stopping, return_exceptions=True)
+            await rpc.calls_over()
 
     async def _follow(self) -> None:
         while True:

@@ -29,6 +29,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "RpcServer",
     "Stamp",
+    "calls_over",
     "channel_credentials",
     "files_stamp",
     "join_host_port",
@@ -73,6 +74,8 @@ _CHANNEL_OPTIONS = (
     # A restarted pod has a new address under its old name.
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
 )
+# gRPC's own task, one for each call, which ends with it.
+_CALL_STATUS = "_handle_status_once_received"
 # Beyond the grace period handlers are cancelled; one that resists cancellation must not keep the process.
 _STOP_MARGIN_S = 2.0
 
@@ -182,6 +185,15 @@ def open_channel(
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=merged, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=merged, interceptors=interceptors)
+
+
+async def calls_over(timeout_s: float = 1.0) -> None:
+    """Until gRPC has done with the calls of this event loop that were cancelled: await it before a loop is closed
+    beside which others go on. What gRPC hears of a call whose loop is closed breaks off the round in which it hands
+    out the events of all loops of the process, and is logged as an error by whichever loop does that."""
+    ending = [task for task in asyncio.all_tasks() if _CALL_STATUS in getattr(task.get_coro(), "__qualname__", "")]
+    if ending:
+        await asyncio.wait(ending, timeout=timeout_s)
 
 
 def role_options(tls: TlsConfig, role: str | None) -> tuple[tuple[str, str], ...]:

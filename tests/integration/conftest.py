@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 import pytest_asyncio
 
+from expertmesh.mesh import rpc
 from support.live_mesh import LiveMesh, LiveMeshHolder
 
 _HOLDER = pytest.StashKey[LiveMeshHolder]()
 _SHARED_BY = "test_mesh_"
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def calls_over() -> AsyncIterator[None]:
+    """Each test has an event loop of its own, beside that of a mesh which several share."""
+    yield
+    await rpc.calls_over()
 
 
 @pytest_asyncio.fixture
