@@ -59,7 +59,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubBalancer:
 
         async def __aexit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(admin_client, "_admin", lambda address, tls: Open())
+    monkeypatch.setattr(admin_client, "_admin", lambda address, tls, key: Open())
     return made
 
 
