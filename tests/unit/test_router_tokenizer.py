@@ -93,11 +93,14 @@ async def test_chat_with_what_the_template_has_no_place_for(folder: Path) -> Non
         with pytest.raises(Refusal, match=problem) as refused:
             await tokenizer.chat_ids(chat, LIMITS, MAX_BYTES)
         assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    await tokenizer.close()
 
 
 async def test_chat_without_a_template_names_the_remedy(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
     with pytest.raises(Refusal, match=r"chat_template\.jinja") as refused:
-        await load_tokenizer(folder).chat_ids(HELLO, LIMITS, MAX_BYTES)
+        await tokenizer.chat_ids(HELLO, LIMITS, MAX_BYTES)
+    await tokenizer.close()
     assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
