@@ -57,6 +57,10 @@ class Gap:
         self._asked += 1
         return missing
 
+    def mesh_began(self) -> None:
+        """It has had a view: what is missing from now on was there, or is late."""
+        self._started = True
+
     def is_closed(self) -> bool:
         """All servers are there, and the next gap is another one; whether somebody was asked for in this one."""
         asked, self._asked, self._since_s, self._started = self._asked, 0, None, True
@@ -109,6 +113,8 @@ class Joins:
         for entry in status.scale.roles:
             role = mesh_pb2.Role.Name(entry.role).removeprefix("ROLE_").lower()
             if role in self._names:
+                if status.view_number:
+                    self._gaps[role].mesh_began()
                 await self._see_to(role, entry, there)
 
     async def _see_to(self, role: str, entry: admin_pb2.RoleScale, there: Collection[str]) -> None:

@@ -168,6 +168,14 @@ def test_servers_that_never_were_there_have_the_time_of_a_start() -> None:
     assert [gap.to_ask_for(1, now_s) for now_s in (0.0, 99.0, 100.0)] == [0, 0, 1]
 
 
+def test_a_node_that_dies_as_soon_as_the_mesh_began_is_not_a_start() -> None:
+    """Nobody may have looked while all servers were there."""
+    gap = Gap(hold_s=10.0, start_s=100.0)
+    assert gap.to_ask_for(4, 0.0) == 0
+    gap.mesh_began()
+    assert [gap.to_ask_for(2, now_s) for now_s in (9.9, 10.0)] == [0, 2]
+
+
 def fake_command(folder: Path, name: str, body: str) -> None:
     file = folder / name
     file.write_text(f"#!{sys.executable}\n{body}\n", encoding="utf-8")
