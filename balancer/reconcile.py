@@ -123,9 +123,17 @@ class Reconciler:
         actual, silent_s = self._actual, now - member.last_seen_s
         if member.session is None and actual.phase in (Phase.FORMING, Phase.BROKEN) and actual.is_in_view(member):
             return f"its stream is closed and view {actual.view.number} is {actual.phase}"
-        if silent_s > self._settings.lease_s:
+        if silent_s > self._silence_s(member):
             return f"its stream is {'closed' if member.session is None else 'silent'} for {silent_s:.1f} s"
         return None
+
+    def _silence_s(self, member: Member) -> float:
+        """A GPU rank whose stream is open may be silent for as long as it may take to join a view."""
+        actual, settings = self._actual, self._settings
+        is_joining = actual.phase is Phase.FORMING and actual.is_in_view(member) and not actual.is_ready(member)
+        if is_joining and member.registration.on_gpu and member.session is not None:
+            return max(settings.lease_s, settings.view_timeout_s)
+        return settings.lease_s
 
     def _give_up(self, member: Member, kind: str, why: str) -> None:
         if member.is_rank:

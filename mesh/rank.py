@@ -105,6 +105,7 @@ class RankServer:
         )
         if attention is not None:
             attention.set_waker(self._waker.wake)
+        self._on_gpu = device.type == "cuda"
         self._client = MembershipClient(
             config.balancer.address,
             self._registration,
@@ -193,6 +194,7 @@ class RankServer:
             num_slots=self._num_slots,
             highest_view_number=self._inbox.known_view,
             fingerprint=spec.fingerprint,
+            on_gpu=self._on_gpu,
             model=mesh_pb2.ModelShape(
                 name=spec.name,
                 family=spec.family,

@@ -238,7 +238,11 @@ class StepThread:
             loop = StepLoop(self._context(view, plane, lockstep, migrations, routing), self.progress)
             loop.capture()
             tracing.done("prepare steps")
-            self._enter(view, migrations, started)
+            self._enter(view, migrations)
+            log.info(
+                "in view %d as rank %d of %d after %.2f s (%s)",
+                view.number, view.rank, view.size, time.monotonic() - started, tracing,
+            )  # fmt: skip
             self._broken_ns = 0
             tracing.end()
             loop.run()
@@ -338,7 +342,7 @@ class StepThread:
         migrations.start()
         return migrations
 
-    def _enter(self, view: ViewInfo, migrations: Migrations, started: float) -> None:
+    def _enter(self, view: ViewInfo, migrations: Migrations) -> None:
         self._migrations = migrations
         self.progress.step = 0
         if self._observer is not None:
@@ -349,8 +353,6 @@ class StepThread:
         if self._attention is not None:
             self._attention.set_serving(True)
             self._attention.touched_by(view.proto.traceparent, "view_change")
-        seconds = time.monotonic() - started
-        log.info("in view %d as rank %d of %d after %.2f s", view.number, view.rank, view.size, seconds)
 
     def _context(
         self,

@@ -1,4 +1,4 @@
-"""The spans of a rank on its way into a view, in the trace of the view change."""
+"""The parts of a rank's way into a view: how long they took, and their spans in the trace of the view change."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class ViewTrace:
         self._tracer = telemetry.tracer
         self._is_sampled = telemetry.tracing and is_sampled(view.proto.traceparent)
         self._part_ns = time.time_ns()
+        self._parts: list[tuple[str, float]] = []
         self._broken_ns = broken_ns
         if self._is_sampled:
             self._context = context_from_traceparent(view.proto.traceparent)
@@ -29,10 +30,15 @@ class ViewTrace:
             self._span = self._tracer.start_span("enter view", context=self._context, attributes=attributes)
 
     def done(self, part: str) -> None:
+        now_ns = time.time_ns()
+        self._parts.append((part, 1e-9 * (now_ns - self._part_ns)))
         if self._is_sampled:
-            now_ns = time.time_ns()
             record_span(self._tracer, part, trace.set_span_in_context(self._span), self._part_ns, now_ns)
-            self._part_ns = now_ns
+        self._part_ns = now_ns
+
+    def __str__(self) -> str:
+        """The parts that are done and their seconds."""
+        return ", ".join(f"{part} {seconds:.2f}" for part, seconds in self._parts)
 
     def end(self, error: str = "") -> None:
         """The rank steps in the view, or it broke before that. Once more, later, changes nothing."""

@@ -38,6 +38,7 @@ token, the same model shape and load."""
 MAX_BATCHED_TOKENS = 8192
 _REPLAYS = 20
 _PROFILED_STEPS = 8
+_PROFILED_PROMPT_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,18 @@ def time_graph(rank: Rank, job: tuple[Load, int]) -> float:
     return start.elapsed_time(end) / _REPLAYS
 
 
-def profile(rank: Rank, load: Load) -> list[dict[str, Any]]:
-    """What the kernels of a decode step take on this rank, summed up by name."""
-    profiler = profiled(rank, load)
+def profile(rank: Rank, job: tuple[Load, bool]) -> list[dict[str, Any]]:
+    """What the kernels of a decode step, or of the first steps, with prompts, take on this rank, summed up by name."""
+    load, prompts = job
+    profiler = profiled(rank, load, prompts=prompts)
     found = [event for event in profiler.key_averages() if event.self_device_time_total]
     found.sort(key=lambda event: -event.self_device_time_total)
+    steps = _PROFILED_PROMPT_STEPS if prompts else _PROFILED_STEPS
     return [
         {
             "kernel": event.key[:90],
-            "launches_a_step": round(event.count / _PROFILED_STEPS, 1),
-            "us_a_step": round(event.self_device_time_total / _PROFILED_STEPS, 1),
+            "launches_a_step": round(event.count / steps, 1),
+            "us_a_step": round(event.self_device_time_total / steps, 1),
         }
         for event in found
     ]
@@ -153,14 +156,14 @@ def exchange_times(rank: Rank, load: Load) -> tuple[float, float, list[str]]:
     return exchange_us / _PROFILED_STEPS, hidden_us / _PROFILED_STEPS, names
 
 
-def profiled(rank: Rank, load: Load) -> Any:
-    """Some decode steps under torch's profiler."""
+def profiled(rank: Rank, load: Load, *, prompts: bool = False) -> Any:
+    """Some decode steps, or steps with ``prompts``, under torch's profiler."""
     engine = begin(rank, load)
-    for _ in range(load.steps_until_all_decode + 8):
+    for _ in range(0 if prompts else load.steps_until_all_decode + 8):
         engine.step()
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(_PROFILED_STEPS):
+        for _ in range(_PROFILED_PROMPT_STEPS if prompts else _PROFILED_STEPS):
             engine.step()
         torch.cuda.synchronize()
     engine.run()
@@ -202,6 +205,16 @@ def measure_load(ranks: Ranks, layout: str, load: Load, micro_batches: int) -> d
     }
 
 
+def note_profile(out: Path, name: str, kernels: list[list[dict[str, Any]]]) -> None:
+    """``kernels`` by rank."""
+    for rank, found in enumerate(kernels):
+        for line in found[:16]:
+            print(f"{line['us_a_step']:10.1f} us {line['launches_a_step']:7.1f} x {line['kernel']}", flush=True)
+        total = round(sum(line["us_a_step"] for line in found))
+        print(name, "rank", rank, "all kernels", total, "us a step", flush=True)
+    out.with_suffix(f".{name}.json").write_text(json.dumps(kernels, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -212,6 +225,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--micro-batches", type=int, nargs="+", choices=(1, 2), default=[1])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile decode steps of")
+    parser.add_argument("--profile-prefill", type=int, nargs="*", default=[], help="requests to profile prefill of")
     arguments = parser.parse_args()
     command = f"python benchmarks/gpu/decode_two.py --out {arguments.out.name}"
     if arguments.micro_batches != [1]:
@@ -238,18 +252,11 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
                 measure.write(arguments.out, command, {}, rows)
-            for requests in arguments.profile:
-                kernels = ranks.run(profile, draw(roles, requests, arguments.tokens_in, 64))
-                for rank, found in enumerate(kernels):
-                    for line in found[:14]:
-                        print(
-                            f"{line['us_a_step']:10.1f} us {line['launches_a_step']:7.1f} x {line['kernel']}",
-                            flush=True,
-                        )
-                    total = round(sum(line["us_a_step"] for line in found))
-                    print(layout, requests, "rank", rank, "all kernels", total, "us a step", flush=True)
-                part = f".{roles}{requests}" + (f".m{micro_batches}" if micro_batches > 1 else "")
-                arguments.out.with_suffix(f"{part}.json").write_text(json.dumps(kernels, indent=1))
+            jobs = [(requests, False) for requests in arguments.profile]
+            for requests, prompts in jobs + [(requests, True) for requests in arguments.profile_prefill]:
+                load = draw(roles, requests, arguments.tokens_in, 64)
+                part = f"{roles}{requests}" + (f".m{micro_batches}" if micro_batches > 1 else "")
+                note_profile(arguments.out, part + ".prefill" * prompts, ranks.run(profile, (load, prompts)))
             ranks.run(close_engine)
 
 

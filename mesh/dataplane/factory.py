@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from expertmesh.mesh.dataplane.base import DataPlane
 from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape, PointToPoint, Work
-from expertmesh.mesh.dataplane.nccl_group import connect_nccl
+from expertmesh.mesh.dataplane.nccl_group import connect_nccl, within
 from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.errors import DataPlaneError, UserError
@@ -155,7 +155,11 @@ def open_on_device(
         return open_deepep(PrefixStore("deepep/", store), shape, device, nodes, settings, join_s, superseded)
     group = connect_nccl(PrefixStore("nccl/", store), shape.rank, shape.size, device, join_s, superseded)
     plane = NcclPlane(group, shape, device, timeout_s=config.timeout_s)
-    plane.connect()
+    try:
+        within(join_s, device, "the first exchange over NCCL", plane.connect, superseded)
+    except DataPlaneError:
+        group.abort()  # ends what the thread that stayed behind waits for
+        raise
     return plane
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from support.reference import encode, greedy
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
+T = TypeVar("T")
 START_S = 150.0
 LENGTH = 800  # long enough that something can happen meanwhile
 NUM_PROMPTS = 12
@@ -53,6 +55,15 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         raise
     finally:
         running.stop()
+
+
+def run(mesh: LocalMesh, story: Coroutine[Any, Any, T]) -> T:
+    """What comes of it; one that fails shows what the servers have to say."""
+    try:
+        return asyncio.run(story)
+    except BaseException:
+        print(logs(mesh, 300))
+        raise
 
 
 async def _is_whole(mesh: LocalMesh) -> bool:
@@ -108,7 +119,7 @@ def test_tokens_are_those_of_transformers_while_experts_migrate(mesh: LocalMesh)
         assert not generating.done(), "the migrations were to happen while tokens are generated"
         return await generating, layers
 
-    tokens, layers = asyncio.run(generate_and_migrate())
+    tokens, layers = run(mesh, generate_and_migrate())
     assert tokens == expected(LENGTH)
     assert layers >= 2
     assert num_captures(mesh) == captures == 2, "each rank has captured its graphs once, for the view"
@@ -126,7 +137,7 @@ def test_no_token_is_lost_when_a_rank_is_killed(mesh: LocalMesh) -> None:
         mesh.kill(victim, signal.SIGKILL)
         return await generating, time.monotonic() - killed_s
 
-    tokens, seconds = asyncio.run(generate_and_kill())
+    tokens, seconds = run(mesh, generate_and_kill())
     print(f"all tokens of all requests {seconds:.1f} s after {victim} was killed")
     assert tokens == expected(LENGTH)
     assert num_captures(mesh) > captures, "a view without the killed process has begun"

@@ -276,3 +276,38 @@ def test_a_stream_that_comes_back_without_its_view_means_a_broken_view() -> None
     world.rejoin("e1")
     world.advance(1)
     assert (world.view.number, world.phase) == (2, Phase.SERVING)
+
+
+def test_a_gpu_rank_may_be_silent_while_it_joins_a_view_but_no_longer() -> None:
+    world = World(config(lease_s=3, view_timeout_s=30))
+    world.join("a1", "e1", "e2", on_gpu=True)
+    for server_id in ("a1", "e1", "e2"):
+        world.hold(server_id, hung=True)
+    world.advance(20)
+    assert (world.view.number, world.phase) == (1, Phase.FORMING), "it compiles kernels"
+    for server_id in ("a1", "e1", "e2"):
+        world.hold(server_id, hung=False)
+    world.advance(1)
+    assert (world.view.number, world.phase) == (1, Phase.SERVING)
+    world.hold("e1", hung=True)
+    world.advance(3.3)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+
+
+def test_a_gpu_rank_that_dies_while_it_joins_a_view_is_gone_at_once() -> None:
+    world = World(config(lease_s=3, view_timeout_s=30))
+    world.join("a1", "e1", "e2", on_gpu=True)
+    world.hold("e1", hung=True)
+    world.advance(1)
+    assert (world.view.number, world.phase) == (1, Phase.FORMING)
+    world.disconnect("e1")
+    world.advance(0.2)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])
+
+
+def test_a_gpu_rank_that_never_joins_is_fenced_when_the_view_is_late() -> None:
+    world = World(config(lease_s=3, view_timeout_s=30))
+    world.join("a1", "e1", "e2", on_gpu=True)
+    world.hold("e1", hung=True)
+    world.advance(31)
+    assert (world.view.number, world.ranks) == (2, ["a1", "e2"])

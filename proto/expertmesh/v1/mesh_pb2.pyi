@@ -190,6 +190,7 @@ class Registration(_message.Message):
     VIEW_FIELD_NUMBER: _builtins.int
     HIGHEST_VIEW_NUMBER_FIELD_NUMBER: _builtins.int
     INCARNATION_SECRET_FIELD_NUMBER: _builtins.int
+    ON_GPU_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     """stable name, unique in the mesh"""
     incarnation: _builtins.str
@@ -214,6 +215,8 @@ class Registration(_message.Message):
     """ever heard of: a balancer without state numbers its views above it"""
     incarnation_secret: _builtins.bytes
     """Drawn by the process and told to the balancer alone: who registers an incarnation again has to know it."""
+    on_gpu: _builtins.bool
+    """it is silent at times while it joins a view: what compiles kernels holds its interpreter"""
     @_builtins.property
     def model(self) -> Global___ModelShape: ...
     @_builtins.property
@@ -238,10 +241,11 @@ class Registration(_message.Message):
         view: Global___View | None = ...,
         highest_view_number: _builtins.int = ...,
         incarnation_secret: _builtins.bytes = ...,
+        on_gpu: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "grpc_address", b"grpc_address", "highest_view_number", b"highest_view_number", "incarnation", b"incarnation", "incarnation_secret", b"incarnation_secret", "model", b"model", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "rank_address", b"rank_address", "role", b"role", "server_id", b"server_id", "view", b"view", "view_number", b"view_number", "view_secret", b"view_secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "grpc_address", b"grpc_address", "highest_view_number", b"highest_view_number", "incarnation", b"incarnation", "incarnation_secret", b"incarnation_secret", "model", b"model", "node", b"node", "num_slots", b"num_slots", "on_gpu", b"on_gpu", "pid", b"pid", "rank_address", b"rank_address", "role", b"role", "server_id", b"server_id", "view", b"view", "view_number", b"view_number", "view_secret", b"view_secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
