@@ -19,8 +19,17 @@ import numpy as np
 
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_transport import HandoverError, KvSource
-from expertmesh.attention_server.nixl_agent import NixlAgent, Span
 from expertmesh.attention_server.prefix_desk import PrefixDesk
+from expertmesh.mesh.nixl_agent import NixlAgent
+from expertmesh.mesh.nixl_reads import NixlError, Span
+from expertmesh.mesh.nixl_setup import Purpose
+
+KV_BLOCKS = Purpose(
+    key="disaggregation.transport",
+    what="KV blocks",
+    where="the KV cache",
+    remedy="set it to tcp between CPU ranks",
+)
 
 # Bytes of metadata, layers, all blocks of its cache, the device's number, whether it is the host.
 _LEASE = struct.Struct("<IIIIB")
@@ -74,7 +83,11 @@ class NixlTransport:
         lease = await self._read_lease(source, len(blocks), reader)
         theirs, ours = self._spans(lease, np.array(blocks))
         desk.keep(blocks)  # of the read: it may outlive this call
-        await self._agent.read(lease.metadata, theirs, ours, may_begin=desk.quiet(), over=lambda: desk.let_go(blocks))
+        may_begin = desk.quiet()
+        try:
+            await self._agent.read(lease.metadata, theirs, ours, may_begin=may_begin, over=lambda: desk.let_go(blocks))
+        except NixlError as error:
+            raise HandoverError(str(error)) from None
         writer.write(_DONE)
         if await reader.readexactly(len(_HELD)) != _HELD:
             raise HandoverError(f"{source.address} did not hold the blocks until they were read")

@@ -15,15 +15,15 @@ from expertmesh.attention_server.fetching import Fetching
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.kv_handover import KvGiver
 from expertmesh.attention_server.kv_memory import BlockMemory
-from expertmesh.attention_server.kv_nixl import NixlTransport
+from expertmesh.attention_server.kv_nixl import KV_BLOCKS, NixlTransport
 from expertmesh.attention_server.kv_transport import TcpTransport, Transport
-from expertmesh.attention_server.nixl_agent import NixlAgent
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.nixl_agent import NixlAgent
 from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.telemetry import Metrics, Telemetry
 from expertmesh.v1 import attention_pb2, attention_pb2_grpc, mesh_pb2
@@ -82,7 +82,7 @@ def open_nixl(config: MeshConfig, memory: BlockMemory) -> NixlAgent | None:
         )
     if transport == "tcp" or (transport == "auto" and memory.is_on_host):
         return None
-    return NixlAgent(memory, config.dataplane.interface_host)
+    return NixlAgent(memory, config.dataplane.interface_host, KV_BLOCKS)
 
 
 def say_that_nixl_is_clear(config: MeshConfig) -> None:

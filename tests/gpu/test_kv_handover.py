@@ -26,10 +26,10 @@ from support.kv_caches import (
     KvSource,
     digests_of,
     fetch,
-    needs_nixl,
     travelling,
 )
 from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config
+from support.nixl import needs_nixl
 from support.reference import encode, greedy
 
 pytestmark = [pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"), needs_nixl]

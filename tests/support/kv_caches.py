@@ -14,29 +14,17 @@ import torch
 from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
 from expertmesh.attention_server.kv_handover import KvGiver, fetch_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
-from expertmesh.attention_server.kv_nixl import NixlTransport
+from expertmesh.attention_server.kv_nixl import KV_BLOCKS, NixlTransport
 from expertmesh.attention_server.kv_transport import KvSource, TcpTransport, Transport
-from expertmesh.attention_server.nixl_agent import NixlAgent
-from expertmesh.attention_server.nixl_setup import load_nixl
 from expertmesh.attention_server.prefix_desk import PrefixDesk
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.nixl_agent import NixlAgent
 from expertmesh.mesh.rank_security import RankSecurity
+from support.nixl import needs_nixl
 
 BLOCK_SIZE, NUM_BLOCKS, LAYERS = 4, 16, 3
 TIMEOUT_S = 20.0
 
 
-def _missing() -> str:
-    try:
-        load_nixl()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-NIXL_IS_MISSING = _missing()
-"""Why; '' where it is there."""
-needs_nixl = pytest.mark.skipif(bool(NIXL_IS_MISSING), reason=f"not installed: {NIXL_IS_MISSING}")
 TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]
 
 
@@ -80,7 +68,7 @@ def travelling(cache: Cache, kind: str) -> Iterator[Transport]:
     if kind == "tcp":
         yield TcpTransport(cache.memory)
         return
-    agent = NixlAgent(cache.memory, "127.0.0.1")
+    agent = NixlAgent(cache.memory, "127.0.0.1", KV_BLOCKS)
     try:
         yield NixlTransport(cache.memory, agent)
     finally:

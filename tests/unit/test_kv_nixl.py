@@ -18,17 +18,18 @@ import psutil
 import pytest
 import torch
 
-from expertmesh.attention_server import nixl_setup
 from expertmesh.attention_server.gpu_model import GpuKvCache
 from expertmesh.attention_server.kv_memory import BlockMemory
-from expertmesh.attention_server.kv_nixl import NixlTransport
+from expertmesh.attention_server.kv_nixl import KV_BLOCKS, NixlTransport
 from expertmesh.attention_server.kv_transport import HandoverError, KvSource, Transport
-from expertmesh.attention_server.nixl_agent import NixlAgent, Span
 from expertmesh.attention_server.paged import PagedKvCache
+from expertmesh.mesh import nixl_setup
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.nixl_agent import NixlAgent
+from expertmesh.mesh.nixl_reads import NixlError, Span
 from support.kv_caches import (
     BLOCK_SIZE,
     LAYERS,
@@ -38,11 +39,11 @@ from support.kv_caches import (
     digests_of,
     fetch,
     giving,
-    needs_nixl,
     source_of,
     travelling,
 )
 from support.mesh_state import until
+from support.nixl import needs_nixl
 
 pytestmark = [needs_nixl, pytest.mark.slow]
 
@@ -130,7 +131,10 @@ async def test_a_giver_that_lies(lie: Lie, reason: str) -> None:
     ours, theirs, digests = Cache(0), Cache(1), digests_of(3)
     theirs.compute(digests)
     before = [ours.content(block) for block in range(NUM_BLOCKS)]
-    with travelling(ours, "nixl") as taking, contextlib.closing(NixlAgent(theirs.memory, "127.0.0.1")) as agent:
+    with (
+        travelling(ours, "nixl") as taking,
+        contextlib.closing(NixlAgent(theirs.memory, "127.0.0.1", KV_BLOCKS)) as agent,
+    ):
         async with giving(theirs, Liar(theirs, agent, ours, lie)) as giver:
             with pytest.raises(HandoverError, match=reason):
                 await fetch(source_of(giver), digests, ours, taking)
@@ -206,7 +210,7 @@ async def test_a_peer_that_hangs_keeps_our_blocks_out_of_use_until_it_answers(mo
             with pytest.raises(asyncio.CancelledError):
                 await fetching
             assert ours.blocks.num_free == NUM_BLOCKS - 4
-            with pytest.raises(HandoverError, match="owes earlier blocks"):
+            with pytest.raises(HandoverError, match="owes earlier reads"):
                 await fetch(source_of(giver), digests, ours, taking)
             assert ours.blocks.num_free == NUM_BLOCKS - 4
             with lending():
@@ -236,9 +240,10 @@ _MUTE_GIVER = """
 import sys
 import torch
 from expertmesh.attention_server.kv_memory import BlockMemory
-from expertmesh.attention_server.nixl_agent import NixlAgent
+from expertmesh.attention_server.kv_nixl import KV_BLOCKS
+from expertmesh.mesh.nixl_agent import NixlAgent
 memory = BlockMemory([torch.ones(16, 2, 6)], 4)
-agent = NixlAgent(memory, "127.0.0.1")
+agent = NixlAgent(memory, "127.0.0.1", KV_BLOCKS)
 print(agent.metadata.hex(), memory.starts[0], flush=True)
 sys.stdin.read()
 """
@@ -263,14 +268,14 @@ async def test_a_peer_that_is_killed_in_the_middle_of_a_read(mute_giver: subproc
     theirs, own = (
         Span(pieces_P3=np.array([[at, 48, 0]], np.uint64), on_host=True) for at in (int(start), ours.memory.starts[0])
     )
-    with contextlib.closing(NixlAgent(ours.memory, "127.0.0.1")) as agent:
+    with contextlib.closing(NixlAgent(ours.memory, "127.0.0.1", KV_BLOCKS)) as agent:
         read = agent.read(bytes.fromhex(metadata), theirs, own, may_begin=lambda: True, over=over.set)
         reading = asyncio.create_task(read)
         await until_reading(agent)
         assert not reading.done()
         assert not over.is_set()
         mute_giver.kill()
-        with pytest.raises(HandoverError, match="DISCONNECT"):
+        with pytest.raises(NixlError, match="DISCONNECT"):
             async with asyncio.timeout(TIMEOUT_S):
                 await reading
         assert over.is_set()
@@ -361,7 +366,7 @@ def test_ucx_listens_at_the_interface_alone() -> None:
 def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_setup, "_PACKAGES", ("nixl_of_nowhere",))
     with pytest.raises(UserError, match=r"(?s)disaggregation\.transport.*nixl_of_nowhere.*expertmesh\[nixl\]"):
-        nixl_setup.load_nixl()
+        nixl_setup.load_nixl(KV_BLOCKS)
 
 
 def test_logs_stay_ours() -> None:

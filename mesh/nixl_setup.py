@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import dataclass
 from types import ModuleType
 
 import psutil
 import torch
 
-from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.mesh.config_security import is_loopback
 from expertmesh.mesh.errors import UserError
 
 _PACKAGES = ("nixl_cu13", "nixl_cu12")  # of one release each, for the CUDA that torch has
 
 
-def load_nixl() -> ModuleType:
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What an agent is for, as errors say it: ``key`` asked for it, ``what`` travels, ``where`` it lies."""
+
+    key: str
+    what: str
+    where: str
+    remedy: str
+
+
+def load_nixl(purpose: Purpose) -> ModuleType:
     """
     Raises:
         UserError: the package is not installed, or cannot be imported.
@@ -39,20 +49,21 @@ def load_nixl() -> ModuleType:
         logger.propagate = True
         return module
     raise UserError(
-        "disaggregation.transport",
-        f"KV blocks are to travel by NIXL, which cannot be imported ({'; '.join(problems) or 'none for this CUDA'})",
-        "pip install 'expertmesh[nixl]' (nixl-cu12 where torch has CUDA 12), or set it to tcp between CPU ranks",
+        purpose.key,
+        f"{purpose.what} are to travel by NIXL, which cannot be imported "
+        f"({'; '.join(problems) or 'none for this CUDA'})",
+        f"pip install 'expertmesh[nixl]' (nixl-cu12 where torch has CUDA 12), or {purpose.remedy}",
     )
 
 
-def ucx_settings(host: str, memory: BlockMemory) -> str:
+def ucx_settings(host: str, *, is_on_host: bool) -> str:
     """What UCX may use where the environment (``UCX_TLS``, ``UCX_NET_DEVICES``) does not say it.
 
     Between GPUs it finds the best way itself; on one machine nothing of it is to be reached from others.
     """
-    settings = ["TLS=tcp"] if memory.is_on_host else []
+    settings = ["TLS=tcp"] if is_on_host else []
     device = _device_of(host)
-    if device and (memory.is_on_host or is_loopback(host)):
+    if device and (is_on_host or is_loopback(host)):
         settings.append(f"NET_DEVICES={device}")
     return ",".join(settings)
 
