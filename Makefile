@@ -20,7 +20,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: dashboards telemetry-test slurm-test helm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
 
 help:
-	@echo "make demo      install, start a mesh on the demo model, stream text, show status and placement"
+	@echo "make demo      install, start a mesh on the demo model, stream text, move an expert, kill servers, show a trace"
 	@echo "make test      everything the CI runs: lint, gen-check, all tests"
 	@echo "make unit      the fast tests only"
 	@echo "make security-test  try to get in: certificates, keys, limits, malformed input"
@@ -34,8 +34,15 @@ help:
 	@echo "make bench     measure serving (benchmarks/results/)"
 	@echo "make bench-balancer  measure placements; EXPERTMESH_ROUTING_DATA names the folder of traces"
 
+DEMO_TRACE := .expertmesh/demo.jsonl
 demo: $(VENV)/.installed
-	$(BIN)/expertmesh up -- sh demo/demo.sh
+	$(BIN)/expertmesh trace record --out $(DEMO_TRACE) -- $(BIN)/expertmesh up -- $(PY) demo/demo.py
+	@printf '\n--- what was traced, and what a request went through whose attention server was killed\n'
+	@echo "$$ expertmesh trace show $(DEMO_TRACE)"
+	@$(BIN)/expertmesh trace show $(DEMO_TRACE)
+	@echo "$$ expertmesh trace show $(DEMO_TRACE) --with replay"
+	@$(BIN)/expertmesh trace show $(DEMO_TRACE) --with replay
+	@printf '\nA mesh of your own: .venv/bin/expertmesh up; README.md goes on from there.\n'
 
 test: lint gen-check $(VENV)/.etcd $(VENV)/.nixl tools
 	$(PY) -m expertmesh.balancer.solver.warm_up  # compiles the solver's kernels once: half a minute that no test waits for
@@ -93,6 +100,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
+	@echo "installing into $(VENV): a minute or two, most of it torch"
 	$(PIP) install --quiet -c constraints-cpu.txt -e .
 	$(PY) -m expertmesh.kernels.warm_up  # compiles the CPU kernels once, so that no server's start does
 	@touch $@

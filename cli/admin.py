@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from expertmesh.cli import admin_client, admin_drain, admin_loads, admin_plan, admin_record, admin_scale, admin_watch
+from expertmesh.cli import (
+    admin_client,
+    admin_drain,
+    admin_loads,
+    admin_move,
+    admin_plan,
+    admin_record,
+    admin_scale,
+    admin_watch,
+)
 from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
 from expertmesh.cli.placement_plot import plot_placement
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
@@ -87,6 +96,7 @@ def events(
 app.command()(admin_loads.loads)
 app.command()(admin_plan.plan)
 app.command()(admin_plan.apply)
+app.command()(admin_move.move)
 app.command()(admin_plan.mode)
 app.command()(admin_scale.add)
 app.command()(admin_drain.drain)

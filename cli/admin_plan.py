@@ -67,7 +67,7 @@ def apply(
             _print_applied([], {}, as_json)
             return
         accepted = (await stub.Apply(_apply_request(placement), timeout=TIMEOUT_S)).accepted
-        reached = await _wait_applied(stub, accepted) if wait else None
+        reached = await wait_applied(stub, accepted) if wait else None
         _print_applied(accepted, reached, as_json)
         if reached is not None and not all(reached.values()):
             raise typer.Exit(1)
@@ -156,7 +156,7 @@ def _apply_request(placement: PlacementFile) -> admin_pb2.ApplyRequest:
     )
 
 
-async def _wait_applied(
+async def wait_applied(
     stub: admin_pb2_grpc.AdminServiceStub, accepted: Sequence[mesh_pb2.LayerPlacement]
 ) -> dict[int, bool]:
     """Layer → whether it got its placement. The balancer's watchdogs end every migration."""
