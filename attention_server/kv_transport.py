@@ -75,7 +75,9 @@ class TcpTransport:
         writer.transport.set_write_buffer_limits(high=0)
         try:
             for block in blocks:
-                writer.writelines(self._memory.views(block))
+                *views, last = self._memory.views(block)
+                writer.writelines(views)
+                writer.write(last)  # writelines alone never makes drain wait in CPython 3.12.0 to 3.12.8
                 await writer.drain()
         finally:
             if writer.transport.get_write_buffer_size():

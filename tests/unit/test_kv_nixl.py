@@ -365,6 +365,7 @@ def test_ucx_listens_at_the_interface_alone() -> None:
 
 def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_setup, "_PACKAGES", ("nixl_of_nowhere",))
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"(?s)disaggregation\.transport.*nixl_of_nowhere.*expertmesh\[nixl\]"):
         nixl_setup.load_nixl(KV_BLOCKS)
 
