@@ -7,84 +7,28 @@ is never held while a step computes.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import grpc
-import numpy as np
 
+from expertmesh.attention_server.active import ActiveSequences
+from expertmesh.attention_server.chunk import Chunk, LaunchedChunk
 from expertmesh.attention_server.drafting import Drafter
+from expertmesh.attention_server.events import Abort, EndAll, Event, Unlink
 from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
 from expertmesh.attention_server.observe import RequestMetrics
+from expertmesh.attention_server.outputs import Load, Output, answer, ended
 from expertmesh.attention_server.prefix_desk import PrefixDesk
+from expertmesh.attention_server.prepared import PreparedBatch
 from expertmesh.attention_server.request import RefusedError, Sequence, SequenceState
 from expertmesh.attention_server.sampler import Logprobs, Sampled
-from expertmesh.attention_server.scheduler import Chunk, LaunchedChunk, Limits, Scheduler, SchedulerCounts
-from expertmesh.v1 import generate_pb2
+from expertmesh.attention_server.scheduler import Limits, Scheduler, SchedulerCounts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """The router no longer wants a sequence."""
-
-    link: int
-    handle: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unlink:
-    """A link is gone, and with it the reader of all its sequences."""
-
-    link: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndAll:
-    """Every sequence ends with a status."""
-
-    code: grpc.StatusCode
-    message: str
-
-
-Event = Sequence | Abort | Unlink | EndAll
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a step did for a sequence. ``token`` None = nothing new; ``code`` other than OK ends it with ``message``.
-
-    ``cached_tokens``: said with the first token and the last one.
-    """
-
-    link: int
-    handle: int
-    token: int | None = None
-    logprobs: Logprobs | None = None
-    finish: generate_pb2.FinishReason.ValueType = generate_pb2.FINISH_REASON_UNSPECIFIED
-    matched_id: int | None = None
-    cached_tokens: int = 0
-    code: grpc.StatusCode = grpc.StatusCode.OK
-    message: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """A server's state at one moment; ``kv_cache_usage`` 0 .. 1."""
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
-    num_kv_blocks: int
-    outstanding_tokens: int
-    serving: bool
 
 
 class Engine:
@@ -117,11 +61,8 @@ class Engine:
         self.prefixes = PrefixDesk(blocks, self._lock)
         self._block_size = limits.block_size
         self._inbox: deque[Event] = deque()
-        self._active: dict[tuple[int, int], Sequence] = {}
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._prepared: list[Chunk] = []
-        self._prepared_ns = 0  # wall time
-        self._dropped: list[Sequence] = []
+        self._active = ActiveSequences()
+        self._prepared = PreparedBatch()
         self._outputs: list[Output] = []
         self._serving = False
         self._wake: Callable[[], None] | None = None
@@ -172,16 +113,14 @@ class Engine:
     def link_all(self, traceparent: str, what: str) -> None:
         """``what``, whose trace it is, touched every traced sequence that has not ended. From the step thread."""
         with self._lock:
-            for sequence in self._active.values():
+            for sequence in self._active:
                 if sequence.trace is not None:
                     sequence.trace.link(traceparent, what)
 
     def link_batch(self, traceparent: str) -> None:
         """The traced sequences of the prepared batch ride in the step whose trace it is. From the step thread."""
         with self._lock:
-            for chunk in self._prepared:
-                if chunk.sequence.trace is not None:
-                    chunk.sequence.trace.link(traceparent, "step")
+            self._prepared.link(traceparent)
 
     def take_token_s(self) -> float:
         """See ``RequestMetrics``."""
@@ -203,19 +142,15 @@ class Engine:
         """The chunks of the next step, and whether they are other than those of the call before."""
         with self._lock:
             self._collect()
-            if self._prepared and not self._dropped:
-                return self._prepared, False
+            if self._prepared.is_whole:
+                return self._prepared.chunks, False
             self._unprepare()
             chunks, outgrown = self._scheduler.schedule()
             while outgrown:
                 for sequence in outgrown:
                     self._end(sequence, grpc.StatusCode.RESOURCE_EXHAUSTED, self._outgrown_message(sequence))
                 chunks, outgrown = self._scheduler.schedule()
-            # Sequences with as many tokens and about as much context side by side make few attention groups.
-            chunks.sort(key=_attention_order)
-            for chunk in chunks:
-                chunk.sequence.in_batch = True
-            self._prepared, self._prepared_ns = chunks, time.time_ns()
+            self._prepared.set(chunks)
             self._metrics.scheduler(self._scheduler.counts)
         if self._outputs:
             self._publish()
@@ -228,9 +163,9 @@ class Engine:
     def launch(self, chunks: list[Chunk]) -> list[LaunchedChunk]:
         """The prepared step is under way: the next one may be prepared."""
         with self._lock:
-            assert chunks is self._prepared, "a step other than the prepared one was computed"
+            assert chunks is self._prepared.chunks, "a step other than the prepared one was computed"
             prefilled = sum([chunk.count for chunk in chunks if chunk.is_prefill])
-            self._trace_chunks(chunks)
+            self._prepared.trace_launch()
             launched = self._scheduler.launch(chunks)
             self.prefixes.step_launched()
             self._metrics.step(sum([chunk.count for chunk in chunks]))
@@ -291,12 +226,6 @@ class Engine:
                 if chunk.sequence.trace is not None:
                     chunk.sequence.trace.taken_back()
 
-    def _trace_chunks(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            trace, start = chunk.sequence.trace, chunk.sequence.num_computed
-            if trace is not None and chunk.is_prefill:
-                trace.chunk_launched(start, start + chunk.count, self._prepared_ns)
-
     def _collect(self) -> None:
         while self._inbox:
             event = self._inbox.popleft()
@@ -304,26 +233,22 @@ class Engine:
                 case Sequence():
                     self._accept(event)
                 case Abort():
-                    sequence = self._active.get((event.link, event.handle))
+                    sequence = self._active.get(event.link, event.handle)
                     if sequence is not None:
                         self._drop(sequence, "aborted")
                 case Unlink():
-                    for sequence in [s for s in self._active.values() if s.link == event.link]:
+                    for sequence in [s for s in self._active if s.link == event.link]:
                         self._drop(sequence, "the router's link broke")
                 case EndAll():
-                    for sequence in list(self._active.values()):
+                    for sequence in self._active:
                         self._end(sequence, event.code, event.message)
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
-            if self._active.get((sequence.link, sequence.handle)) is sequence:
-                message = f"the deadline of {sequence.timeout_s:.3g} s passed after {sequence.num_output} output tokens"
-                self._end(sequence, grpc.StatusCode.DEADLINE_EXCEEDED, message)
+        for sequence in self._active.take_overdue(self._clock()):
+            message = f"the deadline of {sequence.timeout_s:.3g} s passed after {sequence.num_output} output tokens"
+            self._end(sequence, grpc.StatusCode.DEADLINE_EXCEEDED, message)
 
     def _accept(self, sequence: Sequence) -> None:
-        key = (sequence.link, sequence.handle)
         try:
-            if key in self._active:
+            if self._active.get(sequence.link, sequence.handle) is not None:
                 raise RefusedError(grpc.StatusCode.ALREADY_EXISTS, f"handle {sequence.handle} is in use on this link")
             self._scheduler.add(sequence)
         except RefusedError as refusal:
@@ -331,9 +256,7 @@ class Engine:
             self._outputs.append(Output(sequence.link, sequence.handle, code=refusal.code, message=str(refusal)))
             self._metrics.ended(sequence, self._clock(), str(refusal))
             return
-        self._active[key] = sequence
-        if sequence.timeout_s > 0:
-            heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.serial, sequence))
+        self._active.add(sequence)
 
     def _started(self, sequence: Sequence) -> None:
         self._place(sequence)
@@ -341,54 +264,32 @@ class Engine:
 
     def _answer(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> bool:
         """Whether the token ends the sequence."""
-        sequence.fill(token)
         is_first = not sequence.last_token_s
         self._metrics.token(sequence, now)
-        finish, matched_id = generate_pb2.FINISH_REASON_UNSPECIFIED, None
-        ends = token in sequence.sampling.end_ids and sequence.num_known_output >= sequence.sampling.min_tokens
-        matcher = sequence.matcher
-        if matcher is not None and not ends:
-            matcher.accept(token)
-        if matcher is not None and matcher.problem:
-            self._end(sequence, grpc.StatusCode.INVALID_ARGUMENT, matcher.problem)
-            return True
-        if ends:
-            finish, matched_id = generate_pb2.FINISH_REASON_STOP, token
-        elif matcher is not None and matcher.must_end:
-            finish = generate_pb2.FINISH_REASON_STOP
-        elif sequence.num_tokens == len(sequence.tokens) and not sequence.num_pending:
-            finish = generate_pb2.FINISH_REASON_LENGTH
-        cached_tokens = sequence.cached_tokens if is_first or finish else 0
-        self._outputs.append(Output(sequence.link, sequence.handle, token, logprobs, finish, matched_id, cached_tokens))
-        if finish:
-            self._drop(sequence, "")
-        return bool(finish)
+        output = answer(sequence, token, logprobs, is_first=is_first)
+        self._outputs.append(output)
+        if output.ends:
+            self._drop(sequence, output.message)
+        return output.ends
 
     def _end(self, sequence: Sequence, code: grpc.StatusCode, message: str) -> None:
-        self._outputs.append(
-            Output(sequence.link, sequence.handle, cached_tokens=sequence.cached_tokens, code=code, message=message)
-        )
+        self._outputs.append(ended(sequence, code, message))
         self._drop(sequence, message)
 
     def _drop(self, sequence: Sequence, error: str) -> None:
         """Forget a sequence. Its blocks stay while a prepared step may write to them."""
-        del self._active[(sequence.link, sequence.handle)]
+        self._active.remove(sequence)
         sequence.num_tokens -= sequence.num_pending
         sequence.num_pending = 0
         self._metrics.ended(sequence, self._clock(), error)
         if sequence.in_batch:
-            sequence.dropped = True
-            self._dropped.append(sequence)
+            self._prepared.drop(sequence)
         else:
             self._scheduler.remove(sequence)
 
     def _unprepare(self) -> None:
-        for chunk in self._prepared:
-            chunk.sequence.in_batch = False
-        self._prepared = []
-        for sequence in self._dropped:
+        for sequence in self._prepared.clear():
             self._scheduler.remove(sequence)
-        self._dropped = []
 
     def _outgrown_message(self, sequence: Sequence) -> str:
         return (
@@ -414,11 +315,3 @@ class Engine:
         with self._lock:
             outputs, self._outputs = self._outputs, []
             self._sink(outputs, self._load())
-
-
-def _attention_order(chunk: Chunk) -> tuple[int, int]:
-    return (chunk.num_rows, chunk.sequence.num_computed)
-
-
-def no_samples() -> Sampled:
-    return Sampled(np.empty(0, np.int64), {})

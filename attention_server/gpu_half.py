@@ -20,6 +20,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
+from expertmesh.attention_server.chunk import Chunk, LaunchedChunk
 from expertmesh.attention_server.gpu_micro_batch import DeviceSamples, GpuMicroBatch
 from expertmesh.attention_server.gpu_model import GpuKvCache, GpuModel, check_supported
 from expertmesh.attention_server.gpu_sampler import DeviceLogprobs, GpuSampler
@@ -27,7 +28,6 @@ from expertmesh.attention_server.gpu_step import HostStep, StepMemory, build_ste
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.sampler import Sampled
-from expertmesh.attention_server.scheduler import Chunk, LaunchedChunk
 from expertmesh.attention_server.splitting import split
 from expertmesh.kernels.paged_prefill import queries_a_piece
 from expertmesh.mesh.config import AttentionConfig

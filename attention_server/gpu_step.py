@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from expertmesh.attention_server.chunk import Chunk
 from expertmesh.attention_server.gpu_model import GpuContext
-from expertmesh.attention_server.scheduler import Chunk
 from expertmesh.kernels.paged_prefill import prefill_pieces
 
 _ALIGNMENT = 4

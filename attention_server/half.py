@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expertmesh.attention_server.chunk import Chunk
 from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.drafting import open_drafter
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
@@ -19,7 +20,6 @@ from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.micro_batch import HostMicroBatch, Inputs
 from expertmesh.attention_server.paged import PagedKvCache, build_step_index
 from expertmesh.attention_server.sampler import Sampler
-from expertmesh.attention_server.scheduler import Chunk
 from expertmesh.attention_server.splitting import joined, split
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig

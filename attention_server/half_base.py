@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from expertmesh.attention_server.chunk import Chunk
 from expertmesh.attention_server.drafting import Drafter
 from expertmesh.attention_server.engine import Engine
 from expertmesh.attention_server.kv_cache import BlockManager
@@ -17,7 +18,7 @@ from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.observe import RequestMetrics
 from expertmesh.attention_server.request import Sequence
 from expertmesh.attention_server.sampler import Sampler
-from expertmesh.attention_server.scheduler import Chunk, Limits
+from expertmesh.attention_server.scheduler import Limits
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.spec import ModelSpec

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from expertmesh.attention_server.chunk import Chunk
 from expertmesh.attention_server.context import StepContext
 from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.drafting import Draft
-from expertmesh.attention_server.engine import no_samples
-from expertmesh.attention_server.sampler import Sampled, Sampler
-from expertmesh.attention_server.scheduler import Chunk
+from expertmesh.attention_server.sampler import Sampled, Sampler, no_samples
 from expertmesh.attention_server.verification import Verified, prefixes, verify
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.spec import ModelSpec

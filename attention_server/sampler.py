@@ -54,6 +54,10 @@ class Sampled:
     counts: tuple[int, ...] | None = None
 
 
+def no_samples() -> Sampled:
+    return Sampled(np.empty(0, np.int64), {})
+
+
 class Sampler:
     """Keeps the options of running sequences by table row."""
 

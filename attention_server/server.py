@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import grpc
 import torch
 
-from expertmesh.attention_server.engine import EndAll, Load, Output
+from expertmesh.attention_server.events import EndAll
 from expertmesh.attention_server.fetching import Fetching
 from expertmesh.attention_server.half import ServingHalf
 from expertmesh.attention_server.kv_handover import KvGiver
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.kv_nixl import KV_BLOCKS, NixlTransport
 from expertmesh.attention_server.kv_transport import TcpTransport, Transport
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.device import CPU

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 import grpc
 
 from expertmesh.attention_server.constraint import ConstraintCompiler
-from expertmesh.attention_server.engine import Abort, Engine, Load, Output, Unlink
+from expertmesh.attention_server.engine import Engine
+from expertmesh.attention_server.events import Abort, Unlink
 from expertmesh.attention_server.fetching import Fetching
 from expertmesh.attention_server.kv_transport import KvSource
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.request import RefusedError, Sequence, parse_submit
 from expertmesh.attention_server.tracing import trace_request
 from expertmesh.mesh.constraint import Constraint, constraint_of

@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from expertmesh.attention_server.chunk import Chunk
 from expertmesh.attention_server.sampler import Sampled
-from expertmesh.attention_server.scheduler import Chunk
 
 
 def split(chunks: list[Chunk], micro_batches: int) -> list[list[Chunk]]:

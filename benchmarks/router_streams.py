@@ -38,7 +38,9 @@ import uvloop
 import yaml
 from tokenizers import Tokenizer
 
-from expertmesh.attention_server.engine import Engine, Event, Load, Output
+from expertmesh.attention_server.engine import Engine
+from expertmesh.attention_server.events import Event
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.request import Sequence as Running
 from expertmesh.attention_server.service import AttentionService
 from expertmesh.mesh import rpc

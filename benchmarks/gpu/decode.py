@@ -25,7 +25,7 @@ import measure
 import numpy as np
 import torch
 
-from expertmesh.attention_server.engine import Load, Output
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.model.spec import load_spec

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.attention_server.constraint import Matcher
-from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.half import ServingHalf
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.sampler import Sampled, Sampler

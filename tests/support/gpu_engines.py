@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in torch's __all__
 
-from expertmesh.attention_server.engine import Load, Output
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.dataplane.factory import open_on_device
 from expertmesh.mesh.framing import Link

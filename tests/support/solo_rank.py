@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from expertmesh.attention_server.constraint import Matcher
-from expertmesh.attention_server.engine import Load, Output
 from expertmesh.attention_server.gpu_half import GpuHalf
+from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.request import Sampling
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.expert_server.gpu_slots import GpuSlots

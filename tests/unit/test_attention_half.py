@@ -10,7 +10,8 @@ import grpc
 import pytest
 import torch
 
-from expertmesh.attention_server.engine import Abort, EndAll, Output, Unlink
+from expertmesh.attention_server.events import Abort, EndAll, Unlink
+from expertmesh.attention_server.outputs import Output
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec

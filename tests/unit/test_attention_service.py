@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh.attention_server.engine import Output
+from expertmesh.attention_server.outputs import Output
 from expertmesh.attention_server.sampler import Logprobs
 from expertmesh.attention_server.server import AttentionServer
 from expertmesh.attention_server.service import RouterLink as ServiceLink

@@ -14,8 +14,9 @@ from opentelemetry.trace import NoOpTracer
 
 from expertmesh.attention_server.constraint import ConstraintCompiler
 from expertmesh.attention_server.drafting import Draft
-from expertmesh.attention_server.engine import Abort, Output
+from expertmesh.attention_server.events import Abort
 from expertmesh.attention_server.kv_cache import chain_digests
+from expertmesh.attention_server.outputs import Output
 from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.server import AttentionServer
 from expertmesh.attention_server.tracing import RequestTrace
