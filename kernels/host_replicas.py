@@ -45,7 +45,7 @@ def host_choose_replicas(
     """
     num_tokens, top_k = expert_TK.shape
     after_R[:] = price_R
-    visited_R, visited_N = np.zeros(len(price_R), np.bool_), np.zeros(max(node_R.max(), own_node) + 1, np.bool_)
+    visited_R, visited_N = np.zeros(len(price_R), np.bool_), np.zeros(max(int(node_R.max()), own_node) + 1, np.bool_)
     reach_R, is_open_K = np.zeros(len(price_R), np.int64), np.zeros(top_k, np.bool_)
     for token in range(num_tokens):
         expert_K, slot_K = expert_TK[token], slot_TK[token]

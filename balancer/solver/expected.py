@@ -77,7 +77,7 @@ def _meetings(held_GE: Bools, few_G: Bools, pair_EE: Floats, likeness_EE: Floats
     num_groups, num_experts = held_GE.shape
     credit_E = np.zeros(num_experts)
     for e in range(num_experts):
-        credit_E[e] = 1.0 / np.sqrt(max(held_GE[:, e].sum(), 1))
+        credit_E[e] = 1.0 / np.sqrt(max(int(held_GE[:, e].sum()), 1))
     pairs_G, triples_G = np.zeros(num_groups), np.zeros(num_groups)
     for group in range(num_groups):
         held = np.flatnonzero(held_GE[group])
