@@ -260,6 +260,8 @@ class StepThread:
                 raise error from caught
         finally:
             self._migrations = self._plane = None
+            if plane is not None:
+                plane.stop()
             if loop is not None:
                 loop.close()
             if plane is not None:

@@ -112,5 +112,16 @@ class DataPlane(Protocol[HandleT]):
     def abandon(self) -> None:
         """End every wait for the device at once, from any thread: the view is over."""
 
+    def stop(self) -> None:
+        """Let nothing of it run any more. To be called before graphs with its exchanges in them are dropped.
+
+        Raises:
+            DeviceLostError: what runs on the device cannot be ended.
+        """
+
     def close(self) -> None:
-        """Drop the group; peers that still wait for this rank get an error."""
+        """Drop the group; peers that still wait for this rank get an error.
+
+        Raises:
+            DeviceLostError: it cannot be dropped: this process can be in no view any more.
+        """

@@ -144,6 +144,9 @@ class CollectivePlane:
     def abandon(self) -> None:
         """Who has the links ends every wait on them."""
 
+    def stop(self) -> None:
+        """Nothing runs but what somebody waits for."""
+
     def close(self) -> None:
         for sends in self._sends:
             sends.clear()

@@ -206,20 +206,20 @@ class DeepEpPlane:
             raise DataPlaneError(f"not all ranks have compiled DeepEP's kernels; {why}")
         log.info("DeepEP's kernels for capacities %s in %.1f s", self._capacities, time.monotonic() - began)
 
-    def close(self) -> None:
-        """Free the buffer. Where a peer has gone it cannot be freed in good order, which takes all of them.
-
-        Raises:
-            DeviceLostError: the last exchanges have ended the context.
-        """
-        buffer, self._buffer = self._buffer, None
-        if buffer is None:
-            return
+    def stop(self) -> None:
+        """See ``DataPlane``: kernels that wait for a peer trap, which ends the CUDA context."""
         try:
             self.check()
         except DeviceLostError:
-            _LOST.append(buffer)
+            _LOST.append(self._buffer)
             raise
+
+    def close(self) -> None:
+        """Free the buffer. Where a peer has gone it cannot be freed in good order, which takes all of them."""
+        if self._buffer is None:
+            return
+        self.stop()
+        buffer, self._buffer = self._buffer, None
         if self._group.leave():
             buffer.destroy()
         else:

@@ -59,6 +59,9 @@ class LocalPlane:
     def abandon(self) -> None:
         """The device is waited for no longer than its work takes."""
 
+    def stop(self) -> None:
+        """What runs on the device waits for nobody."""
+
     def close(self) -> None:
         """Nobody waits."""
 

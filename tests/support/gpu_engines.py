@@ -103,6 +103,7 @@ def _engine(rank: Rank, job: EngineJob, spec: ModelSpec, checkpoint: Checkpoint,
 
 def close_engine(rank: Rank) -> None:
     engine, plane = rank.keep.pop("engine"), rank.keep.pop("plane")
+    plane.stop()
     engine.close()
     plane.close()
     for link in rank.keep.pop("links").values():
