@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from expertmesh.attention_server.paged import StepIndex
+from expertmesh.attention_server.step_index import StepIndex
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from expertmesh.attention_server.linear import Linear
 from expertmesh.attention_server.mlp import Mlp
 from expertmesh.attention_server.mtp import MtpParts
 from expertmesh.attention_server.norm import RmsNorm
-from expertmesh.attention_server.paged import PagedKvCache, StepIndex
+from expertmesh.attention_server.paged import PagedKvCache
 from expertmesh.attention_server.rope import Rotations
+from expertmesh.attention_server.step_index import StepIndex
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.architecture import GateVariant
 from expertmesh.mesh.model.checkpoint import Checkpoint

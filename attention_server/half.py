@@ -18,9 +18,10 @@ from expertmesh.attention_server.drafting import open_drafter
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.micro_batch import HostMicroBatch, Inputs
-from expertmesh.attention_server.paged import PagedKvCache, build_step_index
+from expertmesh.attention_server.paged import PagedKvCache
 from expertmesh.attention_server.sampler import Sampler
 from expertmesh.attention_server.splitting import joined, split
+from expertmesh.attention_server.step_index import build_step_index
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.model.architecture import Architecture

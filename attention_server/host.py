@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from expertmesh.attention_server.linear import Linear
-from expertmesh.attention_server.paged import TokenIndex
+from expertmesh.attention_server.step_index import TokenIndex
 from expertmesh.kernels.host_decode import Floats, host_attention, host_gate
 from expertmesh.mesh.halves import Routes
 

@@ -27,7 +27,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from expertmesh.cli.certs import make_certificates
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.dataplane import Exchange
-from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
+from expertmesh.mesh.dataplane.collective import CollectivePlane
 from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.rank_security import RankSecurity

@@ -21,7 +21,8 @@ import torch
 
 from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.host import MAX_TOKENS
-from expertmesh.attention_server.paged import PagedKvCache, build_step_index
+from expertmesh.attention_server.paged import PagedKvCache
+from expertmesh.attention_server.step_index import build_step_index
 from expertmesh.kernels import grouped_mlp
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint

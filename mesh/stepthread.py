@@ -15,7 +15,7 @@ import torch
 
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.dataplane import DataPlane, open_dataplane, uses_links
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.device_faults import as_device_lost
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError

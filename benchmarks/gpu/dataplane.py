@@ -26,8 +26,8 @@ import torch
 from measure import Row
 
 from expertmesh.mesh.dataplane.base import Exchange
-from expertmesh.mesh.dataplane.deepep import usable
 from expertmesh.mesh.dataplane.deepep_checks import nccl_version
+from expertmesh.mesh.dataplane.deepep_open import usable
 from support.gpu_ranks import PlaneConfig, Rank, Ranks, close_planes, gpu_ranks, plane_of
 from support.plane_checks import Batch, Layout, draw
 

@@ -36,6 +36,20 @@ class Pending(Protocol, Generic[R]):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlaneShape:
+    """Sizes that all ranks of a view agree on."""
+
+    rank: int
+    size: int
+    expert_ranks: tuple[int, ...]
+    slots_per_rank: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+    max_num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """What all ranks know of one dispatch before it starts.

@@ -13,8 +13,6 @@ than one torch operator takes to start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,36 +20,16 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.kernels.host_exchange import host_count, host_expand, host_pack, host_sum, host_weighted_sum
-from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending, PlaneShape
+from expertmesh.mesh.dataplane.transfers import MICRO_BATCHES, Kind, PointToPoint, Transfer, Transfers
 from expertmesh.mesh.errors import DataPlaneError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.int32]
 
-_DISPATCH_TAG = 1
-_COMBINE_TAG = 2
-_TAGS = 2  # of a micro-batch
-_MICRO_BATCHES = 2
 _HEAD = 4  # rows of the message, layer, placement version (low and high half)
 _INT32_BYTES = 4
-
-
-class Work(Protocol):
-    def wait(self, timeout: timedelta = ...) -> bool: ...
-
-
-class PointToPoint(Protocol):
-    """What this module needs of a process group."""
-
-    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Work: ...
-    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Work: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Transfer:
-    work: Work
-    peer: int
 
 
 @dataclass(slots=True)
@@ -72,44 +50,22 @@ class CollectiveHandle:
     received: list[tuple[int, int]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlaneShape:
-    """Sizes that all ranks of a view agree on."""
-
-    rank: int
-    size: int
-    expert_ranks: tuple[int, ...]
-    slots_per_rank: int
-    hidden_size: int
-    top_k: int
-    dtype: torch.dtype
-    max_num_tokens: int
-
-    @property
-    def hidden_words(self) -> int:
-        return -(-self.hidden_size * self.dtype.itemsize // _INT32_BYTES)
-
-    @property
-    def row_words(self) -> int:
-        return max(_HEAD, self.hidden_words + 2 * self.top_k)
-
-
 class CollectivePlane:
     """Implements ``DataPlane``; see the module's docstring for the messages."""
 
     def __init__(self, group: PointToPoint, shape: PlaneShape, *, timeout_s: float) -> None:
-        self._group: PointToPoint | None = group
         self._shape = shape
-        self._timeout = timedelta(seconds=timeout_s)
-        self._sends: list[list[_Transfer]] = [[] for _ in range(_MICRO_BATCHES)]
+        self._hidden_words = -(-shape.hidden_size * shape.dtype.itemsize // _INT32_BYTES)
+        self._row_words = max(_HEAD, self._hidden_words + 2 * shape.top_k)
+        self.transfers = Transfers(group, timeout_s)
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._no_tokens = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
         self.nothing = np.empty(0, np.int64), np.empty(0, np.float32)
         # Static memory: no step allocates a message. Pages that no step has touched take none.
         rows = shape.max_num_tokens + 1 if self._expert_index is not None else 0
-        self._inboxes_RMW = np.empty((_MICRO_BATCHES, shape.size, rows, shape.row_words), np.int32)
+        self._inboxes_RMW = np.empty((MICRO_BATCHES, shape.size, rows, self._row_words), np.int32)
         self._inboxes = torch.from_numpy(self._inboxes_RMW)
-        self._outboxes_MW = [np.empty((0, shape.row_words), np.int32)] * _MICRO_BATCHES
+        self._outboxes_MW = [np.empty((0, self._row_words), np.int32)] * MICRO_BATCHES
 
     def dispatch(
         self, x_TH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor, exchange: Exchange
@@ -124,7 +80,7 @@ class CollectivePlane:
 
     def combine(self, y_NH: torch.Tensor, handle: CollectiveHandle) -> _PendingCombine:
         shape = self._shape
-        arrivals: list[tuple[_Transfer, torch.Tensor]] = []
+        arrivals: list[tuple[Transfer, torch.Tensor]] = []
         back_NH = None
         if handle.token_N is not None:
             back_NH = torch.empty(len(handle.token_N), shape.hidden_size, dtype=shape.dtype)
@@ -148,9 +104,7 @@ class CollectivePlane:
         """Nothing runs but what somebody waits for."""
 
     def close(self) -> None:
-        for sends in self._sends:
-            sends.clear()
-        self._group = None
+        self.transfers.close()
 
     # -- sending side -------------------------------------------------------------------------------------------
 
@@ -161,7 +115,7 @@ class CollectivePlane:
         num_ranks = len(shape.expert_ranks)
         token_N, sent_R = np.empty(len(slot_TK) * num_ranks, np.int64), np.empty(num_ranks, np.int64)
         if len(self._outboxes_MW[exchange.micro_batch]) < len(token_N) + num_ranks:
-            self._outboxes_MW[exchange.micro_batch] = np.empty((len(token_N) + num_ranks, shape.row_words), np.int32)
+            self._outboxes_MW[exchange.micro_batch] = np.empty((len(token_N) + num_ranks, self._row_words), np.int32)
         message_MW = self._outboxes_MW[exchange.micro_batch]
         weight_TK = weight_TK.contiguous().view(torch.int32)
         slots = slot_TK.contiguous().numpy()
@@ -177,12 +131,12 @@ class CollectivePlane:
             if index == self._expert_index:
                 self._inboxes[exchange.micro_batch, shape.rank, : 1 + count] = part
             else:
-                self._send(part, shape.expert_ranks[index], _DISPATCH_TAG, exchange.micro_batch)
+                self.transfers.send(part, shape.expert_ranks[index], Kind.DISPATCH, exchange.micro_batch)
         return token_N[: sum(sent)], sent
 
     def _words(self, x_TH: torch.Tensor) -> Words:
         """x bit-cast to int32 [T, hidden_words]."""
-        padding = self._shape.hidden_words * _INT32_BYTES // x_TH.element_size() - x_TH.shape[1]
+        padding = self._hidden_words * _INT32_BYTES // x_TH.element_size() - x_TH.shape[1]
         if padding:
             x_TH = F.pad(x_TH, (0, padding))
         words: Words = x_TH.contiguous().view(torch.int32).numpy()
@@ -190,12 +144,12 @@ class CollectivePlane:
 
     # -- receiving side -----------------------------------------------------------------------------------------
 
-    def _post_receives(self, exchange: Exchange) -> list[_Transfer]:
+    def _post_receives(self, exchange: Exchange) -> list[Transfer]:
         if self._expert_index is None:
             return []
         inbox = self._inboxes[exchange.micro_batch]
         return [
-            self._receive(inbox[rank, : count + 1], rank, _DISPATCH_TAG, exchange.micro_batch)
+            self.transfers.receive(inbox[rank, : count + 1], rank, Kind.DISPATCH, exchange.micro_batch)
             for rank, count in enumerate(exchange.tokens)
             if count and rank != self._shape.rank
         ]
@@ -206,7 +160,7 @@ class CollectivePlane:
         assert self._expert_index is not None, "only an expert rank receives tokens"
         received = [(source, self._rows_of(source, exchange)) for source in sources]
         source_I = np.array(sources)
-        words, top_k = shape.hidden_words, shape.top_k
+        words, top_k = self._hidden_words, shape.top_k
         first_slot = self._expert_index * shape.slots_per_rank
         counts_S = np.empty(shape.slots_per_rank, np.int64)
         size = host_count(inbox_RMW, source_I, words + top_k, top_k, first_slot, counts_S)
@@ -234,14 +188,14 @@ class CollectivePlane:
 
     # -- the way back -------------------------------------------------------------------------------------------
 
-    def _post_returns(self, back_NH: torch.Tensor, handle: CollectiveHandle) -> list[tuple[_Transfer, torch.Tensor]]:
+    def _post_returns(self, back_NH: torch.Tensor, handle: CollectiveHandle) -> list[tuple[Transfer, torch.Tensor]]:
         arrivals = []
         start = 0
         for index, count in enumerate(handle.sent):
             if count and index != self._expert_index:
                 part = back_NH[start : start + count]
                 source = self._shape.expert_ranks[index]
-                arrivals.append((self._receive(part, source, _COMBINE_TAG, handle.micro_batch), part))
+                arrivals.append((self.transfers.receive(part, source, Kind.COMBINE, handle.micro_batch), part))
             start += count
         return arrivals
 
@@ -257,7 +211,7 @@ class CollectivePlane:
             if source == self._shape.rank:
                 own = part
             elif count:
-                self._send(part, source, _COMBINE_TAG, handle.micro_batch)
+                self.transfers.send(part, source, Kind.COMBINE, handle.micro_batch)
         return own
 
     def own_range(self, sent: list[int]) -> slice:
@@ -265,43 +219,6 @@ class CollectivePlane:
         assert self._expert_index is not None, "only a rank with slots has a part of its own"
         start = sum(sent[: self._expert_index])
         return slice(start, start + sent[self._expert_index])
-
-    # -- transfers ----------------------------------------------------------------------------------------------
-
-    def _send(self, tensor: torch.Tensor, peer: int, kind: int, micro_batch: int) -> None:
-        assert self._group is not None, "the plane is closed"
-        try:
-            work = self._group.send([tensor], peer, _tag(kind, micro_batch))
-        except RuntimeError as error:
-            raise DataPlaneError(f"sending to rank {peer} failed: {error}", (peer,)) from error
-        self._sends[micro_batch].append(_Transfer(work, peer))
-
-    def _receive(self, tensor: torch.Tensor, peer: int, kind: int, micro_batch: int) -> _Transfer:
-        assert self._group is not None, "the plane is closed"
-        try:
-            return _Transfer(self._group.recv([tensor], peer, _tag(kind, micro_batch)), peer)
-        except RuntimeError as error:
-            raise DataPlaneError(f"receiving from rank {peer} failed: {error}", (peer,)) from error
-
-    def wait(self, transfer: _Transfer) -> None:
-        try:
-            transfer.work.wait(self._timeout)
-        except RuntimeError as error:
-            raise DataPlaneError(f"the transfer with rank {transfer.peer} failed: {error}", (transfer.peer,)) from error
-
-    def finish_sends(self, micro_batch: int) -> None:
-        """A micro-batch's dispatch and combine are over when what this rank sent has gone: peers wait for it, and
-        nothing else would send the rest while this rank waits elsewhere.
-
-        Those of the other micro-batch may have to wait for this one on their way.
-        """
-        sends, self._sends[micro_batch] = self._sends[micro_batch], []
-        for transfer in sends:
-            self.wait(transfer)
-
-
-def _tag(kind: int, micro_batch: int) -> int:
-    return kind + _TAGS * micro_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +234,7 @@ class _Arrived:
 class _PendingDispatch(Pending[Dispatched[CollectiveHandle]]):
     plane: CollectivePlane
     exchange: Exchange
-    sources: list[_Transfer]
+    sources: list[Transfer]
     num_tokens: int
     token_N: Ints | None
     sent: list[int]
@@ -325,7 +242,7 @@ class _PendingDispatch(Pending[Dispatched[CollectiveHandle]]):
     def wait(self) -> Dispatched[CollectiveHandle]:
         plane = self.plane
         for transfer in self.sources:
-            plane.wait(transfer)
+            plane.transfers.wait(transfer)
         sources = [transfer.peer for transfer in self.sources]
         if self.num_tokens and plane._expert_index is not None:
             sources.append(plane._shape.rank)
@@ -354,19 +271,19 @@ class _PendingCombine(Pending[torch.Tensor]):
     plane: CollectivePlane
     handle: CollectiveHandle
     back_NH: torch.Tensor | None
-    arrivals: list[tuple[_Transfer, torch.Tensor]]
+    arrivals: list[tuple[Transfer, torch.Tensor]]
     own_sum: torch.Tensor | None
 
     def wait(self) -> torch.Tensor:
         handle = self.handle
         if self.back_NH is None:
-            self.plane.finish_sends(handle.micro_batch)
+            self.plane.transfers.finish_sends(handle.micro_batch)
             return self.plane._no_tokens
         if self.own_sum is not None:
             self.back_NH[self.plane.own_range(handle.sent)] = self.own_sum
         for transfer, _ in self.arrivals:
-            self.plane.wait(transfer)
-        self.plane.finish_sends(handle.micro_batch)
+            self.plane.transfers.wait(transfer)
+        self.plane.transfers.finish_sends(handle.micro_batch)
         assert handle.token_N is not None, "rows come back only for tokens that were sent"
         out_TH = torch.empty(handle.num_tokens, self.back_NH.shape[1])
         host_sum(self.back_NH.float().numpy(), handle.token_N, out_TH.numpy())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.errors import UserError
 
 KEY = "dataplane.backend"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
-from expertmesh.mesh.dataplane.base import DataPlane
-from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape, PointToPoint, Work
+from expertmesh.mesh.dataplane.base import DataPlane, PlaneShape
+from expertmesh.mesh.dataplane.collective import CollectivePlane
 from expertmesh.mesh.dataplane.nccl_group import connect_nccl, within
 from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
+from expertmesh.mesh.dataplane.transfers import PointToPoint, Work
 from expertmesh.mesh.errors import DataPlaneError, UserError
 from expertmesh.mesh.secure_stream import SecureStream, Stream
 from expertmesh.mesh.view import ViewInfo
@@ -147,7 +148,8 @@ def open_on_device(
         store: its keys are this plane's alone. nodes: by rank.
     """
     # Imported here: their kernels need Triton, which is there only where a GPU is.
-    from expertmesh.mesh.dataplane.deepep import DeepEpSettings, open_deepep
+    from expertmesh.mesh.dataplane.deepep import DeepEpSettings
+    from expertmesh.mesh.dataplane.deepep_open import open_deepep
     from expertmesh.mesh.dataplane.nccl import NcclPlane
 
     if config.backend == "deepep" or (config.backend == "auto" and _all_can_do_deepep(store, shape, device, nodes)):
@@ -165,7 +167,7 @@ def open_on_device(
 
 def _all_can_do_deepep(store: Store, shape: PlaneShape, device: torch.device, nodes: list[str]) -> bool:
     """All ranks take the same backend: deepep where every one of them can."""
-    from expertmesh.mesh.dataplane.deepep import usable
+    from expertmesh.mesh.dataplane.deepep_open import usable
 
     reason = ""
     try:

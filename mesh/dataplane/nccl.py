@@ -20,8 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from expertmesh.kernels.row_groups import combine_rows, group_rows
-from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending, PlaneShape
 from expertmesh.mesh.dataplane.device_faults import DeviceWait
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 

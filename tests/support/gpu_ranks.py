@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not in torch's __all__
 
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.factory import open_on_device
 
 ANSWER_S = 400.0

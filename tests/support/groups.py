@@ -11,8 +11,8 @@ from typing import cast
 
 from torch.distributed import HashStore, ProcessGroupGloo  # type: ignore[attr-defined]  # not in torch's __all__
 
-from expertmesh.mesh.dataplane.collective import PointToPoint
 from expertmesh.mesh.dataplane.sockets import SocketGroup
+from expertmesh.mesh.dataplane.transfers import PointToPoint
 from expertmesh.mesh.sidegroup import SideGroup
 
 

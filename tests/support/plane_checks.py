@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.mesh.dataplane.base import Dispatched, Exchange
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import Dispatched, Exchange, PlaneShape
 from support.gpu_ranks import PlaneConfig, Rank, plane_of
 
 BF16_NOISE = 6e-3

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.nccl import NcclPlane
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.framing import Link

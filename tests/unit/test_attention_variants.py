@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from expertmesh.attention_server.gate import choose_experts
-from expertmesh.attention_server.paged import PagedKvCache, Rule, build_step_index
+from expertmesh.attention_server.paged import PagedKvCache, Rule
 from expertmesh.attention_server.rope import Rotations, pair_features, rotate
+from expertmesh.attention_server.step_index import build_step_index
 from expertmesh.mesh.model.architecture import Architecture, GateVariant, Rope, Span
 from expertmesh.mesh.model.families import family_by_name
 from expertmesh.mesh.model.fields import Fields

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expertmesh.mesh.dataplane import Exchange
-from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
+from expertmesh.mesh.dataplane.collective import CollectivePlane
 from expertmesh.mesh.errors import DataPlaneError
 from support.groups import GROUPS, socket_group
 

@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 from expertmesh.mesh.config import DataPlaneConfig, parse_config
 from expertmesh.mesh.dataplane import Exchange, nccl
 from expertmesh.mesh.dataplane import deepep_checks as checks
-from expertmesh.mesh.dataplane.collective import PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, capacities, group_order, slot_ids
 from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.factory import Backend, checked_backend, uses_links

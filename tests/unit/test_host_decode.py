@@ -11,7 +11,8 @@ import torch
 
 from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.host import MAX_TOKENS
-from expertmesh.attention_server.paged import PagedKvCache, build_step_index
+from expertmesh.attention_server.paged import PagedKvCache
+from expertmesh.attention_server.step_index import build_step_index
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from expertmesh.mesh.dataplane import DataPlane, Dispatched
-from expertmesh.mesh.dataplane.collective import CollectivePlane, PlaneShape
+from expertmesh.mesh.dataplane.base import PlaneShape
+from expertmesh.mesh.dataplane.collective import CollectivePlane
 from expertmesh.mesh.halves import MicroBatch, Routes
 from expertmesh.mesh.layerwork import LayerWork
 from expertmesh.mesh.pingpong import PingPong
