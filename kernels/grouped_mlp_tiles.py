@@ -47,16 +47,16 @@ class Tiles:
 ODD = Tile(rows=16, columns=64, depth=64, stages=2, warps=4, bulk=False)
 """For sizes that the bulk copy engine refuses, and for float32."""
 
+_LARGE = Tile(128, 128, 64, 4, 8)
+_LARGE_DOWN = Tile(128, 128, 64, 3, 4, weights_first=False, programs_per_sm=2, flattens=True)
+
 HOPPER: tuple[Tiles, ...] = (
     Tiles(1, Tile(16, 64, 128, 3, 4), Tile(16, 128, 64, 4, 4)),
     Tiles(8, Tile(16, 64, 128, 3, 4), Tile(16, 128, 128, 3, 8)),
     Tiles(16, Tile(32, 64, 128, 3, 4, is_paired=True), Tile(32, 128, 64, 4, 4)),
     Tiles(32, Tile(64, 64, 128, 3, 4, is_paired=True), Tile(64, 128, 64, 4, 4)),
-    Tiles(
-        float("inf"),
-        Tile(128, 128, 64, 4, 8),
-        Tile(128, 128, 64, 3, 4, weights_first=False, programs_per_sm=2, flattens=True),
-    ),
+    Tiles(64, _LARGE, _LARGE_DOWN),
+    Tiles(float("inf"), _LARGE, _LARGE_DOWN, overlap=False),
 )
 """Of an H200."""
 

@@ -128,7 +128,7 @@ def measure_requests(rank: Timed, requests: int, tokens_in: int, tokens_out: int
         "tokens_out": tokens_out,
         "ms_per_token": round(1e3 * statistics.median(per_token), 3),
         "vllm_ms_per_token": VLLM_MS.get(tokens_in, {}).get(requests),
-        "step_ms": round(1e3 * statistics.median(np.diff(full)), 3),
+        "step_ms": round(1e3 * statistics.median(np.diff(full)), 3) if len(full) > 1 else None,
         "output_tokens_per_s": round(requests * tokens_out / seconds),
         "prefill_tokens_per_s": round(requests * tokens_in / prefilled),
         "ttft_ms": round(1e3 * statistics.median(times[0] - started for times in rank.arrivals.values()), 1),
@@ -209,7 +209,8 @@ def main() -> None:
     parser.add_argument("--profile-mixed", type=int, nargs="*", default=[], help="requests to profile both at once of")
     arguments = parser.parse_args()
     assert min(arguments.chunk) >= LEAST_CHUNK, f"--chunk below {LEAST_CHUNK}"
-    command = " ".join(["python benchmarks/gpu/decode.py", *sys.argv[1:]])
+    given = [arguments.out.name if word == str(arguments.out) else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/gpu/decode.py", *given])
     began = time.perf_counter()
     rank = build(arguments)
     print(f"built in {time.perf_counter() - began:.1f} s, {rank.load.num_kv_blocks} KV blocks", flush=True)
