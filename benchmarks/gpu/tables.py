@@ -85,8 +85,9 @@ def _decode(rows: Sequence[Row]) -> list[str]:
     for row in _of(rows, "paged_decode", lengths="equal", block="position, head"):
         where = {"batch": row["batch"], "context": row["context"], "block": row["block"], "lengths": "±25 %"}
         uneven = [[f"{r['measured_us']:.1f}", f"{r['fraction']:.2f}"] for r in _of(rows, "paged_decode", **where)]
-        body.append([f"{row['batch']} × {row['context']:,}", f"{row['bytes'] / 1e6:,.1f}", f"{row['floor_us']:.1f}",
-                     f"{row['measured_us']:.1f}", f"{row['fraction']:.2f}", *(uneven[0] if uneven else "––")])  # fmt: skip
+        cells = [f"{row['batch']} × {row['context']:,}", f"{row['bytes'] / 1e6:,.1f}", f"{row['floor_us']:.1f}"]
+        cells += [f"{row['measured_us']:.1f}", f"{row['fraction']:.2f}"]
+        body.append(cells + (uneven[0] if uneven else ["–", "–"]))
     return _lines(
         "| batch × context | must move, MB | floor, µs | measured, µs | floor / measured | lengths ±25 %: measured, µs "
         "| floor / measured |",

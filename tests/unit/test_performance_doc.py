@@ -14,7 +14,8 @@ PAGE = (ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()
 
 def tables() -> dict[str, list[str]]:
     spec = importlib.util.spec_from_file_location("gpu_tables", ROOT / "benchmarks/gpu/tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     rows = json.loads((ROOT / "benchmarks/results/gpu_kernels.json").read_text(encoding="utf-8"))["rows"]
