@@ -60,7 +60,7 @@ chaos: $(VENV)/.installed-dev $(VENV)/.etcd
 	PYTHONPATH=tests $(PY) -m chaos --seed $(SEED) --json benchmarks/results/chaos.json
 
 helm-test: $(VENV)/.installed-dev $(VENV)/tools/kubernetes/.installed $(VENV)/tools/checkov/.installed
-	$(PY) -m pytest tests/integration/test_helm.py tests/integration/test_helm_running.py
+	$(PY) -m pytest tests/integration/test_helm.py tests/integration/test_helm_network.py tests/integration/test_helm_running.py
 
 slurm-test: $(VENV)/.installed-dev
 	$(PY) -m pytest tests/integration/test_slurm.py tests/integration/slurm_requeue.py tests/unit/test_slurm.py

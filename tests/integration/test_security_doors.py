@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
 import ssl
-import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from expertmesh.mesh import rpc
 from expertmesh.mesh.config import ApiConfig, TlsConfig
 from expertmesh.mesh.http_tls import server_context
+from support.http2 import Http2
 from support.secure_server import (
     ADMIN,
     GENERATION,
@@ -29,6 +27,7 @@ from support.secure_server import (
     raw_connection,
     refusal,
     tls_as,
+    until_code,
 )
 
 __all__ = ["authority"]
@@ -130,24 +129,11 @@ async def test_keys_are_revoked_and_rotated_without_a_restart(tmp_path: Path) ->
     async with guarded(api=api) as address, rpc.open_channel(address, TlsConfig()) as channel:
         assert await call(channel, GENERATE, old) == b"hello"
         new = keys.add("ci", "generate")
-        await _until(lambda: call(channel, GENERATE, new), Code.OK)
+        await until_code(lambda: call(channel, GENERATE, new), Code.OK)
         assert (await refusal(call(channel, GENERATE, old))).code() is Code.UNAUTHENTICATED
         keys.revoke("other")
-        await _until(lambda: call(channel, GENERATE, other), Code.UNAUTHENTICATED)
+        await until_code(lambda: call(channel, GENERATE, other), Code.UNAUTHENTICATED)
         assert await call(channel, GENERATE, new) == b"hello"
-
-
-async def _until(attempt: Any, wanted: grpc.StatusCode) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while True:
-            try:
-                await attempt()
-                code = Code.OK
-            except grpc.aio.AioRpcError as error:
-                code = error.code()
-            if code is wanted:
-                return
-            await asyncio.sleep(0.02)
 
 
 async def test_a_rate_limit_says_when_to_try_again(tmp_path: Path) -> None:
@@ -301,89 +287,3 @@ def _send_and_read_to_end(connection: socket.socket, data: bytes) -> None:
             pass
     except ConnectionError:
         pass
-
-
-class Http2:
-    """Frames by hand, headers without compression: what no client library would send."""
-
-    DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
-    _END_HEADERS, _END_STREAM, _ACK = 4, 1, 1
-
-    def __init__(self, address: str) -> None:
-        self._socket = raw_connection(address)
-        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(self.SETTINGS, 0, 0, b""))
-        self._buffer = b""
-
-    def __enter__(self) -> Http2:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._socket.close()
-
-    def request(self, path: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """A unary gRPC call with one empty message."""
-        usual = [
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", path),
-            (b":authority", b"x"),
-            (b"content-type", b"application/grpc"),
-            (b"te", b"trailers"),
-        ]
-        block = b"".join(b"\x00" + self._text(name) + self._text(value) for name, value in [*usual, *headers])
-        message = self._frame(self.DATA, self._END_STREAM, 1, bytes(5))
-        self._socket.sendall(self._frame(self.HEADERS, self._END_HEADERS, 1, block) + message)
-
-    def ping_until_refused(self) -> None:
-        """As fast as they are answered, until the server says GOAWAY or closes the connection.
-
-        Raises:
-            TimeoutError: it goes on answering.
-        """
-        ended_s = time.monotonic() + TIMEOUT_S
-        with contextlib.suppress(ConnectionError):
-            while time.monotonic() < ended_s:
-                self._socket.sendall(self._frame(self.PING, 0, 0, bytes(8)))
-                kind, flags = self.SETTINGS, 0
-                while kind != self.PING or not flags & self._ACK:
-                    kind, flags, _ = self._read()
-                    if kind == self.GOAWAY:
-                        return
-            raise TimeoutError("pings are answered without end")
-
-    def frames_until_end(self) -> set[int]:
-        """Kinds of the frames up to the end of stream 1 or of the connection."""
-        kinds = set[int]()
-        try:
-            while True:
-                kind, flags, stream = self._read()
-                kinds.add(kind)
-                if kind == self.GOAWAY or (stream == 1 and (kind == self.RESET or flags & self._END_STREAM)):
-                    return kinds
-        except ConnectionError:
-            return kinds | {self.RESET}
-
-    def _read(self) -> tuple[int, int, int]:
-        head = self._exactly(9)
-        size = int.from_bytes(head[:3], "big")
-        kind, flags, stream = struct.unpack(">BBI", head[3:])
-        self._exactly(size)
-        return kind, flags, stream
-
-    def _exactly(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            data = self._socket.recv(65536)
-            if not data:
-                raise ConnectionAbortedError("closed")
-            self._buffer += data
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
-        return taken
-
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
-
-    @staticmethod
-    def _text(data: bytes) -> bytes:
-        assert len(data) < 127
-        return bytes([len(data)]) + data

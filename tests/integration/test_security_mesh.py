@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import grpc
 import psutil
 import pytest
-import yaml
-from typer.testing import CliRunner, Result
 
-from expertmesh.cli.certs import make_certificates
-from expertmesh.cli.local_mesh import LocalMesh
-from expertmesh.cli.main import build_app
 from expertmesh.cli.up import page_address
 from expertmesh.mesh import rpc
-from expertmesh.mesh.client import Completion, GenerateClient, build_request
-from expertmesh.mesh.client_key import key_interceptors, key_metadata
+from expertmesh.mesh.client import GenerateClient, build_request
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.identity import guest_id
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
     attention_pb2,
     attention_pb2_grpc,
     generate_pb2,
@@ -40,86 +26,14 @@ from expertmesh.v1 import (
     mesh_pb2_grpc,
 )
 from support import reference
-from support.mesh import demo_prompts, mesh_config, start_mesh
-from support.otlp_collector import Collector, running_collector
-from support.secure_server import TIMEOUT_S, Keys, refusal, tls_as
+from support.mesh import demo_prompts
+from support.otlp_collector import running_collector
+from support.secure_mesh import NUM_TOKENS, SecureMesh, get_status, https, set_mode
+from support.secure_server import TIMEOUT_S, code_of, refusal, tls_as, until_code
 
 pytestmark = [pytest.mark.security, pytest.mark.slow]
 
-NUM_TOKENS = 24
-IDS = ("balancer", "router-0", "attention-0", "expert-0", "expert-1", "operator", "client")
 Code = grpc.StatusCode
-
-
-class SecureMesh:
-    """1 attention and 2 expert servers, mutual TLS with a certificate for each server, keys and TLS at the doors."""
-
-    def __init__(self, folder: Path, collector: Collector) -> None:
-        self.folder, self.collector = folder, collector
-        self.tls = folder / "tls"
-        make_certificates(self.tls, IDS, hosts=["127.0.0.1"])
-        make_certificates(self.tls / "other", ["expert-0", "operator"])
-        (self.tls / "expired").mkdir()
-        for name in ("ca.pem", "ca.key"):
-            (self.tls / "expired" / name).write_bytes((self.tls / name).read_bytes())
-        make_certificates(self.tls / "expired", ["operator"], days=-1)
-        make_certificates(folder / "door", ["client"], hosts=["127.0.0.1"])
-        self.keys = Keys(folder / "keys.json")
-        self.generate = self.keys.add("app", "generate")
-        self.read = self.keys.add("eye", "read")
-        self.admin = self.keys.add("ops", "read", "admin")
-        self.audit = folder / "audit.jsonl"
-        config = mesh_config(
-            attention__servers=1,
-            expert__servers=2,
-            telemetry__otlp_endpoint=collector.address,
-            telemetry__log_level="debug",
-            telemetry__metrics_port=0,
-            balancer__page_port=0,
-            tls__cert_file=self.tls / "{id}.pem",
-            tls__key_file=self.tls / "{id}.key",
-            tls__ca_file=self.tls / "ca.pem",
-            api__cert_file=folder / "door" / "client.pem",
-            api__key_file=folder / "door" / "client.key",
-            api__ca_file=folder / "door" / "ca.pem",
-            api__keys_file=self.keys.path,
-            api__audit_file=self.audit,
-        )
-        self.config_file = folder / "mesh.yaml"
-        self.config_file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-        with mock.patch.dict(os.environ, EXPERTMESH_API_KEY=self.read):
-            self.mesh: LocalMesh = start_mesh(folder / "state", config)
-
-    def as_(self, name: str) -> TlsConfig:
-        return tls_as(self.tls, name)
-
-    @asynccontextmanager
-    async def balancer(self, tls: TlsConfig, key: str | None = None) -> AsyncIterator[grpc.aio.Channel]:
-        address, keys = self.mesh.balancer, key_interceptors(key)
-        async with rpc.open_channel(address, tls, role="balancer", interceptors=keys) as channel:
-            yield channel
-
-    def client(self, key: str | None) -> GenerateClient:
-        return GenerateClient(self.mesh.router, TlsConfig(ca_file=self.folder / "door" / "ca.pem"), key)
-
-    async def ask(self, key: str | None, prompt: Sequence[int]) -> Completion:
-        request = build_request(prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        async with self.client(key) as client:
-            return await client.complete(request, timeout_s=TIMEOUT_S)
-
-    def config_as(self, name: str) -> Path:
-        """The configuration with this certificate, whoever asks."""
-        data = yaml.safe_load(self.config_file.read_text())
-        data["tls"] |= {"cert_file": str(self.tls / f"{name}.pem"), "key_file": str(self.tls / f"{name}.key")}
-        file = self.folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(data))
-        return file
-
-    def command(self, *arguments: str, key_file: Path | None = None, config: Path | None = None) -> Result:
-        """``expertmesh`` with these, in this process: what it says, and its exit status."""
-        environment = {"EXPERTMESH_API_KEY_FILE": None if key_file is None else str(key_file)}
-        command = [*arguments, "--config", str(config or self.config_file)]
-        return CliRunner().invoke(build_app(command), command, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +113,7 @@ async def test_the_balancer_asks_for_a_certificate_and_for_the_scope(secure: Sec
     )
     for tls in strangers:
         async with secure.balancer(tls, secure.admin) as channel:
-            assert (await refusal(_status(channel))).code() is Code.UNAVAILABLE, tls
+            assert (await refusal(get_status(channel))).code() is Code.UNAVAILABLE, tls
     for name, key, reads, writes in (
         ("client", None, Code.UNAUTHENTICATED, Code.UNAUTHENTICATED),
         ("client", secure.generate, Code.PERMISSION_DENIED, Code.PERMISSION_DENIED),
@@ -209,24 +123,7 @@ async def test_the_balancer_asks_for_a_certificate_and_for_the_scope(secure: Sec
         ("expert-0", secure.admin, Code.PERMISSION_DENIED, Code.PERMISSION_DENIED),
     ):
         async with secure.balancer(secure.as_(name), key) as channel:
-            assert (await _code(_status(channel)), await _code(_set_mode(channel))) == (reads, writes), name
-
-
-async def _status(channel: grpc.aio.Channel) -> admin_pb2.GetStatusResponse:
-    return await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
-
-
-async def _set_mode(channel: grpc.aio.Channel) -> admin_pb2.SetModeResponse:
-    request = admin_pb2.SetModeRequest(mode="static")
-    return await admin_pb2_grpc.AdminServiceStub(channel).SetMode(request, timeout=TIMEOUT_S)
-
-
-async def _code(awaited: object) -> grpc.StatusCode:
-    try:
-        await awaited  # type: ignore[misc]  # a coroutine
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return Code.OK
+            assert (await code_of(get_status(channel)), await code_of(set_mode(channel))) == (reads, writes), name
 
 
 async def test_the_page_shows_nothing_of_the_mesh_without_a_key(secure: SecureMesh) -> None:
@@ -249,20 +146,6 @@ async def test_links_between_ranks_use_tls_and_metrics_ask_for_the_key(secure: S
             assert (await asyncio.to_thread(https, url, secure.tls / "ca.pem", key))[0] == status, name
 
 
-def https(url: str, authority: Path, key: str | None = None, body: object = None) -> tuple[int, bytes]:
-    """Status and body of the answer."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"content-type": "application/json", **dict(key_metadata(key))}
-    request = urllib.request.Request(url, data=data, headers=headers)
-    trusting = ssl.create_default_context(cafile=authority)
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=trusting) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read()
-
-
 async def test_the_http_door_asks_for_the_same_keys(secure: SecureMesh) -> None:
     url, authority = f"https://{secure.mesh.http}/v1/completions", secure.folder / "door" / "ca.pem"
     body = {"model": "", "prompt": list(PROMPTS[0]), "max_tokens": 4, "temperature": 0}
@@ -279,7 +162,7 @@ async def test_the_http_door_asks_for_the_same_keys(secure: SecureMesh) -> None:
 
 async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secure: SecureMesh) -> None:
     async with secure.balancer(secure.as_("operator")) as channel:
-        before = await _status(channel)
+        before = await get_status(channel)
     known = next(server for server in before.servers if server.server_id == "expert-0")
     of_expert = _registration("expert-0", mesh_pb2.ROLE_EXPERT, known.incarnation)
     of_expert.fingerprint = before.fingerprint
@@ -300,10 +183,10 @@ async def test_nobody_registers_as_a_server_whose_certificate_they_have_not(secu
             # Who is not let in at all is told before they say anything, and gRPC's client may trip over saying it.
             if name not in ("client", "operator"):
                 await join.write(mesh_pb2.JoinRequest(registration=registration))
-            await _code(join.read())
+            await code_of(join.read())
             assert await join.code() is Code.PERMISSION_DENIED, what
     async with secure.balancer(secure.as_("operator")) as channel:
-        after = await _status(channel)
+        after = await get_status(channel)
     assert after.serving
     assert after.view_number == before.view_number
     assert {(s.server_id, s.incarnation, s.pid) for s in after.servers} == {
@@ -316,7 +199,7 @@ async def test_a_router_of_another_mesh_is_let_in_under_its_own_certificate(secu
     """As the mesh that computes its prompts does; it has a router of that name already."""
     async with secure.balancer(secure.as_("operator")) as channel:
         registration = _registration(guest_id("router-0", "decode"), mesh_pb2.ROLE_ROUTER)
-        registration.fingerprint = (await _status(channel)).fingerprint
+        registration.fingerprint = (await get_status(channel)).fingerprint
     async with secure.balancer(secure.as_("router-0")) as channel:
         join = mesh_pb2_grpc.MembershipServiceStub(channel).Join(timeout=TIMEOUT_S)
         await join.write(mesh_pb2.JoinRequest(registration=registration))
@@ -353,23 +236,27 @@ async def test_only_a_router_links_to_an_attention_server(secure: SecureMesh) ->
             link = attention_pb2_grpc.AttentionServiceStub(channel).Link(timeout=TIMEOUT_S)
             if name == "router-0":  # the other one is told before it says anything
                 await link.write(hello)
-            await _code(link.read())
+            await code_of(link.read())
             assert await link.code() is code
     denied = [json.loads(line) for line in secure.audit.read_text().splitlines()][-1]
     assert (denied["server"], denied["who"]["certificate"]) == ("attention-0", "CN=expert-0")
 
 
+async def until_known(secure: SecureMesh, key: str) -> None:
+    await until_code(lambda: secure.ask(key, PROMPTS[0][:2]), Code.OK)
+
+
 async def test_a_rotated_key_is_the_only_one_within_a_moment(secure: SecureMesh) -> None:
     old = secure.keys.add("temp", "generate")
-    await _until(secure, old, Code.OK)
+    await until_known(secure, old)
     new = secure.keys.add("temp", "generate")
-    await _until(secure, new, Code.OK)
+    await until_known(secure, new)
     assert (await refusal(secure.ask(old, PROMPTS[0][:2]))).code() is Code.UNAUTHENTICATED
 
 
 async def test_the_tokens_of_a_key_are_counted(secure: SecureMesh) -> None:
     few = secure.keys.add("few", "generate", tokens_per_min=30.0)
-    await _until(secure, few, Code.OK)  # 2 tokens of the prompt, 24 generated
+    await until_known(secure, few)  # 2 tokens of the prompt, 24 generated
     assert len((await secure.ask(few, PROMPTS[0])).token_ids) == NUM_TOKENS, "what is left lets one more begin"
     refused = await refusal(secure.ask(few, PROMPTS[0]))
     assert (refused.code(), "tokens_per_min" in (refused.details() or "")) == (Code.RESOURCE_EXHAUSTED, True)
@@ -380,7 +267,7 @@ async def test_the_tokens_of_a_key_are_counted(secure: SecureMesh) -> None:
 
 async def test_a_request_is_aborted_by_its_own_key_alone(secure: SecureMesh) -> None:
     other = secure.keys.add("other", "generate")
-    await _until(secure, other, Code.OK)
+    await until_known(secure, other)
     # The tenant that a request names gives it nothing: the key's goes before it.
     request = build_request(PROMPTS[0], max_tokens=900, ignore_eos=True, request_id="mine", tenant="other")
     async with secure.client(secure.generate) as mine, secure.client(other) as others:
@@ -392,17 +279,11 @@ async def test_a_request_is_aborted_by_its_own_key_alone(secure: SecureMesh) -> 
         assert last.finish.reason == generate_pb2.FINISH_REASON_CANCELLED
 
 
-async def _until(secure: SecureMesh, key: str, wanted: grpc.StatusCode) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while await _code(secure.ask(key, PROMPTS[0][:2])) is not wanted:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-
-
 async def test_what_happened_is_in_the_audit_file(secure: SecureMesh) -> None:
     async with secure.balancer(secure.as_("client"), secure.admin) as channel:
-        await _set_mode(channel)
+        await set_mode(channel)
     async with secure.balancer(secure.as_("client"), secure.read) as channel:
-        await refusal(_set_mode(channel))
+        await refusal(set_mode(channel))
     lines = [json.loads(line) for line in secure.audit.read_text().splitlines()]
     did = [line for line in lines if line["event"] == "admin" and line["who"].get("key") == "ops"][-1]
     assert (did["outcome"], did["method"], did["request"]) == (
