@@ -45,6 +45,7 @@ class RouterLink:
     outputs: list[Output] = field(default_factory=list)
     load: Load | None = None
     sent_load: Load | None = None
+    told_routers: int = 0
     closed: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -88,7 +89,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
     def announce(self, load: Load) -> None:
         """Tell every link about a load that it does not know yet."""
         for link in self._links.values():
-            if link.sent_load != load:
+            if link.sent_load != load or link.told_routers != len(self._links):
                 link.load = load
                 link.changed.set()
 
@@ -122,7 +123,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             while not (link.closed and not link.outputs):
                 await link.changed.wait()  # bounded by the life of the call
                 link.changed.clear()
-                response = take_response(link, self.kv_source)
+                response = take_response(link, self.kv_source, len(self._links))
                 if response is not None:
                     yield response
         finally:
@@ -253,8 +254,12 @@ def _answer_refused(link: RouterLink, handle: int, refusal: RefusedError) -> Non
     link.changed.set()
 
 
-def take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb2.LinkResponse | None:
-    """All that waits for a link as one message."""
+def take_response(link: RouterLink, kv_source: KvSource | None, num_routers: int) -> attention_pb2.LinkResponse | None:
+    """All that waits for a link as one message.
+
+    Args:
+        num_routers: that have a link, this one included.
+    """
     if not link.outputs and link.load is None:
         return None
     handles, token_ids, others = _columns(link.outputs) if link.takes_columns else ([], [], link.outputs)
@@ -263,6 +268,7 @@ def take_response(link: RouterLink, kv_source: KvSource | None) -> attention_pb2
     )
     if link.load is not None:
         response.load.CopyFrom(_load_message(link.load))
+        response.load.num_routers = link.told_routers = num_routers
         if kv_source is not None:
             told = attention_pb2.KvSource(
                 address=kv_source.address, ticket=kv_source.ticket, nixl_digest=kv_source.nixl_digest

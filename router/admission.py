@@ -36,15 +36,24 @@ class _Sheddable:
 
     def __init__(self) -> None:
         self._classes: dict[int, dict[str, dict[str, Shed]]] = {}
+        self._num = 0
+
+    def __len__(self) -> int:
+        return self._num
 
     def put(self, request_id: str, entry: _Entry, shed: Shed) -> None:
-        self._classes.setdefault(entry.priority, {}).setdefault(entry.tenant, {})[request_id] = shed
+        requests = self._classes.setdefault(entry.priority, {}).setdefault(entry.tenant, {})
+        self._num += request_id not in requests
+        requests[request_id] = shed
 
     def remove(self, request_id: str, entry: _Entry) -> None:
         """Nothing happens if it is not there."""
         tenants = self._classes.get(entry.priority, {})
         requests = tenants.get(entry.tenant, {})
-        if requests.pop(request_id, None) is not None and not requests:
+        if requests.pop(request_id, None) is None:
+            return
+        self._num -= 1
+        if not requests:
             del tenants[entry.tenant]
             if not tenants:
                 del self._classes[entry.priority]
@@ -70,7 +79,7 @@ class Admission:
         max_requests: admitted and not finished.
         max_requests_per_tenant: the same, of one tenant.
         clock: seconds, monotonic.
-        backlog: requests that wait on the attention servers for a place in their batches.
+        backlog: requests, of all routers, that wait on the attention servers for a place in their batches.
     """
 
     def __init__(
@@ -159,7 +168,7 @@ class Admission:
         self._forget(request_id)
         now_s = self._clock()
         # Only under a backlog does the pace of releases say how fast the mesh is; else it is that of the arrivals.
-        if self._last_release_s is not None and self._backlog():
+        if self._last_release_s is not None and self._num_waiting:
             interval_s, average_s = now_s - self._last_release_s, self._release_interval_s
             if average_s is not None:
                 interval_s = average_s + _INTERVAL_WEIGHT * (interval_s - average_s)
@@ -178,8 +187,13 @@ class Admission:
         if self.closed and not self._entries:
             self._empty.set()
 
+    @property
+    def _num_waiting(self) -> int:
+        """Of the requests here: the pace that it is multiplied with is theirs, and not that of other routers'."""
+        return min(self._backlog(), len(self._sheddable))
+
     def _check_deadline(self, timeout_s: float | None) -> None:
-        waiting = self._backlog()
+        waiting = self._num_waiting
         if timeout_s is None or not waiting or self._release_interval_s is None:
             return
         wait_s = waiting * self._release_interval_s

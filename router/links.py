@@ -63,14 +63,16 @@ class AttentionLink:
         self.kv_source: attention_pb2.KvSource | None = None
         """Where others can fetch the KV blocks of prompts that it computed."""
         self.num_waiting = 0
-        """Requests that the server last said wait for a place in its batch."""
+        """Requests, of all routers, that the server last said wait for a place in its batch."""
+        self.num_routers = 1
+        """Routers that the server last said are linked to it, this one included."""
         self._hello = hello
         self._tls = tls
         self._on_change = on_change
         self._sequences: dict[int, _Sequence] = {}
         self._next_handle = 1
         self._own_outstanding_tokens = 0
-        self._reported_outstanding_tokens = 0
+        self._others_outstanding_tokens = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._outbox: deque[attention_pb2.LinkRequest] = deque()
@@ -78,8 +80,8 @@ class AttentionLink:
 
     @property
     def outstanding_tokens(self) -> int:
-        """The server's own figure counts every router's requests but is a step old; ours knows what was just sent."""
-        return max(self._own_outstanding_tokens, self._reported_outstanding_tokens)
+        """Of this router's requests as they are now, of the other routers' as the server last said."""
+        return self._own_outstanding_tokens + self._others_outstanding_tokens
 
     def submit(self, generation: Generation, submit: attention_pb2.Submit) -> int:
         """Send a request; returns its handle. What comes of it goes to ``generation``."""
@@ -167,7 +169,11 @@ class AttentionLink:
         for delta in response.deltas:
             self._on_delta(delta, now_s)
         if response.HasField("load"):
-            self._reported_outstanding_tokens = response.load.outstanding_tokens
+            # What the server says counts every router's requests but is a step old: added to our own, which may have
+            # grown since. The larger of the two would hide from a router what it has just sent beside others.
+            others = response.load.outstanding_tokens - self._own_outstanding_tokens
+            self._others_outstanding_tokens = max(0, others)
+            self.num_routers = max(1, response.load.num_routers)
             self.num_waiting = response.load.num_requests_waiting
             self.kv_source = response.load.kv_source if response.load.HasField("kv_source") else None
             self._set_serving(response.load.serving, "its rank is in no view that steps")
@@ -212,7 +218,7 @@ class AttentionLink:
         lost = f"attention server {self.server_id}: {reason}"
         sequences, self._sequences = self._sequences, {}
         self._note_idle()
-        self._own_outstanding_tokens = self._reported_outstanding_tokens = 0
+        self._own_outstanding_tokens = self._others_outstanding_tokens = 0
         self._set_serving(False, reason)
         if sequences:
             log.warning("%s; %d requests go elsewhere", lost, len(sequences))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,7 @@ class LinkPool:
         self._affinity_tokens = affinity_tokens
         self._slack_tokens = slack_tokens
         self._on_change = on_change
+        self._draw = random.Random()
         self._members: dict[_ServerKey, _Running] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._pause_reason = ""
@@ -127,6 +129,7 @@ class LinkPool:
             prompt_token_ids,
             affinity_tokens=self._affinity_tokens,
             slack_tokens=self._slack_tokens,
+            draw=self._draw if any(link.num_routers > 1 for link in serving.values()) else None,
         )
         return serving[chosen.server_id] if chosen is not None else None
 

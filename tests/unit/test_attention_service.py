@@ -212,12 +212,23 @@ def test_what_follows_a_delta_of_its_sequence_stays_behind_it() -> None:
         Output(1, 4, code=grpc.StatusCode.UNAVAILABLE, message="it stops"),
         Output(1, 3, 31),
     ]
-    message = take_response(link, None)
+    message = take_response(link, None, 1)
     assert message is not None
     assert list(zip(message.handles, message.token_ids, strict=True)) == [(2, 20), (2, 21)]
     deltas = [(delta.handle, list(delta.token_ids)) for delta in message.deltas]
     assert deltas == [(1, [10]), (1, [11]), (3, [30]), (2, [22]), (4, []), (3, [31])]
-    assert take_response(link, None) is None
+    assert take_response(link, None, 1) is None
+
+
+@pytest.mark.slow  # a load is told twice a second
+async def test_routers_hear_how_many_they_are(path: Path) -> None:
+    """Also while there is nothing to do."""
+    async with Rig(path).serve() as rig, rig.link() as first:
+        await first.load_until(num_routers=1)
+        async with rig.link() as second:
+            await second.load_until(num_routers=2)
+            await first.load_until(num_routers=2)
+        await first.load_until(num_routers=1)
 
 
 async def test_other_model_is_refused(path: Path) -> None:

@@ -64,6 +64,13 @@ class Clock:
         return self.now_s
 
 
+def wait_for_a_place(admission: Admission, requests: int) -> None:
+    """So many were sent to an attention server and have no token yet."""
+    for number in range(requests):
+        admission.admit(f"waits {number}", "")
+        admission.may_shed(f"waits {number}", lambda refusal: None)
+
+
 def test_admission_limits() -> None:
     clock = Clock()
     admission = Admission(max_requests=3, max_requests_per_tenant=2, clock=clock)
@@ -87,7 +94,8 @@ def test_admission_limits() -> None:
 
 def test_retry_hint_follows_the_pace_of_requests_that_end() -> None:
     clock = Clock()
-    admission = Admission(max_requests=1, max_requests_per_tenant=1, clock=clock, backlog=lambda: 1)
+    admission = Admission(max_requests=2, max_requests_per_tenant=2, clock=clock, backlog=lambda: 1)
+    wait_for_a_place(admission, 1)
 
     def hint_after(interval_s: float) -> int:
         for _ in range(60):
@@ -139,6 +147,7 @@ def test_a_deadline_that_the_backlog_outlasts_is_refused_at_once() -> None:
     clock = Clock()
     backlog = [10]
     admission = Admission(max_requests=99, max_requests_per_tenant=99, clock=clock, backlog=lambda: backlog[0])
+    wait_for_a_place(admission, 12)
     admission.admit("no pace known yet", "", timeout_s=0.1)
     for _ in range(60):
         admission.admit("r", "")

@@ -289,6 +289,7 @@ class AttentionLoad(_message.Message):
     NUM_KV_BLOCKS_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
     OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ROUTERS_FIELD_NUMBER: _builtins.int
     KV_SOURCE_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     num_requests_waiting: _builtins.int
@@ -299,6 +300,8 @@ class AttentionLoad(_message.Message):
     """the rank is in a view that steps"""
     outstanding_tokens: _builtins.int
     """tokens still to prefill or generate"""
+    num_routers: _builtins.int
+    """linked now, the one that is told included; 0 = not said"""
     @_builtins.property
     def kv_source(self) -> Global___KvSource:
         """unset = it hands none out"""
@@ -312,11 +315,12 @@ class AttentionLoad(_message.Message):
         num_kv_blocks: _builtins.int = ...,
         serving: _builtins.bool = ...,
         outstanding_tokens: _builtins.int = ...,
+        num_routers: _builtins.int = ...,
         kv_source: Global___KvSource | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "kv_source", b"kv_source", "num_kv_blocks", b"num_kv_blocks", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "outstanding_tokens", b"outstanding_tokens", "serving", b"serving"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_usage", b"kv_cache_usage", "kv_source", b"kv_source", "num_kv_blocks", b"num_kv_blocks", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "num_routers", b"num_routers", "outstanding_tokens", b"outstanding_tokens", "serving", b"serving"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
