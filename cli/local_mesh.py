@@ -29,6 +29,7 @@ from expertmesh.cli.local_plan import (
 from expertmesh.cli.local_roster import SCALED_ROLES, Roster
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
 from expertmesh.cli.scale_watch import ScaleWatch
+from expertmesh.cli.shared_door import SharedDoor
 from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
 from expertmesh.mesh.access import OPERATOR
 from expertmesh.mesh.client_key import key_from_environment
@@ -46,7 +47,7 @@ LAUNCHER = "expertmesh up"
 
 
 class LocalMesh:
-    """Balancer, router and ranks of one configuration, on loopback, each a process under supervision.
+    """Balancer, routers and ranks of one configuration, on loopback, each a process under supervision.
 
     Blocking and thread-safe: ``start`` returns when every process has been started, ``wait_ready`` when the router can
     serve; ``stop`` ends all. A context manager does the three.
@@ -84,6 +85,7 @@ class LocalMesh:
         self._given_up: set[str] = set()  # of those that were added to a whole mesh
         self._balancers: dict[str, str] = {}  # id → address
         self._watch: ScaleWatch | None = None
+        self._door: SharedDoor | None = None
         self._gpus = GpuNumbers()
         self._roster = Roster(self._config, self._service, self._changed, is_planned=not has_past(config))
 
@@ -94,12 +96,12 @@ class LocalMesh:
 
     @property
     def servers(self) -> dict[str, ServiceProcess]:
-        """By id: ``balancer``, ``router-0``, ``attention-0`` ..., ``expert-0`` ..., ``both-0`` ..."""
+        """By id: ``balancer``, ``router-0`` ..., ``attention-0`` ..., ``expert-0`` ..., ``both-0`` ..."""
         return dict(self._roster.servers)
 
     @property
     def router(self) -> str:
-        """``host:port``, once ready."""
+        """``host:port``, once ready; where there are several routers, they all listen there."""
         return _known_address(self._roster.servers["router-0"])
 
     @property
@@ -117,7 +119,11 @@ class LocalMesh:
 
         Raises:
             MeshFailedError: a balancer does not start.
+            UserError: the routers' ports are taken.
         """
+        if self._config.router.servers > 1:
+            self._door = SharedDoor(self._config.router)
+            self._config = with_router(self._config, self._door.address, self._door.http_address)
         self._write_config()
         balancers = self._balancer_processes()
         for balancer in balancers:
@@ -138,7 +144,8 @@ class LocalMesh:
         return [server for server in self._roster.servers.values() if server.role == "balancer"]
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Until every process is up and the router's health is SERVING.
+        """Until every process is up and the router's health is SERVING: that of one of several, as the kernel chooses;
+        on one that has no attention server yet requests wait.
 
         Raises:
             MeshFailedError: a service gave up, or it took longer than ``timeout_s``.
@@ -233,7 +240,7 @@ class LocalMesh:
             server.kill(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGTERM the router, then the ranks together, then the balancers; SIGKILL what does not end in time."""
+        """SIGTERM the routers, then the ranks together, then the balancers; SIGKILL what does not end in time."""
         if self._watch is not None:
             self._watch.stop()  # from here on nothing is started
         servers = self.servers.values()
@@ -246,6 +253,8 @@ class LocalMesh:
                 server.begin_stop()
             for server in group:
                 server.finish_stop(max(0.1, deadline_s - time.monotonic()))
+        if self._door is not None:
+            self._door.close()
         if self._run_file is not None:
             self._run_file.remove()
         self._claim.release()
@@ -281,6 +290,8 @@ class LocalMesh:
         serve = ["serve", role, "--id", server_id, "--config", str(self.config_file), "--stop-with-stdin"]
         if server_id in self._balancers:
             serve += ["--port", self._balancers[server_id].rpartition(":")[2]]
+        if role == "router" and self._door is not None:
+            serve += ["--share-port"]
         if role in SCALED_ROLES:
             serve += ["--gpu", str(self._gpus.of(server_id, self._roster.servers))]
         return [sys.executable, "-P", "-m", "expertmesh.cli.main", *serve]

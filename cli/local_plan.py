@@ -38,8 +38,8 @@ def planned_services(config: MeshConfig) -> Iterable[tuple[str, str]]:
     yield "balancer", "balancer"
     for index in range(1, config.balancer.servers):
         yield "balancer", f"balancer-{index}"
-    yield "router", "router-0"
-    counts = {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
+    counts = {"router": config.router.servers}
+    counts |= {"attention": config.attention.servers, "expert": config.expert.servers, "both": config.both_servers}
     for role, count in counts.items():
         for index in range(count):
             yield role, f"{role}-{index}"

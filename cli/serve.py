@@ -20,7 +20,7 @@ import typer
 import uvloop
 
 from expertmesh.cli.addresses import checked_addresses
-from expertmesh.mesh.config import MeshConfig, load_config
+from expertmesh.mesh.config import MeshConfig, RouterConfig, load_config
 from expertmesh.mesh.errors import EXIT_DEVICE_LOST, DeviceLostError, UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ def serve(
         int | None,
         typer.Option(min=0, help="Which GPU a rank computes on; unset = SLURM_LOCALID, LOCAL_RANK or the first."),
     ] = None,
+    share_port: Annotated[
+        bool, typer.Option("--share-port", help="Of a router: others of this user may listen at its ports too.")
+    ] = False,
     host: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Of this machine, as others reach it; overrides every host that is set."),
@@ -67,11 +70,13 @@ def serve(
     if stop_with_stdin:
         threading.Thread(target=_stop_when_stdin_ends, name="launcher-watch", daemon=True).start()
     config = _with_overrides(_with_host(load_config(config_file), host), role, balancer, node, port)
+    if share_port:
+        _check_shared(config.router, role)
     identity = server_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     config = config.model_copy(update={"tls": config.tls.for_service(role.value, identity)})
     status = 0
     try:
-        uvloop.run(_run(config, role, identity, gpu, ignore_sigterm))
+        uvloop.run(_run(config, role, identity, gpu, ignore_sigterm, share_port))
     except DeviceLostError as error:
         log.error("%s exits with status %d, to be started again: %s", identity, EXIT_DEVICE_LOST, error)
         status = EXIT_DEVICE_LOST
@@ -126,7 +131,18 @@ def _with_port(config: MeshConfig, role: ServiceRole, port: int) -> MeshConfig:
     return config.model_copy(update={role.value: section})
 
 
-async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None, ignore_sigterm: bool) -> None:
+def _check_shared(router: RouterConfig, role: ServiceRole) -> None:
+    if role is not ServiceRole.ROUTER:
+        raise UserError("--share-port", f"is given for the role {role.value}", "leave it out: only routers share ports")
+    ports = {"router.port": router.port, "router.http.port": router.http.port if router.http.enabled else None}
+    for key, port in ports.items():
+        if port == 0:
+            raise UserError(key, "is 0, and --share-port has to know the port", "set it to that of the other routers")
+
+
+async def _run(
+    config: MeshConfig, role: ServiceRole, server_id: str, gpu: int | None, ignore_sigterm: bool, share_port: bool
+) -> None:
     from expertmesh.mesh.model.spec import load_spec
     from expertmesh.mesh.telemetry import setup_logging, setup_telemetry
 
@@ -156,7 +172,9 @@ async def _run(config: MeshConfig, role: ServiceRole, server_id: str, gpu: int |
         elif role is ServiceRole.ROUTER:
             from expertmesh.router.server import serve as serve_router
 
-            await serve_router(config, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry)
+            await serve_router(
+                config, server_id=server_id, stop=stop, ready=ready, telemetry=telemetry, share_ports=share_port
+            )
         else:
             from expertmesh.cli.rank import serve_rank
 

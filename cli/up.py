@@ -53,6 +53,7 @@ def up(
     both: Annotated[
         int | None, typer.Option(help="Colocated servers; alone, it sets --attention and --experts to 0.")
     ] = None,
+    routers: Annotated[int | None, typer.Option(help="Routers, all at one address.")] = None,
     num_slots: Annotated[int | None, typer.Option(help="Slots a layer, over all servers.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     port: Annotated[int | None, typer.Option(help="The router's port; 0 = any free port.")] = None,
@@ -73,6 +74,7 @@ def up(
         "expert.servers": 0 if both and experts is None else experts,
         "expert.num_slots": num_slots,
         "both_servers": both,
+        "router.servers": routers,
         "router.port": port,
     }
     config = load_config(config_file)
@@ -139,9 +141,9 @@ def _run(mesh: LocalMesh, progress: Progress, command: Sequence[str]) -> int:
 def _start(mesh: LocalMesh, progress: Progress) -> None:
     started_s = time.monotonic()
     config = mesh.config
-    balancers = "1 balancer" if config.balancer.servers == 1 else f"{config.balancer.servers} balancers"
+    balancers, routers = _counted(config.balancer.servers, "balancer"), _counted(config.router.servers, "router")
     progress.say(
-        f"starting {balancers}, 1 router, {config.attention.servers} attention, {config.expert.servers} expert and "
+        f"starting {balancers}, {routers}, {config.attention.servers} attention, {config.expert.servers} expert and "
         f"{config.both_servers} colocated servers on {config.model.path or 'the demo model'}; logs in {mesh.state_dir}"
     )
     with progress.starting():
@@ -153,6 +155,10 @@ def _start(mesh: LocalMesh, progress: Progress) -> None:
     if (url := _http_url(mesh)) is not None:
         progress.say(f"OpenAI-compatible API on {url}/v1")
     typer.echo(f"router listening on {mesh.router}")
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 async def page_address(mesh: LocalMesh) -> str:

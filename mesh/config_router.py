@@ -9,10 +9,18 @@ from expertmesh.mesh.config_section import Section
 
 
 class RouterConfig(Section):
+    servers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes that `expertmesh up` starts behind one address, each with these limits (docs/router.md)",
+    )
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65535, description="0 = any free port")
-    max_queued_requests: int = Field(4096, ge=1, description="admitted and not finished; beyond it RESOURCE_EXHAUSTED")
-    max_requests_per_tenant: int = Field(2048, ge=1)
+    max_queued_requests: int = Field(
+        4096, ge=1, description="admitted by one router and not finished; beyond it RESOURCE_EXHAUSTED"
+    )
+    max_requests_per_tenant: int = Field(2048, ge=1, description="the same, of one tenant")
     max_prompt_bytes: int = Field(4 * 2**20, ge=1024, description="a longer prompt is refused before it is tokenised")
     max_message_bytes: int = Field(
         64 * 2**20, ge=2**20, description="a larger request is refused by gRPC itself, which cannot say what to change"

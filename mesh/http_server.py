@@ -13,6 +13,7 @@ import uvicorn
 
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.http_protocol import bounded_protocol
+from expertmesh.mesh.rpc import join_host_port
 
 START_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 30
@@ -55,6 +56,7 @@ class HttpServer:
 
     Args:
         key: of the configuration, named when the port cannot be had.
+        share_port: others of this user may listen at it too, and get a part of the connections.
         tls: made from the configuration's certificates; None = plain HTTP.
         grace_s: how long answers that have begun may take to end at ``stop``.
         settings: further ones of ``uvicorn.Config``, before those that are made here: the bounds above.
@@ -67,13 +69,15 @@ class HttpServer:
         host: str,
         port: int,
         key: str,
+        share_port: bool = False,
         tls: ssl.SSLContext | None = None,
         grace_s: float = 5.0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         host = host.strip("[]")
-        self._listening = _bind(host, port, key)
-        self._host = f"[{host}]" if ":" in host else host
+        self._listening = _bind(host, port, key, share_port)
+        self.address = join_host_port(host, int(self._listening.getsockname()[1]))
+        """``host:port`` with the port that was given or found."""
         defaults = {
             "http": bounded_protocol(MAX_HEADER_BYTES, RECEIVE_TIMEOUT_S),
             "limit_concurrency": MAX_CONNECTIONS,
@@ -95,11 +99,6 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
         self._stop_timeout_s = 2 * grace_s + 1.0
 
-    @property
-    def address(self) -> str:
-        """``host:port`` with the port that was given or found."""
-        return f"{self._host}:{self._listening.getsockname()[1]}"
-
     async def start(self) -> None:
         """Until it answers.
 
@@ -114,6 +113,11 @@ class HttpServer:
                     await self._task
                     raise RuntimeError(f"the HTTP server on {self.address} ended before it began")
 
+    def stop_listening(self) -> None:
+        """Take no further connections; those that there are go on."""
+        for server in self._server.servers:
+            server.close()
+
     async def stop(self) -> None:
         """Accept nothing more, let answers end, close."""
         if self._task is None:
@@ -127,11 +131,12 @@ class HttpServer:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-def _bind(host: str, port: int, key: str) -> socket.socket:
+def _bind(host: str, port: int, key: str, share: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
         listening.bind((host, port))
     except OSError as error:
         listening.close()

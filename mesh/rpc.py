@@ -54,8 +54,6 @@ _KEEPALIVE = (
 )
 _SERVER_OPTIONS = (
     *_KEEPALIVE,
-    # With it, two servers would share a port in silence.
-    ("grpc.so_reuseport", 0),
     # gRPC's clients leave a second between two pings at least: theirs are never answered with GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 5),
@@ -106,6 +104,7 @@ async def start_server(
     *,
     host: str,
     port: int,
+    share_port: bool = False,
     tls: TlsConfig,
     register: Callable[[grpc.aio.Server], Sequence[str]],
     telemetry: Telemetry,
@@ -120,6 +119,7 @@ async def start_server(
 
     Args:
         port: 0 = any free port.
+        share_port: others of this user may listen at it too, and get a part of the connections.
         register: adds the servicers and returns their full service names.
         key: configuration key that a port that cannot be bound is blamed on, such as ``router.port``.
         max_message_bytes: larger requests end with RESOURCE_EXHAUSTED.
@@ -135,7 +135,11 @@ async def start_server(
     credentials = server_credentials(tls)
     if gate is None and tls.with_roles:
         gate = Gate.of_roles(tls, ApiConfig(), key)
-    limits = (*_SERVER_OPTIONS, ("grpc.max_concurrent_streams", max_concurrent_streams))
+    limits = (
+        *_SERVER_OPTIONS,
+        ("grpc.so_reuseport", int(share_port)),  # gRPC's default: two servers would share a port in silence
+        ("grpc.max_concurrent_streams", max_concurrent_streams),
+    )
     server = grpc.aio.server(
         interceptors=(Door(gate), ExceptionGuard(telemetry)),
         options=_merge(limits, max_message_bytes, options),

@@ -50,12 +50,16 @@ class Ready(Protocol):
 class Router:
     """Everything of one router, made but not yet connected.
 
+    Args:
+        share_ports: other routers listen at the same ports.
+
     Raises:
         UserError: no balancer address, or the checkpoint folder cannot be used.
     """
 
-    def __init__(self, config: MeshConfig, server_id: str, telemetry: Telemetry) -> None:
+    def __init__(self, config: MeshConfig, server_id: str, telemetry: Telemetry, *, share_ports: bool = False) -> None:
         self.config = config
+        self._share_ports = share_ports
         self.server_id = server_id
         self.telemetry = telemetry
         self.model: RouterModel = load_router_model(config.model, mtp=config.speculation.method == "mtp")
@@ -90,6 +94,7 @@ class Router:
         self.drain_asked = asyncio.Event()
         self._server: rpc.RpcServer | None = None
         self._http: HttpServer | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Listen; returns ``host:port``."""
@@ -98,6 +103,7 @@ class Router:
         self._server = await rpc.start_server(
             host=router.host,
             port=router.port,
+            share_port=self._share_ports,
             tls=self.config.door_tls,
             register=self._register,
             telemetry=self.telemetry,
@@ -108,7 +114,14 @@ class Router:
             gate=self.gate,
         )
         if router.http.enabled:
-            self._http = make_http_server(self.config, self.calls, self.gate, self.telemetry, self.why_not_serving)
+            self._http = make_http_server(
+                self.config,
+                self.calls,
+                self.gate,
+                self.telemetry,
+                self.why_not_serving,
+                share_port=self._share_ports,
+            )
             await self._http.start()
         return self._server.address
 
@@ -130,6 +143,9 @@ class Router:
         """Refuse what is new, let what runs finish, for ``DRAIN_TIMEOUT_S`` at most."""
         assert self._server is not None
         self._server.set_serving(False)
+        if self._share_ports:
+            self._leaving = asyncio.create_task(self._leave_door(), name="leave-door")
+            await asyncio.sleep(0)  # it has begun: what was handed to us before is not refused
         self.runner.admission.close(_DRAINING)
         try:
             await self.runner.admission.wait_empty(DRAIN_TIMEOUT_S)
@@ -139,12 +155,21 @@ class Router:
             membership.send(mesh_pb2.JoinRequest(leaving=mesh_pb2.Leaving(reason="stopping")))
             await membership.flush(_LEAVE_TIMEOUT_S)
 
+    async def _leave_door(self) -> None:
+        """Others stand at it: clients that connect come to them, and those that are connected are asked to do so."""
+        assert self._server is not None
+        if self._http is not None:
+            self._http.stop_listening()
+        await self._server.stop(DRAIN_TIMEOUT_S)
+
     async def close(self) -> None:
         async with asyncio.TaskGroup() as stopping:
             if self._server is not None:
                 stopping.create_task(self._server.stop(_STOP_GRACE_S))
             if self._http is not None:
                 stopping.create_task(self._http.stop())
+        if self._leaving is not None:
+            await self._leaving
         await self.pool.close()
         if self.prefill is not None:
             await self.prefill.pool.close()
@@ -198,16 +223,18 @@ async def serve(
     stop: asyncio.Event,
     ready: Ready,
     telemetry: Telemetry,
+    share_ports: bool = False,
 ) -> None:
     """Run a router until ``stop`` is set or the balancer asks it to drain; then drain and return.
 
     Args:
         ready: called once when the server listens; its health says when it can serve.
+        share_ports: other routers of this user listen at the same ports, which are not 0.
 
     Raises:
         UserError: the configuration or the checkpoint cannot be used, or the port is taken.
     """
-    router = Router(config, server_id, telemetry)
+    router = Router(config, server_id, telemetry, share_ports=share_ports)
     async with router.gate.open():
         await _serve(router, stop, ready)
 

@@ -21,12 +21,19 @@ _SPARE_FILES = 512
 
 
 def make_http_server(
-    config: MeshConfig, calls: Calls, gate: Gate, telemetry: Telemetry, why_not_serving: Callable[[], str]
+    config: MeshConfig,
+    calls: Calls,
+    gate: Gate,
+    telemetry: Telemetry,
+    why_not_serving: Callable[[], str],
+    *,
+    share_port: bool,
 ) -> HttpServer:
     """Bound, not yet started.
 
     Args:
         why_not_serving: '' while the mesh serves.
+        share_port: other routers listen at it too.
 
     Raises:
         UserError: the port cannot be had.
@@ -39,6 +46,7 @@ def make_http_server(
         host=http.host or config.router.host,
         port=http.port,
         key="router.http.port",
+        share_port=share_port,
         tls=server_context(config.door_tls),
         grace_s=1.0,  # what ran was waited for before
         settings={

@@ -55,6 +55,9 @@ print("torch" in sys.modules)
         ("telemetry: {metrics_port: 9100}", ["up"], "telemetry.metrics_port"),
         ("{}", ["serve", "attention"], "balancer.address"),
         ("{}", ["serve", "attention", "--balancer", "a:1,b:2", "--port", "5"], "--port"),
+        ("{}", ["serve", "expert", "--balancer", "a:1", "--share-port"], "--share-port: is given for the role expert"),
+        ("{}", ["serve", "router", "--balancer", "a:1", "--share-port"], "router.port: is 0"),
+        ("{router: {port: 7}}", ["serve", "router", "--balancer", "a:1", "--share-port"], "router.http.port: is 0"),
         ("{}", ["serve", "attention", "--balancer", "nowhere"], "--balancer: 'nowhere' is not an address"),
     ],
 )
