@@ -17,20 +17,16 @@ from expertmesh.kernels.paged_decode import (
     paged_decode_attention_reference,
 )
 from support.engine_checks import check_embed, check_paged_prefill, check_row_groups, check_slot_table
+from support.gate_checks import check_route, replica_prices, slot_tables
+from support.grouped_mlp_checks import check_grouped_mlp, check_grouped_mlp_fp8
 from support.kernel_checks import (
-    Draw,
-    assert_near,
     check_add_rms_norm,
     check_fp8_rows,
-    check_grouped_mlp,
-    check_grouped_mlp_fp8,
     check_gumbel_argmax,
     check_paged_decode,
     check_rope_append,
-    check_route,
-    replica_prices,
-    slot_tables,
 )
+from support.kernel_draws import Draw, assert_near
 
 BF16 = torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, BF16])

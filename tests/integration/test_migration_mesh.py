@@ -17,7 +17,8 @@ from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import mesh_pb2
 from support import mesh_state, reference
 from support.mesh import demo_prompts, generate_all, greedy_request, mesh_config
-from support.scripted_balancer import Migrated, ScriptedMesh, ViewChangedError
+from support.scripted_balancer import Migrated, ViewChangedError
+from support.scripted_mesh import ScriptedMesh
 
 pytestmark = [pytest.mark.slow]
 

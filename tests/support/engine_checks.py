@@ -18,7 +18,7 @@ from expertmesh.kernels.paged_prefill import (
     queries_a_piece,
 )
 from expertmesh.kernels.row_groups import combine_rows, combine_rows_reference, group_rows, group_rows_reference
-from support.kernel_checks import Draw, assert_near, poisoned
+from support.kernel_draws import Draw, assert_near, poisoned
 
 
 def check_row_groups(

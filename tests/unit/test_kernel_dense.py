@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from expertmesh.kernels.sampler import gumbel_argmax, gumbel_argmax_reference
-from support.kernel_checks import Draw, check_add_rms_norm, check_gumbel_argmax, check_rope_append
+from support.kernel_checks import check_add_rms_norm, check_gumbel_argmax, check_rope_append
+from support.kernel_draws import Draw
 
 pytestmark = pytest.mark.slow
 

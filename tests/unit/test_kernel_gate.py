@@ -13,7 +13,8 @@ from expertmesh.kernels.gate_rule import SPREAD
 from expertmesh.kernels.replica_costs import MEAN_PRICE_LIMIT
 from expertmesh.mesh.placement import LayerRouting, Topology
 from expertmesh.mesh.statistics import RoutingCounts
-from support.kernel_checks import Draw, check_route, replica_prices, routing_totals, slot_tables
+from support.gate_checks import check_route, replica_prices, routing_totals, slot_tables
+from support.kernel_draws import Draw
 from support.routing import topic_tokens
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertmesh.kernels.grouped_mlp_tiles import HOPPER, Tile, Tiles, tiles_for
-from support.kernel_checks import check_grouped_mlp
+from support.grouped_mlp_checks import check_grouped_mlp
 
 pytestmark = pytest.mark.slow
 

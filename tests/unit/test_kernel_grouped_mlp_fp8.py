@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expertmesh.kernels.grouped_mlp_tiles import FP8, FP8_ROUNDED, Tile, Tiles, fp8_tiles_for
-from support.kernel_checks import check_grouped_mlp_fp8
+from support.grouped_mlp_checks import check_grouped_mlp_fp8
 
 # numpy, which the interpreter computes with, warns of rows that belong to nobody: they are all NaN.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:All-NaN slice encountered")]
