@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from expertmesh.balancer.actual import Actual, Effects
+from expertmesh.balancer.actual import Actual
 from expertmesh.balancer.applying import Applying
+from expertmesh.balancer.effects import Effects
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.migrations import Migrations
 from expertmesh.balancer.online import Online

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from expertmesh.balancer.actual import Actual, Effects
+from expertmesh.balancer.actual import Actual
+from expertmesh.balancer.effects import Effects
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_static import usable_slots

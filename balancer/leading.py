@@ -21,7 +21,8 @@ from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.load_gauges import LoadGauges
-from expertmesh.balancer.migrations import Migrations, Stage
+from expertmesh.balancer.migration import Stage
+from expertmesh.balancer.migrations import Migrations
 from expertmesh.balancer.observing import ControlObserver
 from expertmesh.balancer.placement_admin import PlacementAdmin
 from expertmesh.balancer.placement_file import PlacementFile

@@ -22,11 +22,13 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from expertmesh.balancer.actual import Actual, Effects, Phase
+from expertmesh.balancer.actual import Actual, Phase
 from expertmesh.balancer.applying import Applying
+from expertmesh.balancer.effects import Effects
 from expertmesh.balancer.evaluation import EVALUATION_TIMEOUT_S, Answer, Job, LayerQuestion
 from expertmesh.balancer.events import EventLog
-from expertmesh.balancer.migrations import Migrations, Outcome
+from expertmesh.balancer.migration import Outcome
+from expertmesh.balancer.migrations import Migrations
 from expertmesh.balancer.noise import Dispersion, has_drifted
 from expertmesh.balancer.policy import Floats, LayerStatistics, Layout, Proposal, StatisticsSource
 from expertmesh.balancer.refusal import RefusedError

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from expertmesh.balancer.actual import LIVE, Actual, Effects, Phase
+from expertmesh.balancer.actual import LIVE, Actual, Phase
 from expertmesh.balancer.control import PlacementControl
+from expertmesh.balancer.effects import Effects
 from expertmesh.balancer.events import EventLog
-from expertmesh.balancer.faults import Strikes, Suspicions
+from expertmesh.balancer.faults import Strikes
 from expertmesh.balancer.formation import Formation
+from expertmesh.balancer.losses import Losses
 from expertmesh.balancer.members import Member
 from expertmesh.balancer.placement_file import PlacementFile
 from expertmesh.balancer.replicas import ReplicaRule
@@ -21,11 +23,6 @@ from expertmesh.balancer.scaling_target import ScaleTargets
 from expertmesh.balancer.views import NoView, ViewPlan, next_view
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.v1 import mesh_pb2
-
-log = logging.getLogger(__name__)
-
-LOST_KEPT_S = 300.0
-"""How long a lost server is still shown in the status."""
 
 
 class Reconciler:
@@ -58,15 +55,14 @@ class Reconciler:
         self._initial = initial
         self._rule = ReplicaRule.of(config.expert)
         self._known_loads = control.online.known_loads
-        self._suspicions = Suspicions()
+        self._losses = Losses(config.balancer, actual, effects=effects, events=events)
         self._strikes = Strikes(config.balancer.view_timeout_s)
         self._num_retries = 0  # views of the same members in a row
         self._wanted: frozenset[tuple[str, str]] = frozenset()
         self._wanted_s = 0.0  # when the wanted membership last changed
-        self._last_tick_s: float | None = None
         self._steps = (
-            self._lose,
-            self._fence_culprit,
+            self._losses.lose,
+            self._losses.fence_culprit,
             self._adopt,
             control.migrations.tick,  # before the next view: what ranks have switched to is what it starts from
             self._form,
@@ -76,12 +72,12 @@ class Reconciler:
             control.upkeep.tick,
             control.online.tick,
             autoscaler.tick,
-            self._forget,
+            self._losses.forget,
         )
 
     def tick(self, now: float) -> str | None:
         """Take the next action that is due. Returns what was done, None when nothing was."""
-        self._forgive_own_stall(now)
+        self._losses.forgive_own_stall(now)
         for step in self._steps:
             action = step(now)
             if action is not None:
@@ -94,72 +90,6 @@ class Reconciler:
             self._actual.phase in (Phase.BROKEN, Phase.ADOPTING) or now - self._wanted_s <= self._settings.settle_s
         )
         return max(self._settings.settle_s / 2, 0.005) if hurried else self._settings.heartbeat_s / 2
-
-    def _forgive_own_stall(self, now: float) -> None:
-        """When this process itself stood still, unread heartbeats wait in its sockets: silence proves nothing."""
-        stalled_s = 0.0 if self._last_tick_s is None else now - self._last_tick_s
-        if stalled_s > self._settings.lease_s / 2:
-            log.warning("the balancer stood still for %.1f s; leases are extended by it", stalled_s)
-            for member in self._actual.members.live():
-                self._actual.members.change(member, last_seen_s=min(now, member.last_seen_s + stalled_s))
-        self._last_tick_s = now
-
-    # Members that are gone.
-
-    def _lose(self, now: float) -> str | None:
-        for member in self._actual.members.live():
-            if member.draining and member.session is None:
-                self._actual.members.remove(member)
-                self._actual.remember_fenced(member.incarnation)
-                self._events.add("server_left", member.server_id, "its stream closed after it said that it leaves")
-                return f"let {member.server_id} go"
-            why = self._why_lost(member, now)
-            if why is not None:
-                self._give_up(member, "server_lost", why)
-                return f"gave {member.server_id} up"
-        return None
-
-    def _why_lost(self, member: Member, now: float) -> str | None:
-        actual, silent_s = self._actual, now - member.last_seen_s
-        if member.session is None and actual.phase in (Phase.FORMING, Phase.BROKEN) and actual.is_in_view(member):
-            return f"its stream is closed and view {actual.view.number} is {actual.phase}"
-        if silent_s > self._silence_s(member):
-            return f"its stream is {'closed' if member.session is None else 'silent'} for {silent_s:.1f} s"
-        return None
-
-    def _silence_s(self, member: Member) -> float:
-        """A GPU rank whose stream is open may be silent for as long as it may take to join a view."""
-        actual, settings = self._actual, self._settings
-        is_joining = actual.phase is Phase.FORMING and actual.is_in_view(member) and not actual.is_ready(member)
-        if is_joining and member.registration.on_gpu and member.session is not None:
-            return max(settings.lease_s, settings.view_timeout_s)
-        return settings.lease_s
-
-    def _give_up(self, member: Member, kind: str, why: str) -> None:
-        if member.is_rank:
-            self._actual.remember_fenced(member.incarnation)
-        if member.session is not None:
-            if member.is_rank:
-                self._effects.send(member.session, mesh_pb2.JoinResponse(fenced=mesh_pb2.Fenced(reason=why)))
-            self._effects.close(member.session)
-        self._actual.members.change(member, lost=True, session=None)
-        self._events.add(kind, member.server_id, why, logging.WARNING)
-
-    def _fence_culprit(self, now: float) -> str | None:
-        culprit = self._suspicions.culprit(now)
-        member = None if culprit is None else self._actual.members.get(culprit)
-        if member is None or member.lost:
-            return None
-        self._suspicions.clear()
-        self._give_up(member, "server_fenced", "its peers named it each time that a view broke")
-        return f"fenced {member.server_id}"
-
-    def _forget(self, now: float) -> str | None:
-        for member in self._actual.members:
-            if member.lost and now - member.last_seen_s > LOST_KEPT_S:
-                self._actual.members.remove(member)
-                return f"forgot {member.server_id}"
-        return None
 
     # The view that is there.
 
@@ -213,7 +143,7 @@ class Reconciler:
         for member in late:
             wait_s = self._strikes.add(member.server_id, now)
             why = f"it was not ready for view {number} within {self._settings.view_timeout_s:g} s"
-            self._give_up(member, "server_fenced", why + (f"; kept out for {wait_s:g} s" if wait_s else ""))
+            self._losses.give_up(member, "server_fenced", why + (f"; kept out for {wait_s:g} s" if wait_s else ""))
         return f"fenced {len(late)} ranks that were late for view {number}"
 
     # The view that should be there.
@@ -287,7 +217,7 @@ class Reconciler:
             return self._pause(view.reason, now)
         why = self._why_changed()
         if why == "broken":  # a death explains itself
-            self._suspicions.record(actual.reports, now)
+            self._losses.suspicions.record(actual.reports, now)
         self._num_retries = self._num_retries + 1 if why == "broken" else 0
         self._formation.had_view = True
         actual.view = view

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import grpc
 
-from expertmesh.balancer.actual import Actual, Effects, Phase
+from expertmesh.balancer.actual import Actual, Phase
+from expertmesh.balancer.effects import Effects
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.members import ROLE_NAMES, Member
 from expertmesh.balancer.refusal import RefusedError
