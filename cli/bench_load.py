@@ -6,7 +6,9 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 REQUEST_TIMEOUT_S = 300.0
 _NO_TLS = TlsConfig()
+# gRPC gives channels of one process to one address a single connection otherwise.
+_OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +85,14 @@ async def load_router(
     *,
     concurrency: int,
     num_tokens: int,
+    connections: int = 1,
     tls: TlsConfig = _NO_TLS,
     api_key: str | None = None,
 ) -> list[Timed]:
     """Greedy requests of exactly ``num_tokens`` tokens; a new one starts when one of ``concurrency`` ends.
 
     Args:
+        connections: that requests take in turn; routers that share an address get some of several.
         tls, api_key: as the router's door asks for them.
 
     Raises:
@@ -95,10 +101,13 @@ async def load_router(
     slots = asyncio.Semaphore(concurrency)
     sampling = generate_pb2.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     key = key_metadata(api_key)
-    async with rpc.open_channel(router, tls, role="router") as channel:
-        stub = generate_pb2_grpc.GenerationServiceStub(channel)
+    async with AsyncExitStack() as channels:
+        stubs = []
+        for _ in range(connections):
+            channel = rpc.open_channel(router, tls, role="router", options=_OWN_CONNECTION)
+            stubs.append(generate_pb2_grpc.GenerationServiceStub(await channels.enter_async_context(channel)))
 
-        async def run(prompt: Sequence[int]) -> Timed:
+        async def run(stub: generate_pb2_grpc.GenerationServiceAsyncStub, prompt: Sequence[int]) -> Timed:
             tokenized = generate_pb2.TokenizedInput(input_ids=prompt)
             request = generate_pb2.GenerateRequest(tokenized=tokenized, sampling_params=sampling)
             async with slots:
@@ -109,7 +118,7 @@ async def load_router(
             return Timed(sent_s=sent_s, token_times_s=times_s)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(prompt)) for prompt in prompts]
+            tasks = [group.create_task(run(stub, prompt)) for stub, prompt in zip(cycle(stubs), prompts, strict=False)]
     return [task.result() for task in tasks]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import Self
 
 from expertmesh.mesh.config import RouterConfig
 from expertmesh.mesh.errors import UserError
@@ -38,12 +37,6 @@ class SharedDoor:
     def close(self) -> None:
         for held in self._held:
             held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _hold(self, host: str, port: int, key: str) -> str:
         try:

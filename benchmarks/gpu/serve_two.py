@@ -5,6 +5,9 @@
 Every number of requests is sent at once, 128 random tokens in, 128 out, greedy, streamed, by clients in processes of
 their own. ``cpu`` is the CPU time of each process over the run, in percent of a core: what holds the GPUs up.
 
+``--routers N``: several routers at one address. The kernel gives each connection to one of them by a hash, so clients
+then have more than one (``--connections``); how evenly they fell is seen in what each router took of a core.
+
 ``--migrate``: all layers swap experts between the two ranks while requests decode, compared with the same load before
 and after. ``--kill``: one rank is killed with SIGKILL while requests decode; seconds until it and the others serve
 again, and whether every request ended with all of its tokens.
@@ -51,7 +54,7 @@ SWAPS = 4
 """Experts of a layer that each rank gives the other."""
 
 
-def mesh_config(folder: Path, roles: str, backend: str, layers: int) -> MeshConfig:
+def mesh_config(folder: Path, roles: str, backend: str, layers: int, routers: int) -> MeshConfig:
     for name in ("tokenizer.json", "tokenizer_config.json"):  # text is detokenised, as far as it has the ids
         shutil.copy(demo_model_path() / name, folder / name)
     (folder / "config.json").write_text(json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": layers}))
@@ -60,6 +63,7 @@ def mesh_config(folder: Path, roles: str, backend: str, layers: int) -> MeshConf
         MeshConfig(),
         {
             "device": "cuda",
+            "router.servers": routers,
             "both_servers": roles.count("b"),
             "attention.servers": roles.count("a"),
             "expert.servers": roles.count("e"),
@@ -80,24 +84,28 @@ def mesh_config(folder: Path, roles: str, backend: str, layers: int) -> MeshConf
     )
 
 
-def ask(router: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Timed]:
+def ask(router: str, connections: int, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Timed]:
     """One client: all of its prompts at once."""
-    return asyncio.run(load_router(router, prompts, concurrency=len(prompts), num_tokens=num_tokens))
+    load = load_router(
+        router, prompts, concurrency=len(prompts), num_tokens=num_tokens, connections=min(connections, len(prompts))
+    )
+    return asyncio.run(load)
 
 
 class Clients:
     """Processes, so that what is measured is not the client."""
 
-    def __init__(self, router: str) -> None:
+    def __init__(self, router: str, connections: int) -> None:
         self._pool = ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn"))
         self._router = router
+        self._connections = connections
         self._seed = 0
 
     def begin(self, requests: int, tokens_in: int, tokens_out: int) -> list[Future[list[Timed]]]:
         self._seed += 1
         drawn = np.random.default_rng(self._seed).integers(0, QWEN3_30B_A3B["vocab_size"], (requests, tokens_in))
         parts = [part.tolist() for part in np.array_split(drawn, min(CLIENTS, requests))]
-        return [self._pool.submit(ask, self._router, part, tokens_out) for part in parts]
+        return [self._pool.submit(ask, self._router, self._connections, part, tokens_out) for part in parts]
 
     def run(self, requests: int, tokens_in: int, tokens_out: int) -> list[Timed]:
         return [timed for part in self.begin(requests, tokens_in, tokens_out) for timed in part.result()]
@@ -217,22 +225,26 @@ def main() -> None:
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--connections", type=int, help="of each client; unset = 1, and 8 to several routers")
     parser.add_argument("--migrate", action="store_true")
     parser.add_argument("--kill", action="store_true")
     arguments = parser.parse_args()
     roles, _, backend = arguments.layout.partition(":")
+    routers, connections = arguments.routers, arguments.connections or (1 if arguments.routers == 1 else 8)
     command = f"python benchmarks/gpu/serve_two.py --out {arguments.out.name} --layout {arguments.layout}"
+    command += f" --routers {routers} --connections {connections}"
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
-        rows.append({"layout": arguments.layout, **row})
+        rows.append({"layout": arguments.layout, "routers": routers, "connections": CLIENTS * connections, **row})
         print(json.dumps(rows[-1]), flush=True)
         measure.write(arguments.out, command, {}, rows)
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
-        config = mesh_config(model, roles, backend, arguments.layers)
+        config = mesh_config(model, roles, backend, arguments.layers, routers)
         mesh = LocalMesh(
             config, StateDir.claim(Path(folder) / "state"), on_event=lambda event: print(event, flush=True)
         )
@@ -241,7 +253,7 @@ def main() -> None:
             mesh.start()
             mesh.wait_ready(START_TIMEOUT_S)
             print(f"the mesh serves after {time.perf_counter() - began:.1f} s", flush=True)
-            clients = Clients(mesh.router)
+            clients = Clients(mesh.router, connections)
             for requests in arguments.requests:
                 note(measure_load(mesh, clients, requests, arguments.tokens_in, arguments.tokens_out))
             if arguments.migrate:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 
 import grpc
 import pytest
@@ -20,6 +23,7 @@ from support.rpc_stand import health_of
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 10.0
+NOBODY = 65534
 
 
 def config(port: int = 0, http: bool = False, http_port: int = 0) -> RouterConfig:
@@ -46,7 +50,7 @@ def test_a_local_mesh_has_as_many_routers_as_it_is_told() -> None:
 
 
 def test_a_port_is_found_and_kept_from_all_who_do_not_share_it() -> None:
-    with SharedDoor(config()) as door:
+    with closing(SharedDoor(config())) as door:
         assert door.http_address is None
         for options in ((), (socket.SO_REUSEADDR,)):
             with pytest.raises(OSError, match="in use"):
@@ -57,8 +61,23 @@ def test_a_port_is_found_and_kept_from_all_who_do_not_share_it() -> None:
         try_to_bind(port_of(door), socket.SO_REUSEPORT)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be another user for a moment")
+def test_another_user_cannot_join() -> None:
+    libc = ctypes.CDLL(None)  # the user that a socket belongs to is the thread's, for files
+    with closing(SharedDoor(config())) as door:
+        own = libc.setfsuid(NOBODY)
+        try:
+            stranger = socket.socket()
+        finally:
+            libc.setfsuid(own)
+        with stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                stranger.bind((HOST, port_of(door)))
+
+
 def test_the_doors_of_two_meshes_do_not_mix() -> None:
-    with SharedDoor(config()) as door:
+    with closing(SharedDoor(config())) as door:
         port = port_of(door)
         with pytest.raises(UserError, match=rf"router\.port: 127\.0\.0\.1:{port} cannot be bound"):
             SharedDoor(config(port))
@@ -67,7 +86,7 @@ def test_the_doors_of_two_meshes_do_not_mix() -> None:
 
 
 def test_http_has_a_port_of_its_own() -> None:
-    with SharedDoor(config(http=True)) as door:
+    with closing(SharedDoor(config(http=True))) as door:
         assert door.http_address is not None
         ports = {port_of(door), split_host_port(door.http_address)[1]}
         assert len(ports) == 2
@@ -91,7 +110,7 @@ def test_connections_of_a_server_that_is_gone_are_not_in_the_way() -> None:
             assert client.recv(1) == b""
     with pytest.raises(OSError, match="in use"):
         try_to_bind(port)
-    with SharedDoor(config(port)) as door:
+    with closing(SharedDoor(config(port))) as door:
         assert port_of(door) == port
         for options in ((), (socket.SO_REUSEADDR,)):
             with pytest.raises(OSError, match="in use"):
@@ -116,7 +135,7 @@ async def rpc_server(port: int, *, share_port: bool) -> RpcServer:
 
 
 async def test_grpc_servers_share_a_port_that_they_are_told_to_share() -> None:
-    with SharedDoor(config()) as door:
+    with closing(SharedDoor(config())) as door:
         servers = [await rpc_server(port_of(door), share_port=True) for _ in range(2)]
         with pytest.raises(UserError, match=r"router\.port"):
             await rpc_server(port_of(door), share_port=False)
@@ -132,7 +151,7 @@ def http_server(port: int, *, share_port: bool) -> HttpServer:
 
 
 async def test_http_servers_share_a_port_until_they_stop_listening() -> None:
-    with SharedDoor(config()) as door:
+    with closing(SharedDoor(config())) as door:
         first, second = (http_server(port_of(door), share_port=True) for _ in range(2))
         with pytest.raises(UserError, match=r"router\.http\.port"):
             http_server(port_of(door), share_port=False)
