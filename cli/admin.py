@@ -22,7 +22,7 @@ from expertmesh.cli import (
     admin_scale,
     admin_watch,
 )
-from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
+from expertmesh.cli.admin_client import INT64_MAX, TIMEOUT_S, UINT32_MAX, BalancerOption, ConfigOption, JsonOption
 from expertmesh.cli.placement_plot import plot_placement
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 
@@ -47,7 +47,9 @@ def status(balancer: BalancerOption = None, config: ConfigOption = None, as_json
 
 @app.command()
 def placement(
-    layers: Annotated[list[int] | None, typer.Argument(help="Layers to show; none = all.")] = None,
+    layers: Annotated[
+        list[int] | None, typer.Argument(min=0, max=UINT32_MAX, help="Layers to show; none = all.")
+    ] = None,
     balancer: BalancerOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -71,8 +73,8 @@ def placement(
 def events(
     balancer: BalancerOption = None,
     config: ConfigOption = None,
-    after: Annotated[int, typer.Option(min=0, help="Only events with a greater number.")] = 0,
-    limit: Annotated[int, typer.Option(min=0, help="The newest so many; 0 = all that are kept.")] = 0,
+    after: Annotated[int, typer.Option(min=0, max=INT64_MAX, help="Only events with a greater number.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, max=UINT32_MAX, help="The newest so many; 0 = all that are kept.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new ones as they happen.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
 ) -> None:

@@ -35,6 +35,8 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 TIMEOUT_S = 10.0
+UINT32_MAX, INT64_MAX = 2**32 - 1, 2**63 - 1
+"""What fits a field of the admin API: of layers and counts, and of the numbers of events."""
 _PIPE_WIDTH = 1000
 _CHECK = "is the mesh running? Give another address with --balancer or EXPERTMESH_BALANCER"
 

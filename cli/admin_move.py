@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from expertmesh.cli import admin_client
-from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
+from expertmesh.cli.admin_client import TIMEOUT_S, UINT32_MAX, BalancerOption, ConfigOption, JsonOption
 from expertmesh.cli.admin_plan import wait_applied
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
@@ -17,7 +17,7 @@ EMPTY = -1
 
 
 def move(
-    layer: Annotated[int, typer.Argument(min=0, help="As `balancer placement` numbers them.")],
+    layer: Annotated[int, typer.Argument(min=0, max=UINT32_MAX, help="As `balancer placement` numbers them.")],
     expert: Annotated[int, typer.Argument(min=0, help="Its id in that layer.")],
     to: Annotated[str, typer.Argument(metavar="SERVER", help="The expert server that shall hold it.")],
     source: Annotated[

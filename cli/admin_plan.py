@@ -12,14 +12,16 @@ from rich.text import Text
 
 from expertmesh.balancer.placement_file import PlacementFile, read_placement_file, write_placement_file
 from expertmesh.cli import admin_client
-from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
+from expertmesh.cli.admin_client import TIMEOUT_S, UINT32_MAX, BalancerOption, ConfigOption, JsonOption
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 
 PLAN_TIMEOUT_S = 330.0
 """Longer than the balancer lets a search take: the first one compiles the solver."""
 _POLL_S = 0.2
 
-LayersArgument = Annotated[list[int] | None, typer.Argument(help="Layers to plan for; none = all.")]
+LayersArgument = Annotated[
+    list[int] | None, typer.Argument(min=0, max=UINT32_MAX, help="Layers to plan for; none = all.")
+]
 FullOption = Annotated[bool, typer.Option("--full", help="Place afresh instead of within max_slots_per_update.")]
 
 
@@ -78,7 +80,7 @@ def apply(
 def mode(
     mode: Annotated[str | None, typer.Argument(metavar="[static|online]", help="None = show it.")] = None,
     layer_updates_per_iter: Annotated[
-        int | None, typer.Option(min=0, help="Layers that migrate at a time; unset = as it is.")
+        int | None, typer.Option(min=0, max=UINT32_MAX, help="Layers that migrate at a time; unset = as it is.")
     ] = None,
     balancer: BalancerOption = None,
     config: ConfigOption = None,

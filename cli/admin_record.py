@@ -109,5 +109,7 @@ def _explain_silence(error: grpc.aio.AioRpcError) -> None:
         typer.Exit: with 1, after a line on stderr.
     """
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        typer.echo(f"error: nothing was recorded: {error.details()}; send requests meanwhile", err=True)
+        typer.echo(
+            "error: no token came within the time; send requests meanwhile, or give a longer --timeout", err=True
+        )
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from expertmesh.cli import admin_client
-from expertmesh.cli.admin_client import TIMEOUT_S, BalancerOption, ConfigOption, JsonOption
+from expertmesh.cli.admin_client import TIMEOUT_S, UINT32_MAX, BalancerOption, ConfigOption, JsonOption
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 
 _POLL_S = 0.1
@@ -29,7 +29,7 @@ class ScaledRole(enum.StrEnum):
 
 def add(
     role: Annotated[ScaledRole, typer.Argument(help="attention, expert or both.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="So many servers.")] = 1,
+    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="So many servers.")] = 1,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until they serve.")] = True,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait.")] = 60.0,
     balancer: BalancerOption = None,
@@ -51,7 +51,9 @@ def add(
 
 def scale(
     role: Annotated[ScaledRole | None, typer.Argument(help="attention, expert or both.")] = None,
-    target: Annotated[int | None, typer.Argument(min=0, help="So many servers there should be.")] = None,
+    target: Annotated[
+        int | None, typer.Argument(min=0, max=UINT32_MAX, help="So many servers there should be.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until they serve.")] = True,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait.")] = 60.0,
     launcher: Annotated[

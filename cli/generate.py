@@ -55,7 +55,9 @@ class Job:
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; unset = what fits.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate, as far as they fit; unset = what fits.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 = greedy; unset = the model's default.")] = None,
     top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 or -1 = off.")] = None,
@@ -282,8 +284,19 @@ def _job(source: str, prompt: str | Sequence[int], model: str, options: dict[str
 
 
 def _refused(error: grpc.aio.AioRpcError, prefix: str = "") -> int:
-    print(f"error: {prefix}{status_line(error)}", file=sys.stderr)  # noqa: T201 - the command line speaks here
+    line = f"error: {prefix}{status_line(error)}{_remedy(error)}"
+    print(line, file=sys.stderr)  # noqa: T201 - the command line speaks here
     return EXIT_REFUSED
+
+
+def _remedy(error: grpc.aio.AioRpcError) -> str:
+    """Where gRPC speaks, which knows none; the router gives its own."""
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+        return "; is the mesh running? Give another address with --router or EXPERTMESH_ROUTER"
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "; give it more time with --timeout, or fewer tokens with --max-tokens"
+    return ""
 
 
 def _write(text: str) -> None:

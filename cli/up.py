@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ from expertmesh.cli.addresses import RUN_FILE
 from expertmesh.cli.connection import admin_tls
 from expertmesh.cli.local_errors import MeshFailedError, MeshInterruptedError
 from expertmesh.cli.local_mesh import LocalMesh
+from expertmesh.cli.preflight import check_before_start
 from expertmesh.cli.progress import Progress, progress_for
 from expertmesh.cli.signals import SignalWatch
 from expertmesh.cli.state_dir import RunFile, StateDir
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 PAGE_TIMEOUT_S = 2.0
+EXIT_NO_COMMAND = 127
 COMMAND_GRACE_S = 5.0
 """How long COMMAND may take to end after the signal that ends `up`."""
 
@@ -87,6 +90,10 @@ def up(
     if config.model.repo is not None:  # fetched once, before services wait for each other
         name = config.model.name or config.model.repo
         config = _with_model(config, path=checkpoint_folder(config.model), repo=None, revision=None, name=name)
+    check_before_start(config)
+    if command and shutil.which(command[0]) is None:
+        typer.echo(f"error: {command[0]}: cannot be found or run; give a command that exists", err=True)
+        raise typer.Exit(EXIT_NO_COMMAND)
     console = Console(stderr=True)
     progress = progress_for(console)
     state_dir = StateDir.claim_free(RUN_FILE.parent, config.name)
@@ -194,7 +201,7 @@ def _run_command(mesh: LocalMesh, command: Sequence[str]) -> int:
         process = subprocess.Popen(command, env=environment)
     except OSError as error:
         typer.echo(f"error: {command[0]}: cannot be run ({error.strerror}); give a command that exists", err=True)
-        return 127
+        return EXIT_NO_COMMAND
     try:
         while process.poll() is None:
             mesh.raise_failure()

@@ -15,6 +15,13 @@ from pydantic import Field, ValidationError, model_validator
 from expertmesh.mesh.config_balancer import BalancerConfig as BalancerConfig
 from expertmesh.mesh.config_balancer import EtcdConfig as EtcdConfig
 from expertmesh.mesh.config_disaggregation import DisaggregationConfig
+from expertmesh.mesh.config_errors import (
+    DuplicateKeyError,
+    describe_kind,
+    describe_problems,
+    describe_yaml_error,
+    load_yaml,
+)
 from expertmesh.mesh.config_model import ModelConfig as ModelConfig
 from expertmesh.mesh.config_ranks import AttentionConfig as AttentionConfig
 from expertmesh.mesh.config_ranks import DataPlaneConfig as DataPlaneConfig
@@ -156,18 +163,12 @@ def parse_config(data: Any, source: str = "mesh.yaml") -> MeshConfig:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise UserError(source, f"holds a {type(data).__name__}", "write a mapping of sections: model, router ...")
+        raise UserError(source, f"holds {describe_kind(data)}", "write a mapping of sections: model, router ...")
     try:
         return MeshConfig.model_validate(data)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "(whole)"
-            if item["type"] == "extra_forbidden":
-                problems.append(f"{key}: unknown key")
-            else:
-                problems.append(f"{key}: {item['msg']} (got {item['input']!r})" if item["loc"] else item["msg"])
-        raise UserError(source, "; ".join(problems), "see docs/configuration.md for every key") from None
+        problems = describe_problems(error, MeshConfig)
+        raise UserError(source, problems, "see docs/configuration.md for every key") from None
 
 
 def load_config(path: Path | None) -> MeshConfig:
@@ -183,7 +184,9 @@ def load_config(path: Path | None) -> MeshConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"cannot be read ({error})", "give the path of a mesh.yaml") from None
     try:
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(str(path), f"is not valid YAML ({error})", "mend the file") from None
+        raise UserError(str(path), f"is not valid YAML ({describe_yaml_error(error)})", "mend the file") from None
+    except DuplicateKeyError as error:
+        raise UserError(str(path), str(error), "keep one of them") from None
     return parse_config(data, str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertmesh.mesh import rpc_health
+from expertmesh.mesh.addresses import bind_problem
 from expertmesh.mesh.config_security import ApiConfig, TlsConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.gate import Gate
@@ -158,7 +158,7 @@ async def start_server(
     except RuntimeError:
         raise UserError(
             key,
-            f"{join_host_port(host, port)} cannot be bound ({_why_not(host, port)})",
+            f"{join_host_port(host, port)} cannot be bound ({bind_problem(host, port) or 'gRPC could not bind it'})",
             "choose a free port (0 = any) on an address of this machine",
         ) from None
     await server.start()
@@ -214,16 +214,3 @@ def _merge(
     defaults: Sequence[tuple[str, Any]], max_message_bytes: int, options: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
     return list({**dict(defaults), "grpc.max_receive_message_length": max_message_bytes, **dict(options)}.items())
-
-
-def _why_not(host: str, port: int) -> str:
-    """gRPC tells only that binding failed; binding once more by hand tells why."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        return str(error)
-    return "gRPC could not bind it"

@@ -47,7 +47,14 @@ print("torch" in sys.modules)
 @pytest.mark.parametrize(
     ("yaml", "arguments", "message"),
     [
-        ("attention: {block_sizes: 16}", ["up"], "attention.block_sizes: unknown key"),
+        (
+            "attention: {block_sizes: 16}",
+            ["up"],
+            "attention.block_sizes: unknown key (did you mean attention.block_size?)",
+        ),
+        ("attention: [2, 3]", ["up"], "attention: is a list and should be a mapping of keys"),
+        ("expert: {servers: 3}\nexpert: {servers: 4}", ["up"], "expert stands in line 1 and again in line 2"),
+        ("attention:\n\tservers: 2", ["up"], "is not valid YAML (line 2, column 1: "),
         ("attention: {block_size: 0}", ["up"], "attention.block_size"),
         ("attention: [", ["up"], "not valid YAML"),
         ("{}", ["up", "--attention", "0"], "at least one attention half"),

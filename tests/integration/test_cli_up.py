@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,18 +145,41 @@ def test_two_meshes_in_one_folder(start_up: StartUp, tmp_path: Path) -> None:
     assert finish(first)[0] == 0
 
 
-def test_error_of_a_service_stops_the_mesh_with_its_message(start_up: StartUp) -> None:
-    status, _, stderr = finish(start_up("--attention", "1", "--experts", "2", "--num-slots", "31"))
+def test_error_of_a_service_stops_the_mesh_with_its_message(start_up: StartUp, tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(
+        "dataplane: {interface_host: 203.0.113.7}\n", encoding="utf-8"
+    )  # nobody's address
+    status, _, stderr = finish(start_up(*SMALL, "--config", "mesh.yaml"))
     assert status == 2
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert errors
-    assert errors[0].startswith("error: expert.num_slots: 31 slots cannot hold the model's 32 experts")
+    assert errors[0].startswith("error: dataplane.interface_host"), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-slots", "31"], "expert.num_slots: 31 slots cannot hold the model's 32 experts a layer; set it to 32"),
+        (["--model", "./nothing-here"], "model.path: "),
+        (["--port", "{taken}"], "router.port: 127.0.0.1:{taken} cannot be bound"),
+    ],
+)
+def test_what_can_be_told_at_once_is_told_before_anything_starts(
+    start_up: StartUp, arguments: list[str], message: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, stderr = finish(start_up(*(argument.format(taken=port) for argument in arguments)))
+    assert status == 2
+    assert stderr.startswith(f"error: {message.format(taken=port)}"), stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_command_that_does_not_exist(start_up: StartUp) -> None:
     status, _, stderr = finish(start_up(*SMALL, "--", "no-such-command"))
     assert status == 127
-    assert "error: no-such-command: cannot be run" in stderr
+    assert "error: no-such-command: cannot be found or run" in stderr
+    assert "starting" not in stderr, "nothing has to start to tell that"
 
 
 def test_model_of_the_hub(start_up: StartUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

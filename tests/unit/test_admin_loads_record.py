@@ -131,7 +131,7 @@ def test_nothing_recorded_is_an_error(stub: StubBalancer, tmp_path: Path) -> Non
     stub.failure = grpc.StatusCode.DEADLINE_EXCEEDED
     answer = call("record", "--out", str(tmp_path / "trace.npz"))
     assert answer.exit_code == 1
-    assert answer.stderr == "error: nothing was recorded: the reason; send requests meanwhile\n"
+    assert "no token came within the time; send requests meanwhile" in answer.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,28 @@
+"""What ``expertmesh up`` can tell is wrong before it starts a process."""
+
+from __future__ import annotations
+
+from expertmesh.mesh.addresses import bind_problem
+from expertmesh.mesh.config import MeshConfig
+from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.model.spec import load_spec
+
+
+def check_before_start(config: MeshConfig) -> None:
+    """
+    Raises:
+        UserError: the model cannot be served, its experts do not fit the slots, or a port is taken.
+    """
+    spec = load_spec(config.model, mtp=config.speculation.method == "mtp")
+    config.slots_per_server(spec.num_experts)
+    router, balancer = config.router, config.balancer
+    ports = {
+        "router.port": (router.host, router.port),
+        "router.http.port": (router.http.host or router.host, router.http.port if router.http.enabled else 0),
+        "balancer.port": (balancer.host, balancer.port),
+        "balancer.page_port": (balancer.host, balancer.page_port or 0),
+    }
+    for key, (host, port) in ports.items():
+        if port and (problem := bind_problem(host, port)):
+            remedy = "choose a free port (0 = any) on an address of this machine"
+            raise UserError(key, f"{host}:{port} cannot be bound ({problem})", remedy)
