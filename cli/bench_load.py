@@ -107,7 +107,7 @@ async def load_router(
             channel = rpc.open_channel(router, tls, role="router", options=_OWN_CONNECTION)
             stubs.append(generate_pb2_grpc.GenerationServiceStub(await channels.enter_async_context(channel)))
 
-        async def run(stub: generate_pb2_grpc.GenerationServiceAsyncStub, prompt: Sequence[int]) -> Timed:
+        async def run(stub: generate_pb2_grpc.GenerationServiceStub, prompt: Sequence[int]) -> Timed:
             tokenized = generate_pb2.TokenizedInput(input_ids=prompt)
             request = generate_pb2.GenerateRequest(tokenized=tokenized, sampling_params=sampling)
             async with slots:
