@@ -10,7 +10,6 @@ Dimensions: Z samples, V vocabulary, S samples of some sequences.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,8 +37,6 @@ from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.telemetry import Telemetry
-
-log = logging.getLogger(__name__)
 
 _AHEAD = 1  # steps that may be under way while the host prepares another one
 

@@ -20,8 +20,6 @@ from expertmesh.balancer.policy import Layout
 from expertmesh.balancer.refusal import RefusedError
 from expertmesh.v1 import admin_pb2, mesh_pb2
 
-log = logging.getLogger(__name__)
-
 
 class Applying:
     """``layer_updates_per_iter`` layers migrate at a time, at least one."""

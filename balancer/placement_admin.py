@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -16,8 +15,6 @@ from expertmesh.balancer.refusal import RefusedError
 from expertmesh.balancer.transfers import plan_transfers
 from expertmesh.balancer.views import slot_servers
 from expertmesh.v1 import admin_pb2, mesh_pb2
-
-log = logging.getLogger(__name__)
 
 
 class PlacementAdmin:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -23,8 +22,6 @@ from expertmesh.balancer.views import slot_servers
 from expertmesh.mesh.gate import Denied
 from expertmesh.mesh.rpc_door import principal
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
-
-log = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 5.0
 

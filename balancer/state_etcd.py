@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import zlib
 
 from expertmesh.balancer.election import Term
 from expertmesh.balancer.keyvalue import DeposedError, KeyValues
 from expertmesh.balancer.state import DurableState, decode, encode
 from expertmesh.mesh.errors import UserError
-
-log = logging.getLogger(__name__)
 
 PART_BYTES = 2**20
 _MAX_DELETES = 100  # etcd takes 128 operations in a transaction

@@ -5,7 +5,6 @@ Dimensions: E experts of a layer, G global slots. Pure: tokens are the only cloc
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,8 +14,6 @@ from numpy.typing import NDArray
 
 from expertmesh.balancer.policy import Floats, LayerStatistics
 from expertmesh.v1 import mesh_pb2
-
-log = logging.getLogger(__name__)
 
 _FORGOTTEN_TOKENS = 0.5  # a source with less than this left is dropped
 

@@ -8,7 +8,6 @@ still noticed. A closed link is an error at once: this is how a rank learns with
 
 from __future__ import annotations
 
-import logging
 import selectors
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,6 @@ from expertmesh.mesh.framing import Link, Waker
 from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
-
-log = logging.getLogger(__name__)
 
 # Once a newer view is known, a peer that stays silent for so long is most likely the reason for it.
 _SUPERSEDED_TIMEOUT_S = 0.5

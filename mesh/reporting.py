@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +20,6 @@ from expertmesh.v1 import mesh_pb2
 if TYPE_CHECKING:  # needs Triton, which is there only where a GPU is
     from expertmesh.mesh.device_routing import DeviceRouting, DeviceTotals
 
-log = logging.getLogger(__name__)
 
 DEVICE_FETCH_INTERVAL_S = 1.0
 """A rank that counts on a GPU fetches the counts so often."""

@@ -8,7 +8,6 @@ graph for each size of decode steps, and replayed.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from expertmesh.mesh.reporting import RoutingObserver
 from expertmesh.mesh.stepclock import StepClock
 from expertmesh.mesh.view import HOSTS_ATTENTION, ViewInfo
 from expertmesh.v1 import mesh_pb2
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

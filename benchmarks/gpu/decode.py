@@ -25,11 +25,11 @@ import measure
 import numpy as np
 import torch
 
-from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.model.weights import DummyCheckpoint
+from support.engine_driver import TimedDriver
 from support.solo_rank import SoloRank
 
 QWEN3_30B_A3B: dict[str, Any] = {
@@ -60,26 +60,11 @@ CHUNK, LEAST_CHUNK = 8192, 1024
 _REPLAYS = 20
 
 
-class Timed(SoloRank):
-    """Notes when tokens reach the host."""
-
-    arrivals: dict[int, list[float]]
-    landings: list[tuple[float, int]]
-
-    def reset(self) -> None:
-        self.outputs, self.arrivals, self.landings = {}, {}, []
-
-    def _take(self, outputs: list[Output], load: Load) -> None:
-        now = time.perf_counter()
-        if outputs:
-            self.landings.append((now, len(outputs)))
-            for output in outputs:
-                self.arrivals.setdefault(output.handle, []).append(now)
-        super()._take(outputs, load)
+class Timed(TimedDriver, SoloRank):
+    """A rank of its own, which notes when tokens reach the host."""
 
 
 def build(arguments: argparse.Namespace) -> Timed:
-    Timed.arrivals, Timed.landings = {}, []
     with tempfile.TemporaryDirectory() as folder:
         config = {**QWEN3_30B_A3B, "num_hidden_layers": arguments.layers}
         (Path(folder) / "config.json").write_text(json.dumps(config))

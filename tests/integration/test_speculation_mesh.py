@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.mesh import rpc
@@ -17,6 +16,7 @@ from support import mesh_state
 from support.families import load_reference
 from support.mesh import REQUEST_TIMEOUT_S, Meshes, Output, generate_all, greedy_request
 from support.mtp import LAYERS, make_mtp_checkpoint
+from support.reference import continuation
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +26,8 @@ SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7, "presen
 
 
 def transformers_answers(path: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    model, answers = load_reference(path), []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=1)
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
+    model = load_reference(path)
+    return [continuation(model, prompt, NUM_TOKENS) for prompt in prompts]
 
 
 async def test_same_tokens_whatever_dies(meshes: Meshes, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import make_tiny_qwen3_moe
+from support.reference import continuation
 
 pytestmark = pytest.mark.slow
 
@@ -60,17 +61,7 @@ class Model:
         return LocalEngine(self.spec, self.checkpoint, self.experts, **config)
 
     def expected(self, prompt: list[int]) -> list[int]:
-        with torch.inference_mode():
-            # Without a mask, generate would leave out the tokens of the prompt that equal the padding.
-            output = self.reference.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=1,
-            )
-        return [int(token) for token in output[0, len(prompt) :]]
+        return continuation(self.reference, prompt, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")

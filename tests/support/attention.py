@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from expertmesh.attention_server.constraint import Matcher
 from expertmesh.attention_server.half import ServingHalf
-from expertmesh.attention_server.outputs import Load, Output
-from expertmesh.attention_server.request import Sampling
-from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.attention_server.sampler import Sampled, Sampler
-from expertmesh.attention_server.tracing import RequestTrace
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
@@ -24,6 +19,7 @@ from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.telemetry import Telemetry, disabled_telemetry
+from support.engine_driver import EngineDriver
 
 
 @contextmanager
@@ -80,8 +76,10 @@ class SlotExperts:
         return out_TH.index_add_(0, token, y_NH * routes.weight_TK.flatten()[order, None].to(x_TH.dtype))
 
 
-class LocalEngine:
-    """A half with everything a step needs; outputs are collected by handle."""
+class LocalEngine(EngineDriver):
+    """A half with everything a step needs."""
+
+    half: ServingHalf
 
     def __init__(
         self,
@@ -94,8 +92,7 @@ class LocalEngine:
         micro_batches: int = 1,
         **config: Any,
     ) -> None:
-        self.now = now if now is not None else [100.0]
-        self.spec = spec
+        super().__init__(spec, now)
         self._experts = experts
         self.half = ServingHalf(
             AttentionConfig(**config),
@@ -107,51 +104,7 @@ class LocalEngine:
             speculation=SpeculationConfig(**speculation or {}),
             micro_batches=micro_batches,
         )
-        self.outputs: dict[int, list[Output]] = {}
-        self.load = self.half.engine.load()
-        self.half.engine.set_sink(self._take)
-
-    def _take(self, outputs: list[Output], load: Load) -> None:
-        self.load = load
-        for output in outputs:
-            self.outputs.setdefault(output.handle, []).append(output)
-
-    def submit(
-        self,
-        handle: int,
-        prompt: Sequence[int],
-        *,
-        output: Sequence[int] = (),
-        priority: int = 0,
-        arrival_s: float = 0.0,
-        timeout_s: float = 0.0,
-        link: int = 1,
-        matcher: Matcher | None = None,
-        trace: RequestTrace | None = None,
-        **sampling: Any,
-    ) -> None:
-        params = Sampling(**{"max_tokens": 16, **sampling})
-        given = [*prompt, *output]
-        tokens = np.zeros(min(len(prompt) + params.max_tokens, self.spec.max_model_len), np.int64)
-        tokens[: len(given)] = given
-        self.half.engine.post(
-            EngineSequence(
-                link=link,
-                handle=handle,
-                request_id=f"r{handle}",
-                tokens=tokens,
-                num_prompt=len(prompt),
-                num_tokens=len(given),
-                sampling=params,
-                matcher=matcher,
-                trace=trace,
-                priority=priority,
-                arrival_s=arrival_s,
-                timeout_s=timeout_s,
-                deadline_s=self.now[0] + timeout_s if timeout_s else float("inf"),
-                queued_s=self.now[0],
-            )
-        )
+        self._listen()
 
     def forward(self, layers: Iterable[int] | None = None) -> None:
         """``begin`` and the MoE layers of a step (the first ones, for a step that breaks), micro-batches in turns."""
@@ -173,13 +126,3 @@ class LocalEngine:
             self.forward()
             self.half.finish()
         return num_tokens
-
-    def run(self, max_steps: int = 10_000) -> int:
-        """Step until nothing is left; returns the number of steps."""
-        for steps in range(max_steps):
-            if not self.step():
-                return steps
-        raise AssertionError(f"sequences still run after {max_steps} steps")
-
-    def tokens(self, handle: int) -> list[int]:
-        return [output.token for output in self.outputs.get(handle, []) if output.token is not None]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from support import families
 from support.mesh import Meshes, generate_all, greedy_request
+from support.reference import continuation
 
 NUM_TOKENS = 32
 PROMPTS = [list(range(2 + 31 * i, 3 + 31 * i + 11 * i)) for i in range(6)]
@@ -21,19 +20,6 @@ async def assert_mesh_continues_as_transformers(meshes: Meshes, path: Path, **ov
     first = await generate_all(mesh.router, requests, concurrency=len(requests))
     again = await generate_all(mesh.router, requests, concurrency=len(requests))
     reference = families.load_reference(path)
-    expected = [continuation(reference, prompt) for prompt in PROMPTS]
+    expected = [continuation(reference, prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert [output.token_ids for output in first] == expected
     assert [output.token_ids for output in again] == expected
-
-
-def continuation(reference: Any, prompt: list[int]) -> list[int]:
-    with torch.inference_mode():
-        output = reference.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=1,
-        )
-    return [int(token) for token in output[0, len(prompt) :]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in torch's __all__
 
-from expertmesh.attention_server.outputs import Load, Output
+from expertmesh.attention_server.outputs import Output
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.dataplane.factory import open_on_device
 from expertmesh.mesh.framing import Link
@@ -21,6 +20,7 @@ from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec, load_spec
 from expertmesh.mesh.model.weights import open_checkpoint
 from expertmesh.mesh.view import ViewInfo
+from support.engine_driver import TimedDriver
 from support.gpu_ranks import PlaneConfig, Rank
 from support.solo_rank import EngineRank
 from support.thread_ranks import plane_shape, view_proto
@@ -49,27 +49,12 @@ class Request:
     sampling: dict[str, Any]
 
 
-class TimedEngine(EngineRank):
-    """Notes when tokens reach the host."""
-
-    arrivals: dict[int, list[float]]
-    landings: list[tuple[float, int]]
-
-    def reset(self) -> None:
-        self.outputs, self.arrivals, self.landings = {}, {}, []
-
-    def _take(self, outputs: list[Output], load: Load) -> None:
-        now = time.perf_counter()
-        if outputs:
-            self.landings.append((now, len(outputs)))
-            for output in outputs:
-                self.arrivals.setdefault(output.handle, []).append(now)
-        super()._take(outputs, load)
+class TimedEngine(TimedDriver, EngineRank):
+    """One rank of a view, which notes when tokens reach the host."""
 
 
 def open_engine(rank: Rank, job: EngineJob) -> None:
     """Build this rank's engine; ``rank.keep`` holds it."""
-    TimedEngine.arrivals, TimedEngine.landings = {}, []
     model = ModelConfig(**{**job.model, "path": Path(job.model["path"])})
     spec = load_spec(model)
     checkpoint = open_checkpoint(model, spec, rank.device, lambda num_bytes: None)

@@ -53,6 +53,21 @@ def greedy(
     return tuple(_until_end(row, eos_token_id) for row in out_BT[:, longest:].tolist())
 
 
+def continuation(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """A model's greedy continuation of one prompt, past any end-of-sequence token."""
+    with torch.inference_mode():
+        # Without a mask, generate would leave out the tokens of the prompt that equal the padding.
+        out_BT = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD_TOKEN_ID,
+        )
+    return [int(token) for token in out_BT[0, len(prompt) :]]
+
+
 def _until_end(token_ids: Sequence[int], eos_token_id: int | None) -> tuple[int, ...]:
     end = token_ids.index(eos_token_id) if eos_token_id in token_ids else len(token_ids)
     return tuple(token_ids[:end])

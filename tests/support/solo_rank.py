@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from expertmesh.attention_server.constraint import Matcher
 from expertmesh.attention_server.gpu_half import GpuHalf
-from expertmesh.attention_server.outputs import Load, Output
-from expertmesh.attention_server.request import Sampling
-from expertmesh.attention_server.request import Sequence as EngineSequence
 from expertmesh.expert_server.gpu_slots import GpuSlots
 from expertmesh.expert_server.gpu_weights import Fp8
 from expertmesh.mesh.config import AttentionConfig
@@ -34,6 +29,7 @@ from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
 from expertmesh.mesh.telemetry import disabled_telemetry
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS, ViewInfo
 from expertmesh.v1 import mesh_pb2
+from support.engine_driver import EngineDriver
 
 
 def solo_view(spec: ModelSpec, num_slots: int) -> ViewInfo:
@@ -48,8 +44,8 @@ def solo_view(spec: ModelSpec, num_slots: int) -> ViewInfo:
     return ViewInfo(view, 0)
 
 
-class EngineRank:
-    """One rank of a view: submit sequences, then step; outputs are collected by handle.
+class EngineRank(EngineDriver):
+    """One rank of a view: submit sequences, then step.
 
     Args:
         plane: of this rank. links: to the others, for the lockstep, by rank. next_view: as the lockstep asks for it.
@@ -79,8 +75,8 @@ class EngineRank:
         **config: Any,
     ) -> None:
         telemetry = disabled_telemetry()
-        self.spec, self.view, self.plane = spec, view, plane
-        self.now = [100.0]
+        super().__init__(spec)
+        self.view, self.plane = view, plane
         role = view.proto.ranks[view.rank].role
         has_attention, has_experts = role in HOSTS_ATTENTION, role in HOSTS_EXPERTS
         num_slots = view.slots_per_rank
@@ -91,7 +87,6 @@ class EngineRank:
             self.slots.load(view.local_slots())
         attention, topology = AttentionConfig(**config), Topology.of(view)
         self.routing = RoutingTables(view.proto.placement, spec.num_experts, topology)
-        self.outputs: dict[int, list[Output]] = {}
         if has_attention:
             self.half = GpuHalf(
                 attention,
@@ -105,8 +100,7 @@ class EngineRank:
             )
             self.half.bind(self.routing, topology, plane.check)
             self.half.set_waker(self._waker.wake)
-            self.load = self.half.engine.load()
-            self.half.engine.set_sink(self._take)
+            self._listen()
         self.reports: list[mesh_pb2.JoinRequest] = []
         self.migrations = Migrations(
             MigrationContext(
@@ -152,38 +146,6 @@ class EngineRank:
         )
         self.loop.capture()
 
-    def _take(self, outputs: list[Output], load: Load) -> None:
-        self.load = load
-        for output in outputs:
-            self.outputs.setdefault(output.handle, []).append(output)
-
-    def submit(
-        self,
-        handle: int,
-        prompt: Sequence[int],
-        *,
-        output: Sequence[int] = (),
-        matcher: Matcher | None = None,
-        **sampling: Any,
-    ) -> None:
-        params = Sampling(**{"max_tokens": 16, **sampling})
-        given = [*prompt, *output]
-        tokens = np.zeros(min(len(prompt) + params.max_tokens, self.spec.max_model_len), np.int64)
-        tokens[: len(given)] = given
-        self.half.engine.post(
-            EngineSequence(
-                link=1,
-                handle=handle,
-                request_id=f"r{handle}",
-                tokens=tokens,
-                num_prompt=len(prompt),
-                num_tokens=len(given),
-                sampling=params,
-                matcher=matcher,
-                queued_s=self.now[0],
-            )
-        )
-
     def migrate(self, layer: int, order: Sequence[int]) -> None:
         """Give slot i of a layer what slot ``order[i]`` holds, as a migration that is staged and switched at once."""
         held = self.slots.slots(layer)
@@ -223,13 +185,6 @@ class EngineRank:
             self.loop.step(go)
         return sum(go.num_tokens)
 
-    def run(self, max_steps: int = 10_000) -> int:
-        """Step until nothing is left; returns the number of steps."""
-        for steps in range(max_steps):
-            if not self.step():
-                return steps
-        raise AssertionError(f"sequences still run after {max_steps} steps")
-
     def wake(self) -> None:
         self._waker.wake()
 
@@ -237,9 +192,6 @@ class EngineRank:
         self.loop.close()
         self._lockstep.close()
         self._waker.close()
-
-    def tokens(self, handle: int) -> list[int]:
-        return [output.token for output in self.outputs.get(handle, []) if output.token is not None]
 
 
 class SoloRank(EngineRank):
