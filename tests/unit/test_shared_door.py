@@ -67,6 +67,8 @@ def test_another_user_cannot_join() -> None:
     with closing(SharedDoor(config())) as door:
         own = libc.setfsuid(NOBODY)
         try:
+            if libc.setfsuid(-1) != NOBODY:
+                pytest.skip("this root may not become another user")
             stranger = socket.socket()
         finally:
             libc.setfsuid(own)
