@@ -1,4 +1,4 @@
-"""Priorities of threads whose work can wait for the steps: migrations, searches for better placements."""
+"""Priorities of threads: of the steps, and of work that can wait for them (migrations, searches for placements)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def only_idle_cores() -> None:
 def preempt_nobody() -> None:
     """Let the calling thread wait for its turn when it wakes up.
 
-    For short pieces of work in the process of a step thread: under SCHED_IDLE it might hold the interpreter's lock
+    For step threads: where there are fewer cores than ranks, Linux would else let a peer that is woken by a message
+    have the sender's core at once, in the middle of sending to several of them.
+
+    And for short pieces of work in the process of a step thread: under SCHED_IDLE it might hold the interpreter's lock
     without getting a core, on a machine that others keep busy, and the step with it. Threads that it starts inherit it.
     """
     _schedule("SCHED_BATCH")

@@ -19,12 +19,13 @@ from expertmesh.mesh.dataplane import check_secure
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.framing import Waker
 from expertmesh.mesh.halves import AttentionHalf, ExpertHalf
+from expertmesh.mesh.inbox import Inbox
 from expertmesh.mesh.meet import bind_listener
 from expertmesh.mesh.membership import MembershipClient
 from expertmesh.mesh.model.spec import ModelSpec
 from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.reporting import RoutingReporter
-from expertmesh.mesh.stepthread import Inbox, StepThread
+from expertmesh.mesh.stepthread import StepThread
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.v1 import mesh_pb2
 
