@@ -15,12 +15,14 @@ from typing import cast
 import grpc
 
 from expertmesh.balancer.actual import LIVE, Actual
+from expertmesh.balancer.admin_service import AdminServicer
 from expertmesh.balancer.compiling import KernelCompiler
 from expertmesh.balancer.control import PlacementControl
 from expertmesh.balancer.draining import Draining
 from expertmesh.balancer.evaluation import Answer, Evaluations, EvaluationWorker, Job, eplb_policy, solver_policy
 from expertmesh.balancer.events import EventLog
 from expertmesh.balancer.load_gauges import LoadGauges
+from expertmesh.balancer.membership_service import MembershipServicer, Sessions
 from expertmesh.balancer.migration import Stage
 from expertmesh.balancer.migrations import Migrations
 from expertmesh.balancer.observing import ControlObserver
@@ -34,7 +36,6 @@ from expertmesh.balancer.scaling import Autoscaler
 from expertmesh.balancer.scaling_admin import ScaleAdmin
 from expertmesh.balancer.scaling_policy import load_policy
 from expertmesh.balancer.scaling_target import ScaleTargets
-from expertmesh.balancer.service import AdminServicer, MembershipServicer, Sessions
 from expertmesh.balancer.standby import Switchboard
 from expertmesh.balancer.state import DurableState
 from expertmesh.balancer.statistics import Statistics

@@ -11,9 +11,9 @@ from typing import Any
 
 import grpc
 
+from expertmesh.balancer.admin_service import AdminServicer
 from expertmesh.balancer.leading import Leading
 from expertmesh.balancer.placement_file import PlacementFile, read_placement_file
-from expertmesh.balancer.service import AdminServicer
 from expertmesh.balancer.standby import NotLeadingError, Switchboard
 from expertmesh.balancer.state import fresh_state
 from expertmesh.balancer.store import RendezvousStore

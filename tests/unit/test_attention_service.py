@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
+from expertmesh.attention_server.link import RouterLink as ServiceLink
+from expertmesh.attention_server.link import take_response
 from expertmesh.attention_server.outputs import Output
 from expertmesh.attention_server.sampler import Logprobs
 from expertmesh.attention_server.server import AttentionServer
-from expertmesh.attention_server.service import RouterLink as ServiceLink
-from expertmesh.attention_server.service import take_response
 from expertmesh.mesh.config import AttentionConfig, MeshConfig, ModelConfig
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec

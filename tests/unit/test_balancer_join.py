@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from expertmesh.balancer.membership_service import MembershipServicer, Sessions
 from expertmesh.balancer.routing import RoutingDesk
-from expertmesh.balancer.service import MembershipServicer, Sessions
 from expertmesh.balancer.statistics import Statistics
 from expertmesh.v1 import mesh_pb2
 from support.balancer_parts import config, registration
