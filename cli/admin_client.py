@@ -80,7 +80,8 @@ async def _admin(address: str, tls: TlsConfig, key: str | None) -> AsyncIterator
 
 def _explain(error: grpc.aio.AioRpcError, address: str) -> str:
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return f"the balancer at {address} cannot be reached ({error.details()}): {_CHECK}"
+        tls = ", and the TLS that it asks for with --config" if "Socket closed" in (error.details() or "") else ""
+        return f"the balancer at {address} cannot be reached ({error.details()}): {_CHECK}{tls}"
     return f"the balancer at {address} answered {error.code().name}: {error.details()}"
 
 

@@ -293,7 +293,8 @@ def _remedy(error: grpc.aio.AioRpcError) -> str:
     """Where gRPC speaks, which knows none; the router gives its own."""
     details = error.details() or ""
     if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-        return "; is the mesh running? Give another address with --router or EXPERTMESH_ROUTER"
+        tls = ", and the TLS that it asks for with --config" if "Socket closed" in details else ""
+        return f"; is the mesh running? Give another address with --router or EXPERTMESH_ROUTER{tls}"
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "; give it more time with --timeout, or fewer tokens with --max-tokens"
     return ""

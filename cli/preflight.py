@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from expertmesh.cli.local_plan import planned_services
 from expertmesh.mesh.addresses import bind_problem
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.rpc_tls import server_credentials
 
 
 def check_before_start(config: MeshConfig) -> None:
     """
     Raises:
-        UserError: the model cannot be served, its experts do not fit the slots, or a port is taken.
+        UserError: the model cannot be served, its experts do not fit the slots, a certificate is missing, or a port is
+            taken.
     """
     spec = load_spec(config.model, mtp=config.speculation.method == "mtp")
     config.slots_per_server(spec.num_experts)
+    for role, server_id in planned_services(config):
+        server_credentials(config.tls.for_service(role, server_id))
     router, balancer = config.router, config.balancer
     ports = {
         "router.port": (router.host, router.port),

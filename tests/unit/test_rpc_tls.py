@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import grpc
 import pytest
 
+from expertmesh.cli.health_probe import HealthProbe
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.rpc import open_channel
@@ -44,6 +46,18 @@ async def test_tls_of_the_server_alone(certificates: Path) -> None:
             assert await health_of(channel) == NOT_SERVING
         async with open_channel(server.address, TlsConfig(ca_file=certificates / "other-ca.pem")) as channel:
             assert (await failure(health_of(channel)))[0] == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.slow
+async def test_probe_does_not_wait_for_a_certificate_to_become_right(certificates: Path) -> None:
+    # Of another authority; for another address than the one that is called.
+    for host, ca in (("127.0.0.1", "other-ca.pem"), ("127.0.0.2", "ca.pem")):
+        async with running(tls=tls_of(certificates, "mesh", ca=None), host=host) as server:
+            with (
+                HealthProbe(server.address, TlsConfig(ca_file=certificates / ca)) as probe,
+                pytest.raises(UserError, match=r"is refused.*api\.cert_file"),
+            ):
+                await asyncio.to_thread(probe.is_serving, 10.0)
 
 
 @pytest.mark.slow
