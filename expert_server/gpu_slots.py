@@ -122,6 +122,9 @@ class GpuSlots:
             expected_rows=expected_rows,
         )
 
+    def memory(self) -> Sequence[torch.Tensor]:
+        return self._weights.parts
+
     def reserve(self, num_experts: int) -> list[ExpertWeights]:
         with self._lock:
             if num_experts > self._spare_left:

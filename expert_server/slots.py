@@ -111,6 +111,9 @@ class Slots:
         )
         return variant_expert_mlp(rows_NH, counts_S, gate_up_SFH, down_SHI, kind)
 
+    def memory(self) -> Sequence[torch.Tensor]:
+        return (*self._arena, *self.staging.memory())
+
     def reserve(self, num_experts: int) -> list[ExpertWeights]:
         return self.staging.reserve(num_experts)
 

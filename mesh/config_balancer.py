@@ -73,8 +73,14 @@ class BalancerConfig(Section):
     migration_bytes_per_s: int = Field(
         100_000_000,
         ge=1,
-        description="weights that one expert server sends to others for migrations, at most; one that would be late at "
+        description="weights that one expert server gives others for migrations, at most; one that would be late at "
         "this rate goes faster",
+    )
+    migration_transport: Literal["auto", "tcp", "nixl"] = Field(
+        "auto",
+        description="how weights go from one expert server to another: tcp through the memory of both hosts, nixl "
+        "straight from one's slots into the other's (NVLink, RDMA; docs/gpu.md); auto = nixl on a GPU where it is "
+        "installed, else tcp",
     )
     migration_timeout_s: float = Field(30.0, gt=0, description="a migration that is not staged by then is aborted")
     heartbeat_s: float = Field(0.5, gt=0)

@@ -148,8 +148,8 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
 class ExpertHalf(Protocol):
     """Slots and the expert MLP.
 
-    ``load``, ``compute`` and ``commit`` are called from the step thread; ``reserve``, ``release``, ``read`` and
-    ``fetch`` from the thread that stages migrations. Slots hold still but for ``load`` and ``commit``.
+    ``load``, ``compute`` and ``commit`` are called from the step thread; ``reserve``, ``read`` and ``fetch`` from the
+    thread that stages migrations, ``release`` from any. Slots hold still but for ``load`` and ``commit``.
     """
 
     @property
@@ -177,6 +177,9 @@ class ExpertHalf(Protocol):
         ``counts_S`` is int64 on the CPU or the device. ``starts_S``, ``expected_rows`` and ``factor_N`` come from
         device planes alone (see ``Dispatched``). Returns y[N, H].
         """
+
+    def memory(self) -> Sequence[torch.Tensor]:
+        """The tensors that ``read`` and ``reserve`` give parts of from now on; they stay where they are."""
 
     def reserve(self, num_experts: int) -> list[ExpertWeights]:
         """Staging memory for so many experts; its contents are undefined.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from expertmesh.mesh.device import CPU
-from expertmesh.mesh.halves import ExpertHalf, SlotChange
+from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
 from expertmesh.mesh.migration_book import Migration
 from expertmesh.mesh.placement import RoutingTables
-from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take
+from expertmesh.mesh.side_transfers import Give, Patience, Take
+from expertmesh.mesh.sidegroup import SideGroup
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
@@ -95,6 +98,9 @@ class Stager:
         for number in arriving:
             if number not in came_from:
                 self._check_time(migration)
+                if not any(memory[number] is weights for weights in migration.staged):
+                    (memory[number],) = experts.reserve(1)
+                    migration.staged = [*migration.staged, memory[number]]
                 experts.fetch(migration.layer, plan.transfers[number].expert, memory[number])
         migration.came_from = [came_from.get(number, CHECKPOINT) for number in arriving]
         changes = [SlotChange(plan.transfers[i].slot % width, plan.transfers[i].expert, memory[i]) for i in arriving]
@@ -105,6 +111,7 @@ class Stager:
         has to stand in, for which time is left."""
         side, plan = self._c.side, migration.plan
         assert side is not None, "two expert ranks have a side group"
+        metrics = self._c.telemetry.metrics
         patience = Patience(migration.called_off, migration.deadline_s)
         side.begin(plan.id, takes, gives, patience)
         try:
@@ -112,10 +119,14 @@ class Stager:
             not_given = side.give(patience.half())
         finally:
             side.end()
+            self._leave_to_late_reads(migration, side)
         self._check_time(migration)
+        for came in side.came.values():
+            metrics.migration_peer_bytes.add(came.num_bytes, transport=came.transport)
+            metrics.migration_peer_seconds.add(came.seconds, transport=came.transport)
         for number, error in failed.items():
             migration.num_fallbacks += 1
-            self._c.telemetry.metrics.migration_fallbacks.add(cause=error.cause)
+            metrics.migration_fallbacks.add(cause=error.cause)
             log.warning(
                 "migration %d: expert %d of layer %d comes from the checkpoint: %s",
                 *(migration.id, plan.transfers[number].expert, migration.layer, error),
@@ -123,6 +134,15 @@ class Stager:
         for number in not_given:
             log.warning("migration %d: nobody took expert %d", migration.id, plan.transfers[number].expert)
         return list(failed)
+
+    def _leave_to_late_reads(self, migration: Migration, side: SideGroup) -> None:
+        """Memory that may yet be written to goes back when it no longer is, and not with the migration."""
+        experts = self._c.experts
+        assert experts is not None, "it takes experts"
+        for read in side.leaving.values():
+            late = read.take.into
+            migration.staged = [weights for weights in migration.staged if weights is not late]
+            read.reading.over.add_done_callback(partial(_release, experts, late))
 
     @staticmethod
     def _check_time(migration: Migration) -> None:
@@ -138,3 +158,7 @@ class Stager:
         first = own * width
         new = migration.plan.placement.slots
         return [SlotChange(slot, -1, None) for slot in range(width) if new[first + slot] == -1 != old[first + slot]]
+
+
+def _release(experts: ExpertHalf, weights: ExpertWeights, _: Future[None]) -> None:
+    experts.release([weights])

@@ -27,6 +27,7 @@ from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.reporting import RoutingReporter
 from expertmesh.mesh.stepthread import StepThread
 from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.mesh.weight_reads import WeightTransport
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class RankServer:
         load: of the attention half, for the heartbeats.
 
     Raises:
-        UserError: the port cannot be had, or ``dataplane.tls`` asks for what there is not.
+        UserError: the port cannot be had, or ``dataplane.tls`` or ``balancer.migration_transport`` ask for what there
+            is not.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class RankServer:
             check_secure(config.dataplane, device)
             log.info("links to other ranks use TLS")
         self._listener = bind_listener(config.dataplane.interface_host, config.dataplane.port)
+        self._weights = WeightTransport(config, experts, device, encrypts=security is not None)
         self._waker = Waker()
         self._inbox = Inbox(self._waker)
         self._reporter = _reporter_of(config, spec) if attention is not None else None
@@ -101,6 +104,7 @@ class RankServer:
             inbox=self._inbox,
             device=device,
             security=security,
+            weights=self._weights,
             report=self._report_from_thread,
             view_ended=self._view_ended_from_thread,
         )
@@ -152,6 +156,7 @@ class RankServer:
                 task.cancel()
             await asyncio.gather(membership, stopping, return_exceptions=True)
             self._listener.close()
+            await asyncio.to_thread(self._weights.close)
 
     async def _stay_registered(self) -> None:
         async with asyncio.TaskGroup() as group:

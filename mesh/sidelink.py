@@ -1,5 +1,8 @@
 """One link of a side group: messages between two expert ranks, weights among them, on a stream that stays whole.
 
+ASK for a transfer, and it is answered by GIVE, which its weights follow, or REFUSE. ASK_TO_READ, and the answer may be
+OFFER too, which a ticket follows that says where the weights can be read; DONE says that nobody reads there any more.
+
 A message that has begun is sent to its end, and read to its end, whatever has become of it: what nobody wants any more
 is read into nothing.
 """
@@ -15,13 +18,14 @@ from typing import NamedTuple
 
 from expertmesh.mesh.secure_stream import HalfSentError, Stream
 
-ASK, GIVE, REFUSE = 1, 2, 3
+ASK, GIVE, REFUSE, ASK_TO_READ, OFFER, DONE = range(1, 7)
 _HEAD = struct.Struct("<BQIIQ")
 _SCRAP_BYTES = 1 << 16
+MAX_TICKET_BYTES = 1 << 20
 
 
 class Head(NamedTuple):
-    """How a message begins; ``num_bytes`` of weights follow it."""
+    """How a message begins; ``num_bytes`` of weights, or of a ticket, follow it."""
 
     kind: int
     plan: int
@@ -61,11 +65,14 @@ class SideLink:
 
     @property
     def next_is_weights(self) -> bool:
-        """Whether what is sent next are weights, which may have to wait for their turn."""
-        return bool(self._outgoing) and self._outgoing[0].is_begun and self._outgoing[0].head.num_bytes > 0
+        """Whether what is sent next are weights or the leave to read some, which may have to wait for their turn."""
+        if not self._outgoing:
+            return False
+        message = self._outgoing[0]
+        return message.head.kind == OFFER or (message.is_begun and message.head.num_bytes > 0)
 
     def post(self, head: Head, weights: Sequence[memoryview] = ()) -> None:
-        """Send this behind what waits already. The memory holds still until it has gone."""
+        """Send this behind what waits already. The memory, of weights or a ticket, holds still until it has gone."""
         if not self.broken:
             self._outgoing.append(_Outgoing(head, deque([memoryview(_HEAD.pack(*head)), *weights])))
 

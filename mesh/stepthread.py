@@ -35,6 +35,7 @@ from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
 from expertmesh.mesh.telemetry import Telemetry
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.mesh.viewtrace import ViewTrace
+from expertmesh.mesh.weight_reads import WeightTransport
 from expertmesh.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class StepThread:
         inbox: Inbox,
         device: torch.device = CPU,
         security: RankSecurity | None = None,
+        weights: WeightTransport | None = None,
         report: Callable[[mesh_pb2.JoinRequest], None],
         view_ended: Callable[[], None],
     ) -> None:
@@ -77,6 +79,7 @@ class StepThread:
         self._inbox = inbox
         self._device = device
         self._security = security
+        self._weights = weights
         self._report = report
         self._view_ended = view_ended
         self.progress = Progress()
@@ -252,7 +255,10 @@ class StepThread:
 
     def _open_migrations(self, view: ViewInfo, routing: RoutingTables, links: Links) -> Migrations:
         bytes_per_s = self._config.balancer.migration_bytes_per_s
-        side = open_side_group(view, links.hand_over_side(), bytes_per_s) if links.side else None
+        side = None
+        if links.side:
+            reads = self._weights.reads() if self._weights is not None else None
+            side = open_side_group(view, links.hand_over_side(), bytes_per_s, reads)
         migrations = Migrations(
             MigrationContext(
                 view=view,

@@ -9,8 +9,10 @@ their own. ``cpu`` is the CPU time of each process over the run, in percent of a
 then have more than one (``--connections``); how evenly they fell is seen in what each router took of a core.
 
 ``--migrate``: all layers swap experts between the two ranks while requests decode, compared with the same load before
-and after. ``--kill``: one rank is killed with SIGKILL while requests decode; seconds until it and the others serve
-again, and whether every request ended with all of its tokens.
+and after. ``came`` says how their weights did, to both ranks together: bytes, MB/s over the time of all migrations
+(``--migration-bytes-per-s`` bounds what each rank gives), and MB/s of one expert, from its first byte to its last.
+``--kill``: one rank is killed with SIGKILL while requests decode; seconds until it and the others serve again, and
+whether every request ended with all of its tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import MeshConfig, TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
+from support import mesh_state
 
 VLLM_MS = {64: 10.8, 256: 14.4, 512: 18.2}
 """vLLM 0.26.0's best mode on two H200s, offline; served over HTTP it took 13.0, 16.3 and 21.5."""
@@ -52,9 +55,12 @@ CLIENTS = 8
 MIGRATION_TIMEOUT_S = 12.0
 SWAPS = 4
 """Experts of a layer that each rank gives the other."""
+Came = dict[str, tuple[float, float]]
+"""By transport: bytes, and seconds of the experts one by one."""
 
 
-def mesh_config(folder: Path, roles: str, backend: str, layers: int, routers: int) -> MeshConfig:
+def mesh_config(folder: Path, roles: str, backend: str, layers: int, routers: int, **migration: object) -> MeshConfig:
+    """``migration``: keys of ``balancer`` that begin with this word."""
     for name in ("tokenizer.json", "tokenizer_config.json"):  # text is detokenised, as far as it has the ids
         shutil.copy(demo_model_path() / name, folder / name)
     (folder / "config.json").write_text(json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": layers}))
@@ -80,6 +86,8 @@ def mesh_config(folder: Path, roles: str, backend: str, layers: int, routers: in
             "balancer.formation_timeout_s": START_TIMEOUT_S,
             "balancer.view_timeout_s": START_TIMEOUT_S,
             "telemetry.trace_sample_ratio": 0.0,
+            "telemetry.metrics_port": 0,
+            **{f"balancer.migration_{key}": value for key, value in migration.items() if value is not None},
         },
     )
 
@@ -143,7 +151,7 @@ def measure_load(mesh: LocalMesh, clients: Clients, requests: int, tokens_in: in
 
 def measure_migration(mesh: LocalMesh, clients: Clients, requests: int, tokens_out: int) -> list[dict[str, Any]]:
     """The same load before, during and after migrations of every layer."""
-    rows, captures = [], num_captures(mesh)
+    rows, captures, before = [], num_captures(mesh), weights_that_came(mesh)
     for phase in ("before", "while experts migrate", "after"):
         parts = clients.begin(requests, 128, tokens_out)
         if phase == "while experts migrate":
@@ -151,9 +159,29 @@ def measure_migration(mesh: LocalMesh, clients: Clients, requests: int, tokens_o
         timed = [request for part in parts for request in part.result()]
         rows.append({"load": phase, "tokens_out": tokens_out, **summary(timed)})
         if phase == "while experts migrate":
-            rows[-1] |= {"layers_migrated": layers, "migration_s": round(seconds, 2)}
+            came = came_since(mesh, before, seconds)
+            rows[-1] |= {"layers_migrated": layers, "migration_s": round(seconds, 2), "came": came}
     rows[-1]["captures_meanwhile"] = num_captures(mesh) - captures
     return rows
+
+
+def came_since(mesh: LocalMesh, before: Came, seconds: float) -> dict[str, dict[str, int]]:
+    """By transport, the weights that have come since then to all ranks."""
+    rows = {}
+    for way, (num_bytes, each_s) in weights_that_came(mesh).items():
+        bytes_before, each_before_s = before.get(way, (0.0, 0.0))
+        size = num_bytes - bytes_before
+        each_mb_per_s = size / 1e6 / (each_s - each_before_s)
+        rows[way] = {
+            "bytes": round(size),
+            "mb_per_s": round(size / 1e6 / seconds),
+            "expert_mb_per_s": round(each_mb_per_s),
+        }
+    return rows
+
+
+def weights_that_came(mesh: LocalMesh) -> Came:
+    return mesh_state.weights_that_came(mesh, mesh_state.rank_ids(mesh, ("both", "expert")))
 
 
 def num_captures(mesh: LocalMesh) -> int:
@@ -228,12 +256,17 @@ def main() -> None:
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--connections", type=int, help="of each client; unset = 1, and 8 to several routers")
     parser.add_argument("--migrate", action="store_true")
+    parser.add_argument("--migration-bytes-per-s", type=int, help="balancer.migration_bytes_per_s")
+    parser.add_argument("--migration-transport", choices=("auto", "tcp", "nixl"), help="balancer.migration_transport")
     parser.add_argument("--kill", action="store_true")
     arguments = parser.parse_args()
     roles, _, backend = arguments.layout.partition(":")
     routers, connections = arguments.routers, arguments.connections or (1 if arguments.routers == 1 else 8)
     command = f"python benchmarks/gpu/serve_two.py --out {arguments.out.name} --layout {arguments.layout}"
     command += f" --routers {routers} --connections {connections}"
+    for name in ("migration_bytes_per_s", "migration_transport"):
+        if getattr(arguments, name) is not None:
+            command += f" --{name.replace('_', '-')} {getattr(arguments, name)}"
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
@@ -244,7 +277,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
-        config = mesh_config(model, roles, backend, arguments.layers, routers)
+        limits = {"bytes_per_s": arguments.migration_bytes_per_s, "transport": arguments.migration_transport}
+        config = mesh_config(model, roles, backend, arguments.layers, routers, **limits)
         mesh = LocalMesh(
             config, StateDir.claim(Path(folder) / "state"), on_event=lambda event: print(event, flush=True)
         )

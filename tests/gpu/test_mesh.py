@@ -20,6 +20,7 @@ from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 from support import mesh_state
 from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config
+from support.nixl import NIXL_IS_MISSING
 from support.reference import encode, greedy
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -40,6 +41,7 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         balancer__view_timeout_s=START_S,
         balancer__formation_timeout_s=START_S,
         balancer__migration_bytes_per_s=2**30,
+        telemetry__metrics_port=0,
         attention__max_num_seqs=16,
         attention__kv_cache_bytes=2**28,
         **LAYOUTS[request.param],
@@ -123,6 +125,11 @@ def test_tokens_are_those_of_transformers_while_experts_migrate(mesh: LocalMesh)
     assert tokens == expected(LENGTH)
     assert layers >= 2
     assert num_captures(mesh) == captures == 2, "each rank has captured its graphs once, for the view"
+    ranks = mesh_state.rank_ids(mesh, ("both", "expert"))
+    came = mesh_state.weights_that_came(mesh, ranks)
+    print("weights that came from another rank, bytes and seconds:", came)
+    way = "tcp" if NIXL_IS_MISSING else "nixl"  # as `balancer.migration_transport: auto` has it
+    assert [*came] == ([way] if len(ranks) > 1 else [])
 
 
 def test_no_token_is_lost_when_a_rank_is_killed(mesh: LocalMesh) -> None:

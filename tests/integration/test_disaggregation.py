@@ -19,10 +19,9 @@ from expertmesh.mesh.config import TlsConfig
 from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import generate_pb2_grpc
 from support import mesh_state, reference
-from support.kv_caches import TRANSPORTS
 from support.live_trace import Trace
 from support.mesh import Output, demo_prompts, generate_all, greedy_request, mesh_config, start_mesh
-from support.nixl import NIXL_IS_MISSING
+from support.nixl import NIXL_IS_MISSING, TRANSPORTS
 from support.otlp_collector import Collector, attributes, running_collector
 
 pytestmark = pytest.mark.slow

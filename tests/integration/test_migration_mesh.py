@@ -17,6 +17,7 @@ from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.v1 import mesh_pb2
 from support import mesh_state, reference
 from support.mesh import demo_prompts, generate_all, greedy_request, mesh_config
+from support.nixl import NIXL_IS_MISSING
 from support.scripted_balancer import Migrated, ViewChangedError
 from support.scripted_mesh import ScriptedMesh
 
@@ -168,11 +169,15 @@ async def test_a_source_follows_its_quota(tmp_path: Path, expected: tuple[list[s
         await Traffic(mesh.router, expected).one_round()
 
 
-@pytest.mark.parametrize("victim", ["source", "destination", "bystander"])
+@pytest.mark.parametrize(
+    ("victim", "transport"),
+    [("source", "tcp" if NIXL_IS_MISSING else "nixl"), ("destination", "tcp"), ("bystander", "tcp")],
+)
 async def test_a_rank_is_killed_in_the_middle_of_a_transfer(
-    tmp_path: Path, expected: tuple[list[str], list[tuple[int, ...]]], victim: str
+    tmp_path: Path, expected: tuple[list[str], list[tuple[int, ...]]], victim: str, transport: str
 ) -> None:
-    async with mesh_under(tmp_path) as mesh:
+    settings = {"balancer__migration_transport": transport, "telemetry__metrics_port": 0}
+    async with mesh_under(tmp_path, **settings) as mesh:
         balancer = mesh.balancer
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
@@ -195,10 +200,15 @@ async def test_a_rank_is_killed_in_the_middle_of_a_transfer(
             await balancer.wait_serving(2)
             assert not task.done()
             # The old view's plan is void, and the next view migrates as the first one did.
+            ranks = [rank.server_id for rank in balancer.view.ranks if rank.role == mesh_pb2.ROLE_EXPERT]
+            before = mesh_state.weights_that_came(mesh, ranks)
             await balancer.migrate(layer, [*reversed(balancer.placement(layer))])
+            came = mesh_state.weights_that_came(mesh, ranks)
             stop.set()
         assert len(balancer.view.ranks) == 4
         assert balancer.view.number == 2
+        assert [*came] == [transport]
+        assert came[transport] > before[transport]
 
 
 async def test_the_leader_is_killed_while_a_commit_goes_round(

@@ -13,7 +13,6 @@ from torch.distributed import HashStore, ProcessGroupGloo  # type: ignore[attr-d
 
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.dataplane.transfers import PointToPoint
-from expertmesh.mesh.sidegroup import SideGroup
 
 
 @contextmanager
@@ -52,10 +51,10 @@ def socket_group(size: int, timeout_s: float = 5.0) -> Iterator[list[PointToPoin
 GROUPS = {"gloo": gloo_group, "tcp": socket_group}
 
 
-def side_groups(size: int, *, bytes_per_s: float = 1e9) -> list[SideGroup]:
-    """Of ``size`` expert ranks, linked to one another."""
+def side_links(size: int) -> list[dict[int, socket.socket]]:
+    """Of ``size`` expert ranks, each linked to every other one."""
     links: list[dict[int, socket.socket]] = [{} for _ in range(size)]
     for low in range(size):
         for high in range(low + 1, size):
             links[low][high], links[high][low] = socket.socketpair()
-    return [SideGroup(own, bytes_per_s=bytes_per_s) for own in links]
+    return links

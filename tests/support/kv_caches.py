@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
-import pytest
 import torch
 
 from expertmesh.attention_server.kv_cache import BlockManager, chain_digests
@@ -19,13 +18,9 @@ from expertmesh.attention_server.kv_transport import KvSource, TcpTransport, Tra
 from expertmesh.attention_server.prefix_desk import PrefixDesk
 from expertmesh.mesh.nixl_agent import NixlAgent
 from expertmesh.mesh.rank_security import RankSecurity
-from support.nixl import needs_nixl
 
 BLOCK_SIZE, NUM_BLOCKS, LAYERS = 4, 16, 3
 TIMEOUT_S = 20.0
-
-
-TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]
 
 
 class Cache:

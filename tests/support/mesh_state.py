@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -32,15 +32,27 @@ class HasLogs(Protocol):
     def state_dir(self) -> Path: ...
 
 
-def metrics(mesh: HasLogs, server_id: str) -> dict[str, float]:
-    """What a service's /metrics says now, summed over labels."""
+def metrics(mesh: HasLogs, server_id: str, **labels: str) -> dict[str, float]:
+    """What a service's /metrics says now, summed over the series that have these labels."""
     with urllib.request.urlopen(f"http://{metrics_address(mesh, server_id)}/metrics", timeout=10) as response:
         text = response.read().decode()
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+            if labels.items() <= sample.labels.items():
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
     return values
+
+
+def weights_that_came(mesh: HasLogs, ranks: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """How weights came to these expert ranks from others: by transport the bytes, and the seconds that the experts took
+    one by one; those by which none came are left out."""
+    names = ("expertmesh_migration_peer_bytes_total", "expertmesh_migration_peer_seconds_total")
+    found = {}
+    for transport in ("tcp", "nixl"):
+        values = [metrics(mesh, rank, transport=transport) for rank in ranks]
+        found[transport] = sum(of[names[0]] for of in values), sum(of[names[1]] for of in values)
+    return {transport: came for transport, came in found.items() if came[0]}
 
 
 def metrics_address(mesh: HasLogs, server_id: str) -> str:

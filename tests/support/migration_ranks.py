@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,17 @@ import torch
 from opentelemetry.trace import NoOpTracer
 
 from expertmesh.expert_server.slots import Slots
-from expertmesh.mesh import sidegroup
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.migration import MigrationContext, Migrations
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec, load_spec
 from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.sidegroup import SideGroup
 from expertmesh.mesh.telemetry import Metrics, Telemetry
 from expertmesh.mesh.view import ViewInfo
+from expertmesh.mesh.weight_reads import SlotMemory, WeightReads
 from expertmesh.v1 import mesh_pb2
-from support.groups import side_groups
+from support.groups import side_links
 from support.migration import make_plan, make_view
 
 NUM_SLOTS = 6
@@ -62,7 +64,12 @@ class Rank:
     """One rank's migrations; ``statuses`` is what it has reported."""
 
     def __init__(
-        self, path: Path, view: ViewInfo, side: sidegroup.SideGroup | None, placement: dict[int, list[int]]
+        self,
+        path: Path,
+        view: ViewInfo,
+        links: dict[int, socket.socket],
+        placement: dict[int, list[int]],
+        transport: str = "tcp",
     ) -> None:
         spec = load_spec(ModelConfig(path=path))
         self.spec = spec
@@ -70,11 +77,16 @@ class Rank:
         self.metrics = Metrics(role="both")
         telemetry = Telemetry(NoOpTracer(), self.metrics)
         self.slots: Slots | None = None
+        self.side: SideGroup | None = None
+        self.reads: WeightReads | None = None
         if view.expert_index is not None:
             self.slots = Slots(spec, self.checkpoint, NUM_SLOTS, self.metrics.slots_loaded, layers_at_a_time=2)
             first = view.expert_index * NUM_SLOTS
             self.slots.load({layer: slots[first : first + NUM_SLOTS] for layer, slots in placement.items()})
             self.checkpoint.reads.clear()
+            if transport == "nixl":
+                self.reads = WeightReads(SlotMemory(self.slots.memory()), "127.0.0.1")
+            self.side = SideGroup(links, bytes_per_s=1e9, reads=self.reads)
         self.routing = RoutingTables(view.proto.placement, spec.num_experts, Topology.of(view))
         self.statuses: list[mesh_pb2.MigrationStatus] = []
         self.changed = threading.Condition()
@@ -84,7 +96,7 @@ class Rank:
                 num_experts=spec.num_experts,
                 experts=self.slots,
                 routing=self.routing if view.expert_index is None else None,
-                side=side,
+                side=self.side,
                 report=self.report,
                 wake=lambda: None,
                 telemetry=telemetry,
@@ -114,6 +126,8 @@ class Rank:
     def close(self) -> None:
         self.checkpoint.hold.set()
         self.migrations.close()
+        if self.reads is not None:
+            self.reads.close()
         if self.slots is not None:
             assert self.slots.staging.used == 0
         assert not self.migrations._thread.is_alive()
@@ -122,14 +136,13 @@ class Rank:
 class Ranks:
     """An attention rank and two expert ranks in one view."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sides = side_groups(2)
+    def __init__(self, path: Path, transport: str = "tcp") -> None:
+        self.path, self.transport = path, transport
+        links = [{}, *side_links(2)]
         placement = dict.fromkeys(LAYERS, OLD)
         view = make_view("aee", placement, num_slots=NUM_SLOTS)
         self.ranks = [
-            Rank(path, ViewInfo(view.proto, rank), self.sides[rank - 1] if rank else None, placement)
-            for rank in range(3)
+            Rank(path, ViewInfo(view.proto, rank), own, placement, transport) for rank, own in enumerate(links)
         ]
         self.ids = itertools.count(1)
         self.step = 0

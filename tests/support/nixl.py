@@ -19,3 +19,4 @@ def _missing() -> str:
 NIXL_IS_MISSING = _missing()
 """Why; '' where it is there."""
 needs_nixl = pytest.mark.skipif(bool(NIXL_IS_MISSING), reason=f"not installed: {NIXL_IS_MISSING}")
+TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]

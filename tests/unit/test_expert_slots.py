@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from expertmesh.expert_server.server import ExpertServer
 from expertmesh.expert_server.slots import Slots
+from expertmesh.expert_server.staging import Staging
 from expertmesh.mesh.config import MeshConfig, ModelConfig, parse_config
 from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.halves import StagingFullError
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec, load_spec
 from expertmesh.mesh.telemetry import disabled_telemetry
@@ -146,3 +148,20 @@ def test_fewer_slots_than_experts(path: Path) -> None:
     with pytest.raises(UserError, match=r"expert\.num_slots: 7 slots cannot hold the model's 8 experts"):
         ExpertServer(parse_config({"expert": {"num_slots": 7}}), spec, Checkpoint(path), disabled_telemetry())
     assert ExpertServer(MeshConfig(), spec, Checkpoint(path), disabled_telemetry()).half.num_slots == 4
+
+
+def test_staging_memory_that_has_its_place(path: Path) -> None:
+    """What was handed out before it got one comes back all the same."""
+    staging = Staging(load_spec(ModelConfig(path=path)), capacity=4)
+    before = staging.reserve(2)
+    ends = [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in staging.memory()]
+    staged = staging.reserve(2)
+    with pytest.raises(StagingFullError, match="4 of the 4 places are taken"):
+        staging.reserve(1)
+    staging.release(before)
+    staging.release(staged[:1])
+    staged = [staged[1], *staging.reserve(3)]
+    for places, (start, end) in zip(zip(*staged, strict=True), ends, strict=True):
+        assert sorted(part.data_ptr() for part in places) == [*range(start, end, (end - start) // 4)]
+    staging.release(staged)
+    assert staging.used == 0

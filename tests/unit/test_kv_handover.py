@@ -21,7 +21,6 @@ from support.kv_caches import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     TIMEOUT_S,
-    TRANSPORTS,
     Cache,
     digests_of,
     fetch,
@@ -30,6 +29,7 @@ from support.kv_caches import (
     travelling,
 )
 from support.mesh_state import until
+from support.nixl import TRANSPORTS
 from support.secure_server import authority as authority
 from support.secure_server import tls_as
 

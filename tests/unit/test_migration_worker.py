@@ -6,7 +6,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +16,23 @@ import torch
 from expertmesh.expert_server.slots import Slots
 from expertmesh.mesh import sidegroup
 from expertmesh.mesh.config import ModelConfig
+from expertmesh.mesh.halves import ExpertWeights
 from expertmesh.mesh.migration import MigrationContext, Migrations
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.placement import RoutingTables, Topology
+from expertmesh.mesh.side_transfers import Patience, TransferError, checksum, checksum_in_place
 from expertmesh.mesh.telemetry import Metrics, disabled_telemetry
 from expertmesh.v1 import mesh_pb2
 from support.checkpoints import write_checkpoint
 from support.migration import make_plan, make_view
 from support.migration_ranks import COMMITTED, EMPTIED, FAILED, LAYERS, NEW, NUM_SLOTS, OLD, STAGED, Rank, Ranks
+from support.nixl import TRANSPORTS, needs_nixl
+from support.side_plans import until
 
 pytestmark = [pytest.mark.slow]
+
+WAYS = ("tcp", "nixl")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +40,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", mlp_only_layers=[0])
 
 
+both_ways = pytest.mark.parametrize("ranks", TRANSPORTS, indirect=True)
+
+
 @pytest.fixture
-def ranks(path: Path) -> Iterator[Ranks]:
-    made = Ranks(path)
+def ranks(path: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    made = Ranks(path, getattr(request, "param", "tcp"))
     made.start()
     yield made
     made.close()
@@ -56,6 +65,7 @@ def counted(rank: Rank, family: str, **labels: str) -> float:
     return float(getattr(rank.metrics, family).labels(**labels).read())
 
 
+@both_ways
 def test_weights_come_from_peers_and_from_own_slots(ranks: Ranks) -> None:
     statuses = ranks.migrate(1, NEW)
     assert ranks.reads() == []
@@ -71,6 +81,9 @@ def test_weights_come_from_peers_and_from_own_slots(ranks: Ranks) -> None:
     assert ranks.reads() == []
     routing = ranks.ranks[0].routing[1]
     assert routing.choose(torch.tensor([[3, 5]])).tolist() == [[3, 7]]
+    came = {way: sum(counted(rank, "migration_peer_bytes", transport=way) for rank in ranks.ranks) for way in WAYS}
+    assert came.pop(ranks.transport) == 5 * bytes_of_expert
+    assert set(came.values()) == {0}
 
 
 def test_routing_follows_at_the_switch_and_not_before(ranks: Ranks) -> None:
@@ -89,6 +102,7 @@ def test_weights_come_from_the_checkpoint_when_the_plan_says_so(ranks: Ranks) ->
     assert [status.from_checkpoint for status in statuses] == [0, 0, 0]  # nothing had to fall back
 
 
+@both_ways
 def test_two_layers_at_a_time_and_one_step_for_both(ranks: Ranks) -> None:
     plans = [ranks.plan(1, NEW), ranks.plan(2, NEW)]
     for plan in plans:
@@ -127,11 +141,12 @@ def test_an_abort_changes_nothing_and_frees_the_memory(ranks: Ranks) -> None:
     ranks.migrate(1, NEW)
 
 
+@both_ways
 def test_an_abort_in_the_middle_ends_the_waits(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 2 never gets the plan: rank 1 waits for its weights, then hears that it is off."""
     take, waits = sidegroup.SideGroup.take, threading.Event()
 
-    def taking(side: sidegroup.SideGroup, patience: sidegroup.Patience) -> dict[int, sidegroup.TransferError]:
+    def taking(side: sidegroup.SideGroup, patience: Patience) -> dict[int, TransferError]:
         waits.set()
         return take(side, patience)
 
@@ -147,6 +162,7 @@ def test_an_abort_in_the_middle_ends_the_waits(ranks: Ranks, monkeypatch: pytest
     assert ranks.reads() == []
 
 
+@both_ways
 def test_a_source_that_never_hears_of_the_plan(ranks: Ranks) -> None:
     plan = ranks.plan(1, NEW, timeout_s=2.0)
     for rank in ranks.ranks[:2]:
@@ -162,18 +178,47 @@ def test_a_source_that_never_hears_of_the_plan(ranks: Ranks) -> None:
     assert ranks.reads() == []
 
 
+@needs_nixl
+@pytest.mark.parametrize("ranks", ["nixl"], indirect=True)
+def test_a_read_that_is_late_has_its_memory_to_itself(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint stands in, elsewhere; what the read writes into is spare again when it has ended."""
+    source, destination = ranks.ranks[2].reads, ranks.ranks[1]
+    assert source is not None
+    assert destination.slots is not None
+    monkeypatch.setattr(source, "lend", lambda *_: None)  # so it does not answer
+    monkeypatch.setattr(sidegroup, "_LAST_READS_S", 0.01)
+    replica = [0, 1, 2, 3, 4, -1, 4, 5, 6, 7, -1, -1]
+    statuses = ranks.migrate(1, replica, timeout_s=4.0)
+    assert [status.from_checkpoint for status in statuses] == [0, 1, 0]
+    assert ranks.reads() == [(1, 4)]
+    staging = destination.slots.staging
+    until(lambda: staging.used == 1, "the migration's memory was not given back")
+    with source._agent.lending():
+        until(lambda: staging.used == 0, "the read's memory was not given back")
+    ranks.assert_runs(1, replica)
+
+
+@both_ways
 def test_damaged_weights_come_from_the_checkpoint(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, calls = sidegroup.checksum, itertools.count()
-    monkeypatch.setattr(sidegroup, "checksum", lambda weights: right(weights) + (next(calls) == 0))
+    calls = itertools.count()
+    for right in (checksum, checksum_in_place):
+
+        def first_wrong(weights: ExpertWeights, right: Callable[[ExpertWeights], int] = right) -> int:
+            return right(weights) + (next(calls) == 0)
+
+        monkeypatch.setattr(sidegroup, right.__name__, first_wrong)
     statuses = ranks.migrate(1, NEW)
     assert sum(status.from_checkpoint for status in statuses) == 1
     assert len(ranks.reads()) == 1
     assert sum(counted(rank, "migration_fallbacks", cause="checksum") for rank in ranks.ranks) == 1
 
 
+@both_ways
 def test_a_broken_side_group_is_replaced_by_the_checkpoint(ranks: Ranks) -> None:
     ranks.migrate(2, NEW)
-    for link in ranks.sides[0]._links.values():
+    side = ranks.ranks[1].side
+    assert side is not None
+    for link in side._links.values():
         link.sock.shutdown(socket.SHUT_RDWR)
     statuses = ranks.migrate(1, NEW)
     assert [status.from_checkpoint for status in statuses] == [0, 1, 2]
@@ -195,6 +240,7 @@ def test_a_checkpoint_that_cannot_be_read_fails_the_plan_only(ranks: Ranks) -> N
     ranks.migrate(1, NEW)
 
 
+@both_ways
 def test_staging_memory_is_bounded(ranks: Ranks) -> None:
     slots = ranks.ranks[1].slots
     assert slots is not None
@@ -219,6 +265,7 @@ def test_plans_that_do_not_fit_are_refused_with_a_reason(ranks: Ranks) -> None:
     assert "quota" in status.reason
 
 
+@both_ways
 def test_a_view_that_ends_in_the_middle(ranks: Ranks) -> None:
     """The fixture's end checks that threads end and memory is given back."""
     staged, held = ranks.plan(1, NEW), ranks.plan(2, NEW, from_checkpoint=True)

@@ -25,7 +25,8 @@ from expertmesh.mesh.framing import Link, Waker
 from expertmesh.mesh.meet import Links, bind_listener, meet, prove
 from expertmesh.mesh.rank_security import RankSecurity, rank_security
 from expertmesh.mesh.secure_stream import HalfSentError, SecureStream
-from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take
+from expertmesh.mesh.side_transfers import Give, Patience, Take
+from expertmesh.mesh.sidegroup import SideGroup
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 from support.secure_server import tls_as

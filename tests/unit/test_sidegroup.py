@@ -3,80 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
 from expertmesh.mesh import sidegroup
-from expertmesh.mesh.halves import ExpertWeights
-from expertmesh.mesh.sidegroup import Give, Patience, SideGroup, Take, TransferError
-from support.groups import side_groups
+from expertmesh.mesh.pace import Pace
+from expertmesh.mesh.side_transfers import Give, Take, checksum
+from support.side_plans import WEIGHTS, Groups, blank, patience, run
 
-WEIGHTS = (torch.arange(12, dtype=torch.bfloat16).view(3, 4), torch.ones(5, dtype=torch.bfloat16))
 LARGE = (torch.rand(1 << 20), torch.rand(1 << 19))  # more than the kernel buffers
-
-Failed = dict[int, TransferError]
-
-
-def patience(seconds: float = 20.0) -> Patience:
-    return Patience(threading.Event(), time.monotonic() + seconds)
-
-
-def blank(like: ExpertWeights = WEIGHTS) -> ExpertWeights:
-    first, second = (torch.zeros_like(part) for part in like)
-    return first, second
-
-
-class Groups:
-    """``groups[0]`` is the source of most transfers, ``groups[1]`` the destination. A plan is a future on each."""
-
-    def __init__(self, size: int = 2, bytes_per_s: float = 1e9) -> None:
-        self.groups = side_groups(size, bytes_per_s=bytes_per_s)
-        self.pool = ThreadPoolExecutor(2 * size)
-        self.ids = itertools.count(1)
-
-    @property
-    def source(self) -> SideGroup:
-        return self.groups[0]
-
-    @property
-    def destination(self) -> SideGroup:
-        return self.groups[1]
-
-    def takes(self, plan: int, into: ExpertWeights, waits: Patience | None = None) -> Future[Failed]:
-        return self.pool.submit(run, self.destination, plan, [Take(0, 0, into)], [], waits or patience())
-
-    def gives(self, plan: int, weights: ExpertWeights, waits: Patience | None = None) -> Future[Failed]:
-        return self.pool.submit(run, self.source, plan, [], [Give(0, 1, weights)], waits or patience())
-
-    def hand_over(self, weights: ExpertWeights = WEIGHTS) -> None:
-        """A transfer works."""
-        plan, into = next(self.ids), blank(weights)
-        giving, taking = self.gives(plan, weights), self.takes(plan, into)
-        assert taking.result(10) == {}
-        giving.result(10)
-        assert all(torch.equal(part, sent) for part, sent in zip(into, weights, strict=True))
-
-    def close(self) -> None:
-        self.pool.shutdown()
-        for group in self.groups:
-            group.close()
-
-
-def run(group: SideGroup, plan: int, takes: list[Take], gives: list[Give], waits: Patience) -> Failed:
-    """One plan as a rank goes through it."""
-    group.begin(plan, takes, gives, waits)
-    try:
-        failed = group.take(waits)
-        not_given = group.give(waits)
-    finally:
-        group.end()
-    assert not_given in ([], [give.number for give in gives])
-    return failed
 
 
 @pytest.fixture
@@ -172,14 +110,14 @@ def test_calling_off_in_the_middle_of_the_weights(first: str) -> None:
         assert list(futures[end].result(20)) == ([] if end == "source" else [0])
     seen = into[0].clone()
     assert not seen[-1], "it was to be called off in the middle"
-    slow.source._bytes_per_s, slow.source._paid_s, slow.source._resume_s = 1e9, 0.0, 0.0
+    slow.source._pace = Pace(1e9)
     slow.hand_over(LARGE)  # behind the rest of the first plan's weights
     assert torch.equal(into[0], seen), "memory that was let go was written to"
     slow.close()
 
 
 def test_what_arrives_damaged_is_noticed(pair: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sidegroup.checksum(WEIGHTS)
+    right = checksum(WEIGHTS)
     monkeypatch.setattr(sidegroup, "checksum", lambda weights: right + (weights[0] is WEIGHTS[0]))
     plan = next(pair.ids)
     giving = pair.gives(plan, WEIGHTS)

@@ -116,6 +116,24 @@ class RankTable(Table):
     migrated_bytes = Declared(
         Counter, "expertmesh_migrated_bytes", "Weights that were switched to.", unit="By", starts_on=EXPERT
     )
+    migration_peer_bytes = Declared(
+        Counter,
+        "expertmesh_migration_peer_bytes",
+        "Weights that came from other ranks, by how they travelled: tcp, nixl.",
+        labels=("transport",),
+        unit="By",
+        starts_on=EXPERT,
+        series=(("tcp",), ("nixl",)),
+    )
+    migration_peer_seconds = Declared(
+        Counter,
+        "expertmesh_migration_peer_seconds",
+        "For how long, from the first byte of each expert to its last; several may travel at a time.",
+        labels=("transport",),
+        unit="s",
+        starts_on=EXPERT,
+        series=(("tcp",), ("nixl",)),
+    )
     migration_fallbacks = Declared(
         Counter,
         "expertmesh_migration_fallbacks",
