@@ -1,6 +1,7 @@
 """What a router costs per streamed token: CPU time, with streams that get a token each in steps of one rate.
 
-    PYTHONPATH=src:tests python benchmarks/router_streams.py [--streams 64 256 512] [--step-ms 18] [--http] [--out FILE]
+    PYTHONPATH=src:tests python benchmarks/router_streams.py [--streams 64 256 512] [--step-ms 18] [--http] \\
+        [--routers N] [--out FILE]
 
 A real router process between synthetic ends. This process is its attention server: the service that links speak to is
 the real one, its engine a thread that gives every sequence a prepared token in each step, at ``--step-ms``; and it is
@@ -8,6 +9,9 @@ its balancer. Client processes read the streams, over gRPC or as server-sent eve
 after the first steps to before the last ones; lateness is from the end of a step in the engine to the reading of its
 token in the client. Where the machine is too slow for the rate, tokens of a stream share messages
 (``tokens_per_message`` above 1) and cost less than at a rate that it keeps up with: then give a longer step.
+
+Several routers (``--routers``) share an address, as behind `expertmesh up`; CPU time is that of all of them. A client
+process has one connection for gRPC, so give as many (``--clients``) as spread evenly enough.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +47,9 @@ from expertmesh.attention_server.events import Event
 from expertmesh.attention_server.outputs import Load, Output
 from expertmesh.attention_server.request import Sequence as Running
 from expertmesh.attention_server.service import AttentionService
+from expertmesh.cli.shared_door import SharedDoor
 from expertmesh.mesh import rpc
+from expertmesh.mesh.addresses import split_host_port
 from expertmesh.mesh.client import GenerateClient, build_request
 from expertmesh.mesh.config import MeshConfig, TlsConfig, parse_config
 from expertmesh.mesh.model.spec import load_spec
@@ -62,9 +68,9 @@ UNFINISHED = generate_pb2.FINISH_REASON_UNSPECIFIED
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """CPU seconds since some moment: of the router, of this process, and of the thread in it that is the engine."""
+    """CPU seconds since some moment: of each router, of this process, and of the thread in it that is the engine."""
 
-    router_s: float
+    routers_s: Sequence[float]
     own_s: float
     engine_s: float
 
@@ -102,9 +108,9 @@ class SyntheticEngine:
             serving=True,
         )
 
-    def start(self, deliver: Callable[[list[Output], Load], None], router_pid: int) -> threading.Thread:
-        """Deliver on the event loop that runs."""
-        loop, router = asyncio.get_running_loop(), psutil.Process(router_pid)
+    def start(self, deliver: Callable[[list[Output], Load], None], pids: Sequence[int]) -> threading.Thread:
+        """Deliver on the event loop that runs. ``pids``: of the routers."""
+        loop, routers = asyncio.get_running_loop(), [psutil.Process(pid) for pid in pids]
 
         def run() -> None:
             running = self._gather()
@@ -112,7 +118,7 @@ class SyntheticEngine:
             for step in range(self._num_tokens):
                 time.sleep(max(0.0, began_s + (step + 1) * self._step_s - time.monotonic()))  # the work of a step
                 if step in (WARM_STEPS, self._num_tokens - LAST_STEPS):
-                    self.usages.append(_usage(router))
+                    self.usages.append(_usage(routers))
                 outputs = self._step(running, step)
                 self.made_s[step] = time.monotonic()
                 loop.call_soon_threadsafe(deliver, outputs, self.load())
@@ -139,9 +145,10 @@ class SyntheticEngine:
         return [Output(sequence.link, sequence.handle, token, finish=finish) for sequence in running]
 
 
-def _usage(router: psutil.Process) -> Usage:
-    times = router.cpu_times()
-    return Usage(router_s=times.user + times.system, own_s=time.process_time(), engine_s=time.thread_time())
+def _usage(routers: Sequence[psutil.Process]) -> Usage:
+    times = [router.cpu_times() for router in routers]
+    routers_s = [time.user + time.system for time in times]
+    return Usage(routers_s=routers_s, own_s=time.process_time(), engine_s=time.thread_time())
 
 
 def plain_tokens(config: MeshConfig) -> list[int]:
@@ -152,16 +159,35 @@ def plain_tokens(config: MeshConfig) -> list[int]:
 
 
 @contextmanager
-def router_process(folder: Path, balancer: str, *, http: bool) -> Iterator[tuple[int, str]]:
-    """A router's process id and the address of the door that is measured."""
-    router = {"http": {"enabled": http}}
-    settings = {"router": router, "balancer": {"address": balancer}, "telemetry": {"metrics_port": 0}}
-    file = folder / "mesh.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = ("serve", "router", "--config", str(file), "--id", "router-0", "--stop-with-stdin")
-    with (folder / "router.log").open("w") as log:
+def running_routers(folder: Path, balancer: str, num_routers: int, *, http: bool) -> Iterator[tuple[list[int], str]]:
+    """The routers' process ids and the address of the door that is measured."""
+    router: dict[str, Any] = {"http": {"enabled": http}}
+    with ExitStack() as stack:
+        if num_routers > 1:
+            door = stack.enter_context(closing(SharedDoor(parse_config({"router": router}).router)))
+            router["port"] = split_host_port(door.address)[1]
+            if door.http_address is not None:
+                router["http"]["port"] = split_host_port(door.http_address)[1]
+        settings = {"router": router, "balancer": {"address": balancer}, "telemetry": {"metrics_port": 0}}
+        file = folder / "mesh.yaml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        shared = ["--share-port"] if num_routers > 1 else []
+        started = [
+            stack.enter_context(
+                _router(folder, f"router-{number}", ["--config", str(file), "--stop-with-stdin", *shared])
+            )
+            for number in range(num_routers)
+        ]
+        yield [pid for pid, _ in started], started[0][1]["http" if http else "address"]
+
+
+@contextmanager
+def _router(folder: Path, server_id: str, options: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A router's process id and what it says when it listens."""
+    log_file = folder / f"{server_id}.log"
+    with log_file.open("w") as log:
         process = subprocess.Popen(  # ourselves
-            [sys.executable, "-m", "expertmesh.cli.main", *command],
+            [sys.executable, "-m", "expertmesh.cli.main", "serve", "router", "--id", server_id, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -171,8 +197,8 @@ def router_process(folder: Path, balancer: str, *, http: bool) -> Iterator[tuple
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError("the router did not start:\n" + (folder / "router.log").read_text(encoding="utf-8"))
-            yield process.pid, json.loads(line)["http" if http else "address"]
+                raise RuntimeError(f"{server_id} did not start:\n" + log_file.read_text(encoding="utf-8"))
+            yield process.pid, json.loads(line)
         finally:
             process.terminate()
             process.wait(30)
@@ -228,13 +254,10 @@ async def measure(arguments: argparse.Namespace, num_streams: int) -> dict[str, 
         balancer.publish([_Member(address=server.address)])  # type: ignore[list-item]  # what it asks of a server
         with (
             tempfile.TemporaryDirectory() as name,
-            router_process(Path(name), balancer.address, http=arguments.http) as (
-                pid,
-                address,
-            ),
+            running_routers(Path(name), balancer.address, arguments.routers, http=arguments.http) as (pids, address),
         ):
-            print(f"{num_streams} streams through process {pid}", file=sys.stderr, flush=True)  # for profilers
-            thread = engine.start(service.deliver, pid)
+            print(f"{num_streams} streams through {pids}", file=sys.stderr, flush=True)  # for profilers
+            thread = engine.start(service.deliver, pids)
             clients = await run_clients(Path(name), address, arguments, num_streams)
             await asyncio.to_thread(thread.join, TIMEOUT_S)
     finally:
@@ -257,12 +280,14 @@ def row(engine: SyntheticEngine, clients: Clients, num_streams: int, num_tokens:
     made_s = engine.made_s[counted]
     tokens = num_streams * len(made_s)
     late_ms = 1e3 * (clients.arrived_s[:, counted] - made_s)
+    routers_s = [after - before for before, after in zip(first.routers_s, last.routers_s, strict=True)]
     streaming_s = (last.own_s - first.own_s) - (last.engine_s - first.engine_s)
     return {
         "streams": num_streams,
         "tokens_per_s": round(tokens / float(made_s[-1] - made_s[0])),
-        "router_us_per_token": round(1e6 * (last.router_s - first.router_s) / tokens, 2),
-        "router_cores": round((last.router_s - first.router_s) / float(made_s[-1] - made_s[0]), 3),
+        "router_us_per_token": round(1e6 * sum(routers_s) / tokens, 2),
+        "router_cores": round(sum(routers_s) / float(made_s[-1] - made_s[0]), 3),
+        "busiest_router_cores": round(max(routers_s) / float(made_s[-1] - made_s[0]), 3),
         "attention_us_per_token": round(1e6 * streaming_s / tokens, 2),
         "client_us_per_token": round(1e6 * clients.cpu_s / (num_streams * num_tokens), 2),
         "tokens_per_message": round(num_streams * num_tokens / clients.num_messages, 3),
@@ -330,7 +355,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[st
         "versions": {"grpcio": grpc.__version__, "protobuf": google.protobuf.__version__},
         "command": " ".join(["python", "benchmarks/router_streams.py", *sys.argv[1:]]),
         "door": "http" if arguments.http else "grpc",
-        "settings": {"step_ms": arguments.step_ms, "tokens": arguments.tokens, "clients": arguments.clients},
+        "settings": {name: getattr(arguments, name) for name in ("step_ms", "tokens", "clients", "routers")},
         "rows": rows,
     }
 
@@ -341,6 +366,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=18.0)
     parser.add_argument("--tokens", type=int, default=200, help="of each stream")
     parser.add_argument("--clients", type=int, default=2, help="processes that share the streams")
+    parser.add_argument("--routers", type=int, default=1, help="that share an address")
     parser.add_argument("--rounds", type=int, default=1, help="rows for each number of streams")
     parser.add_argument("--http", action="store_true", help="server-sent events instead of gRPC")
     parser.add_argument("--out", type=Path, default=None, help="where the result goes")
