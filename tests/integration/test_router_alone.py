@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
 import pytest
 
 from expertmesh.mesh import rpc
-from expertmesh.mesh.client import Completion, build_request
+from expertmesh.mesh.client import Completion
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 from support.fake_attention import FakeAttention, expected_tokens, scripted
-from support.router_stand import TIMEOUT_S, Stand, stand
+from support.refusals import refusal
+from support.router_stand import PROMPT, TIMEOUT_S, Stand, ask, stand
 
 __all__ = ["stand"]
-
-PROMPT = [5, 6, 7, 8]
-
-
-async def refusal_of(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call
-    return refused.value
-
-
-def ask(
-    max_tokens: int = 8, seed: int = 1, prompt: str | Sequence[int] = PROMPT, **more: Any
-) -> generate_pb2.GenerateRequest:
-    return build_request(prompt, max_tokens=max_tokens, seed=seed, **more)
 
 
 async def test_generates_streamed_and_unary(stand: Stand) -> None:
@@ -116,7 +102,7 @@ async def test_bad_input_is_refused_and_good_input_still_served(stand: Stand) ->
     client = await stand.start([FakeAttention("a0")])
     for request, code, message in BAD:
         for call in (client.complete(request), client.generate(request)):
-            refused = await refusal_of(call)
+            refused = await refusal(call)
             assert (refused.code().name, message in (refused.details() or "")) == (code, True), refused.details()
     assert len((await client.complete(ask())).token_ids) == 8
 
@@ -128,55 +114,9 @@ async def test_bytes_that_are_no_utf8_are_refused(stand: Stand) -> None:
             "/expertmesh.v1.GenerationService/GenerateUnary"
         )
         for data in (b"\x1a\x02\xff\xfe", b"\x1a\xff", b"\xff" * 9):
-            refused = await refusal_of(raw(data))
+            refused = await refusal(raw(data))
             assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "UTF-8" in (refused.details() or "")
-
-
-async def test_a_lost_server_is_replayed_without_a_repeated_or_skipped_token(stand: Stand) -> None:
-    servers = [FakeAttention("a0", max_steps=5), FakeAttention("a1", max_steps=9), FakeAttention("a2")]
-    client = await stand.start(servers)
-    answers = await asyncio.gather(*(client.complete(ask(max_tokens=40, seed=seed)) for seed in range(12)))
-    for seed, answer in enumerate(answers):
-        assert answer.token_ids == expected_tokens(PROMPT, seed, 40)
-    assert sum(answer.finish.replays for answer in answers) > 0
-
-
-async def test_unset_seed_stays_the_same_in_a_replay(stand: Stand) -> None:
-    servers = [FakeAttention("a0", max_steps=3), FakeAttention("a1", max_steps=3), FakeAttention("a2", max_steps=3)]
-    client = await stand.start(servers)
-    answer = await client.complete(build_request(PROMPT, max_tokens=8))
-    submits = [submit for server in servers for submit in server.submits]
-    assert len(submits) == 1 + answer.finish.replays > 1
-    seed = submits[0].sampling_params.seed
-    assert {submit.sampling_params.seed for submit in submits} == {seed}
-    assert answer.token_ids == expected_tokens(PROMPT, seed, 8)
-
-
-async def test_replays_are_bounded_and_can_be_disabled(stand: Stand) -> None:
-    server = FakeAttention("a0", max_steps=1)
-    client = await stand.start([server], replay_attempts=0)
-    refused = await refusal_of(client.complete(ask(max_tokens=50)))
-    assert (refused.code(), "replay_attempts" in (refused.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
-
-
-async def test_disable_replay(stand: Stand) -> None:
-    client = await stand.start([FakeAttention("a0", max_steps=1), FakeAttention("a1", max_steps=1)])
-    refused = await refusal_of(client.complete(ask(max_tokens=50, disable_replay=True)))
-    assert refused.code() is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_a_server_that_left_the_view_is_replaced(stand: Stand) -> None:
-    old, new = FakeAttention("a0"), await FakeAttention("a1").start()
-    stand.servers.append(new)
-    client = await stand.start([old])
-    old.going.clear()
-    running = asyncio.create_task(client.complete(ask(max_tokens=6)))
-    await old.until(lambda: old.num_running == 1)
-    old.step()
-    stand.balancer.publish([new])
-    assert (await running).token_ids == expected_tokens(PROMPT, 1, 6)
-    assert list(new.submits[0].output_token_ids) == expected_tokens(PROMPT, 1, 1)
 
 
 async def test_cancelled_rpc_is_aborted_on_the_attention_server(stand: Stand) -> None:
@@ -201,7 +141,7 @@ async def test_abort_ends_with_what_there_is(stand: Stand) -> None:
     stream = client.stream(ask(request_id="r"))
     reading = asyncio.ensure_future(anext(stream))
     await server.until(lambda: server.num_running == 1)
-    refused = await refusal_of(client.generate(ask(request_id="r")))
+    refused = await refusal(client.generate(ask(request_id="r")))
     assert refused.code() is grpc.StatusCode.ALREADY_EXISTS
     server.step()
     first = await reading
@@ -219,14 +159,14 @@ async def test_limits_carry_a_retry_hint(stand: Stand) -> None:
     server.going.clear()
     first = asyncio.create_task(client.complete(ask(tenant="alice")))
     await server.until(lambda: server.num_running == 1)
-    refused = await refusal_of(client.complete(ask(tenant="alice")))
+    refused = await refusal(client.complete(ask(tenant="alice")))
     assert (refused.code(), "alice" in (refused.details() or "")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
     metadata = refused.trailing_metadata()
     assert metadata is not None
     assert int(dict(metadata)["retry-after-ms"]) > 0
     second = asyncio.create_task(client.complete(ask(tenant="bob")))
     await server.until(lambda: server.num_running == 2)
-    refused = await refusal_of(client.complete(ask(tenant="carol")))
+    refused = await refusal(client.complete(ask(tenant="carol")))
     assert "max_queued_requests" in (refused.details() or "")
     server.going.set()
     await asyncio.gather(first, second)
@@ -236,16 +176,15 @@ async def test_without_a_mesh_requests_wait_and_then_learn_the_reason(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await stand.start([], no_capacity_timeout_s=0.2)
-    refused = await refusal_of(client.complete(ask()))
+    refused = await refusal(client.complete(ask()))
     assert (refused.code(), "in a view" in (refused.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
     stand.balancer.pause("3 experts have no home")
     async with asyncio.timeout(TIMEOUT_S):
-        while "3 experts have no home" not in ((await refusal_of(client.complete(ask()))).details() or ""):
+        while "3 experts have no home" not in ((await refusal(client.complete(ask()))).details() or ""):
             pass
     monkeypatch.setattr("expertmesh.router.patience._DEADLINE_MARGIN_S", 9.0)
-    with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await client.complete(ask(), timeout_s=9.5)
-    assert (refusal.value.code(), "no home" in (refusal.value.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
+    refused = await refusal(client.complete(ask(), timeout_s=9.5))
+    assert (refused.code(), "no home" in (refused.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
 
 
 async def test_a_waiting_request_runs_when_the_mesh_comes(stand: Stand) -> None:
@@ -269,34 +208,6 @@ async def test_health_follows_the_attention_servers(stand: Stand) -> None:
     await stand.until_serving(True)
 
 
-async def test_a_running_request_without_deadline_does_not_outwait_a_dead_mesh(stand: Stand) -> None:
-    server = FakeAttention("a0")
-    client = await stand.start([server], no_capacity_timeout_s=0.3)
-    server.going.clear()
-    running = asyncio.create_task(client.complete(ask()))
-    await server.until(lambda: server.num_running == 1)
-    await server.set_serving(False)
-    refused = await refusal_of(running)
-    assert refused.code() is grpc.StatusCode.UNAVAILABLE
-    await server.until(lambda: server.num_running == 0)
-
-
-async def test_a_request_that_ran_for_long_is_replayed_when_its_server_is_lost(stand: Stand) -> None:
-    """Its patience with a mesh that does not serve begins with the loss, not with its own start."""
-    server = FakeAttention("a0")
-    client = await stand.start([server], no_capacity_timeout_s=0.5)
-    server.going.clear()
-    running = asyncio.create_task(client.complete(ask()))
-    await server.until(lambda: server.num_running == 1)
-    server.step()
-    await asyncio.sleep(0.6)  # the time itself is what matters
-    server.break_links()
-    await server.until(lambda: len(server.submits) == 2)
-    server.going.set()
-    answer = await running
-    assert (answer.token_ids, answer.finish.replays) == (expected_tokens(PROMPT, 1, 8), 1)
-
-
 async def test_deadline(stand: Stand) -> None:
     server = FakeAttention("a0")
     client = await stand.start([server])
@@ -307,20 +218,6 @@ async def test_deadline(stand: Stand) -> None:
     assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert 0 < server.submits[1].timeout_s <= 1.1  # gRPC rounds deadlines up on their way
     await server.until(lambda: server.num_running == 0)
-
-
-async def test_a_refusing_server_is_passed_over(stand: Stand) -> None:
-    servers = [FakeAttention("a0"), FakeAttention("a1")]
-    client = await stand.start(servers, no_capacity_timeout_s=0.3)
-    servers[0].refusal = (grpc.StatusCode.UNAVAILABLE, "draining")
-    answers = await asyncio.gather(*(client.complete(ask(seed=seed, prompt=[seed + 2])) for seed in range(8)))
-    assert all(len(answer.token_ids) == 8 for answer in answers)
-    servers[1].refusal = (grpc.StatusCode.UNAVAILABLE, "draining too")
-    refused = await refusal_of(client.complete(ask()))
-    assert (refused.code(), "draining" in (refused.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
-    servers[0].refusal = (grpc.StatusCode.RESOURCE_EXHAUSTED, "attention.max_waiting")
-    servers[1].refusal = servers[0].refusal
-    assert (await refusal_of(client.complete(ask()))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_a_client_that_never_reads_is_dropped(stand: Stand) -> None:
@@ -356,7 +253,7 @@ async def test_stop_lets_running_requests_finish_and_takes_nothing_new(stand: St
     await server.until(lambda: server.num_running == 1)
     stand.stop.set()
     await stand.until_serving(False)
-    refused = await refusal_of(client.complete(ask()))
+    refused = await refusal(client.complete(ask()))
     assert (refused.code(), "router stops" in (refused.details() or "")) == (grpc.StatusCode.UNAVAILABLE, True)
     server.going.set()
     assert (await running).token_ids == expected_tokens(PROMPT, 1, 8)
@@ -369,7 +266,7 @@ async def test_stop_lets_running_requests_finish_and_takes_nothing_new(stand: St
 async def test_long_prompt_does_not_stall_other_streams(stand: Stand) -> None:
     client = await stand.start([FakeAttention("a0")])
     # One piece of text without a break is the tokenizer's worst case; below the bound on the bytes of a token.
-    long = asyncio.create_task(refusal_of(client.complete(ask(prompt="a" * 15_000))))
+    long = asyncio.create_task(refusal(client.complete(ask(prompt="a" * 15_000))))
     answers: list[Completion] = [await client.complete(ask(seed=seed)) for seed in range(5)]
     assert all(len(answer.token_ids) == 8 for answer in answers)
     assert "max_model_len" in ((await long).details() or "")

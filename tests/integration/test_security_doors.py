@@ -16,19 +16,8 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import ApiConfig, TlsConfig
 from expertmesh.mesh.http_tls import server_context
 from support.http2 import Http2
-from support.secure_server import (
-    ADMIN,
-    GENERATION,
-    TIMEOUT_S,
-    Keys,
-    authority,
-    call,
-    guarded,
-    raw_connection,
-    refusal,
-    tls_as,
-    until_code,
-)
+from support.refusals import refusal, until_code
+from support.secure_server import ADMIN, GENERATION, TIMEOUT_S, Keys, authority, call, guarded, raw_connection, tls_as
 
 __all__ = ["authority"]
 

@@ -28,8 +28,9 @@ from expertmesh.v1 import (
 from support import reference
 from support.mesh import demo_prompts
 from support.otlp_collector import running_collector
+from support.refusals import code_of, refusal, until_code
 from support.secure_mesh import NUM_TOKENS, SecureMesh, get_status, https, set_mode
-from support.secure_server import TIMEOUT_S, code_of, refusal, tls_as, until_code
+from support.secure_server import TIMEOUT_S, tls_as
 
 pytestmark = [pytest.mark.security, pytest.mark.slow]
 

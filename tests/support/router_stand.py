@@ -10,13 +10,21 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertmesh.mesh import rpc
-from expertmesh.mesh.client import GenerateClient
+from expertmesh.mesh.client import GenerateClient, build_request
 from expertmesh.mesh.config import TlsConfig, parse_config
 from expertmesh.mesh.telemetry import Telemetry, disabled_telemetry
 from expertmesh.router import serve
+from expertmesh.v1 import generate_pb2
 from support.fake_attention import FakeAttention, FakeBalancer
 
 TIMEOUT_S = 60.0
+PROMPT = [5, 6, 7, 8]
+
+
+def ask(
+    max_tokens: int = 8, seed: int = 1, prompt: str | Sequence[int] = PROMPT, **more: Any
+) -> generate_pb2.GenerateRequest:
+    return build_request(prompt, max_tokens=max_tokens, seed=seed, **more)
 
 
 class Stand:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -127,27 +126,6 @@ async def call(
     options = {"timeout": TIMEOUT_S, "metadata": key_metadata(key), **options}
     echoed: bytes = await unary(data, **options)
     return echoed
-
-
-async def refusal(awaited: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await awaited
-    return refused.value
-
-
-async def code_of(awaited: Awaitable[object]) -> grpc.StatusCode:
-    try:
-        await awaited
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
-
-
-async def until_code(attempt: Callable[[], Awaitable[object]], wanted: grpc.StatusCode) -> None:
-    """Tried until it ends so: a file of keys is read again within a moment."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while await code_of(attempt()) is not wanted:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 def raw_connection(address: str) -> socket.socket:
