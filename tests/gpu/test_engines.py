@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from expertmesh.mesh.dataplane.deepep_checks import check_machine
-from expertmesh.mesh.errors import UserError
 from support.checkpoints import make_tiny_qwen3_moe
+from support.gpu_backends import DEEPEP
 from support.gpu_engines import EngineJob, Request, close_engine, generate, num_captures, open_engine
 from support.gpu_ranks import PlaneConfig, Ranks, gpu_ranks
 
@@ -22,18 +21,6 @@ SIZES = {"hidden_size": 256, "moe_intermediate_size": 64, "num_experts": 16, "nu
 PROMPTS = [[5, 9, 200, 31, 44, 7], [3] * 40, list(range(1, 120)), [77], [400, 2, 3, 5, 8, 13, 21, 34] * 9]
 LENGTH = 24
 CONFIG: dict[str, Any] = {"max_num_seqs": 16, "kv_cache_bytes": 2**24}
-
-
-def _deepep_is_missing() -> str:
-    try:
-        check_machine(torch.device("cuda", 0), 2)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-MISSING = _deepep_is_missing() if torch.cuda.device_count() >= 2 else ""
-DEEPEP = pytest.param("deepep", marks=pytest.mark.skipif(bool(MISSING), reason=MISSING or "deepep can run"))
 ROLES = pytest.mark.parametrize("roles", ["bb", "ae", "ea"])
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from expertmesh.mesh.dataplane.deepep_checks import check_machine
-from expertmesh.mesh.errors import EXIT_DEVICE_LOST, UserError
+from expertmesh.mesh.errors import EXIT_DEVICE_LOST
+from support.gpu_backends import DEEPEP
 from support.gpu_ranks import PlaneConfig, RankError, Ranks, close_planes, free_bytes, gpu_ranks
 from support.plane_checks import Layout, check_exchanges, check_graph, check_overlap
 from support.plane_faults import (
@@ -25,18 +25,6 @@ from support.plane_faults import (
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-
-def _deepep_is_missing() -> str:
-    try:
-        check_machine(torch.device("cuda", 0), 2)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-MISSING = _deepep_is_missing() if torch.cuda.device_count() >= 2 else ""
-
-DEEPEP = pytest.param("deepep", marks=pytest.mark.skipif(bool(MISSING), reason=MISSING or "deepep can run"))
 BACKENDS = pytest.mark.parametrize("backend", [DEEPEP, "nccl"])
 ROLES = pytest.mark.parametrize("roles", ["bb", "ae", "ea"])
 

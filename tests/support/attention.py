@@ -119,6 +119,16 @@ class LocalEngine(EngineDriver):
             for batch, out_TH in zip(self.half.micro_batches, outs, strict=True):
                 batch.after_experts(layer, out_TH)
 
+    def run_with_breaks(self) -> None:
+        """As ``run``, but each step breaks at every layer before it is completed."""
+        layers = self.spec.moe_layers
+        while self.half.prepare():
+            for broken in range(len(layers)):
+                self.forward(layers[:broken])
+            assert self.half.prepare() > 0
+            self.forward()
+            self.half.finish()
+
     def step(self) -> int:
         """One step; returns its tokens."""
         num_tokens = self.half.prepare()

@@ -70,13 +70,7 @@ def test_broken_step_is_repeated_without_a_trace(parts: dict[str, Any]) -> None:
     expected = generate(parts, PROMPT, temperature=1.0, seed=3)
     engine = LocalEngine(**parts)
     engine.submit(1, PROMPT, temperature=1.0, seed=3)
-    layers = parts["spec"].moe_layers
-    while engine.half.prepare():
-        for broken in range(len(layers)):
-            engine.forward(layers[:broken])
-        assert engine.half.prepare() > 0
-        engine.forward()
-        engine.half.finish()
+    engine.run_with_breaks()
     assert engine.tokens(1) == expected
 
 

@@ -172,13 +172,7 @@ def test_broken_step_is_repeated_without_a_trace(parts: dict[str, Any], drafting
     expected = tokens_of(plain(parts, PROMPT, **options))
     engine = drafting(Oracle(expected, 3))
     engine.submit(1, PROMPT, **options)
-    layers = parts["spec"].moe_layers
-    while engine.half.prepare():
-        for broken in range(len(layers)):
-            engine.forward(layers[:broken])
-        assert engine.half.prepare() > 0
-        engine.forward()
-        engine.half.finish()
+    engine.run_with_breaks()
     assert engine.tokens(1) == expected
 
 
