@@ -94,6 +94,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line speaks here
         sys.exit(2)
+    except KeyboardInterrupt:  # while a sub-command is imported; later it is theirs
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to tell, and the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

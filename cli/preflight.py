@@ -8,6 +8,7 @@ from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.rpc_tls import server_credentials
+from expertmesh.router.tokenizer import load_tokenizer
 
 
 def check_before_start(config: MeshConfig) -> None:
@@ -17,6 +18,7 @@ def check_before_start(config: MeshConfig) -> None:
             taken.
     """
     spec = load_spec(config.model, mtp=config.speculation.method == "mtp")
+    load_tokenizer(spec.path, config.model.chat_template)
     config.slots_per_server(spec.num_experts)
     for role, server_id in planned_services(config):
         server_credentials(config.tls.for_service(role, server_id))

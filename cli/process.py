@@ -84,6 +84,7 @@ class ServiceProcess:
         self._process: subprocess.Popen[str] | None = None
         self.established = False
         """Set by the owner once the service has done its work: from then on it is never given up for dying."""
+        self._is_ready = False  # the process that runs now
         self._stopping = threading.Event()
         self._may_start = threading.Event()
         self._may_start.set()
@@ -119,9 +120,10 @@ class ServiceProcess:
         self._may_start.set()
 
     def begin_stop(self) -> None:
-        """Ask it to end, and no restart."""
+        """Ask it to end, and no restart. One that is not ready yet has nothing to finish, and hears nothing while it
+        imports and compiles: it is killed."""
         self.stop_restarting()
-        self.kill(self._stop_signal)
+        self.kill(self._stop_signal if self._is_ready else signal.SIGKILL)
 
     def finish_stop(self, timeout_s: float) -> bool:
         """Wait for the end that ``begin_stop`` asked for, then SIGKILL the group; False when it had to be killed."""
@@ -169,6 +171,7 @@ class ServiceProcess:
         with self._lock:
             if self._stopping.is_set():
                 return 0
+            self._is_ready = False
             self._process = process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.PIPE,
@@ -193,6 +196,7 @@ class ServiceProcess:
         except (ValueError, KeyError, TypeError):
             log.warning("%s wrote to stdout: %s", self.id, line.rstrip())
             return
+        self._is_ready = True
         self._tell("ready", f"ready on {self.address}")
 
     def _last_words(self, log_offset: int, exit_code: int) -> str:

@@ -59,10 +59,10 @@ def is_held(path: Path) -> bool:
     try:
         with (path / "lock").open("r", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:  # there is none, or it is not ours to look at: whoever claims it learns why
+        return False
     return False
 
 

@@ -151,6 +151,22 @@ def test_established_service_is_never_given_up(start: StartService, events: Even
         events.wait_for("restarting")
 
 
+def test_service_that_is_not_ready_is_not_waited_for(start: StartService, tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    os.mkfifo(deaf)
+    ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    service = start(f"{ignores}open({str(deaf)!r}, 'w').close(); {WAIT}")
+    assert deaf.read_text(encoding="utf-8") == ""  # which waits until it is open for writing, and so until it ignores
+    service.begin_stop()
+    assert service.finish_stop(5.0)
+
+
+def test_file_in_the_way_of_the_state_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mesh: cannot be written \(Not a directory\)"):
+        StateDir.claim_free(tmp_path / "state", "mesh")
+
+
 def test_service_that_ignores_sigterm_is_killed(start: StartService, events: Events) -> None:
     service = start("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + READY + WAIT)
     events.wait_for("ready")
