@@ -154,7 +154,7 @@ def test_established_service_is_never_given_up(start: StartService, events: Even
 def test_service_that_is_not_ready_is_not_waited_for(start: StartService, tmp_path: Path) -> None:
     deaf = tmp_path / "deaf"
     os.mkfifo(deaf)
-    ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    ignores = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     service = start(f"{ignores}open({str(deaf)!r}, 'w').close(); {WAIT}")
     assert deaf.read_text(encoding="utf-8") == ""  # which waits until it is open for writing, and so until it ignores
     service.begin_stop()
