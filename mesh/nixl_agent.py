@@ -213,6 +213,7 @@ class NixlAgent:
             self._end(agent, read, NixlError(f"NIXL: {type(error).__name__}: {error}"), is_lost=True)
             return
         if state == "DONE":
+            read.seconds = time.monotonic() - read.began_s
             self._end(agent, read, None)
 
     def _begin(self, agent: Any, read: Reading) -> None:
@@ -223,6 +224,7 @@ class NixlAgent:
         read.handle = agent.initialize_xfer("READ", ours, theirs, peer.name)
         read.peer = peer
         peer.reads.add(read)
+        read.began_s = time.monotonic()
         agent.transfer(read.handle)
 
     def _meet(self, agent: Any, metadata: bytes) -> Peer:

@@ -56,7 +56,7 @@ class Reading:
 
     ``result``: set, or a ``NixlError``, when it has ended. ``over``: set when it is certain that nothing is written to
     ``ours`` any more; of a read that was given up or failed that may be long after, as long as its peer neither answers
-    nor is gone. Both are set in the agent's thread.
+    nor is gone. Both are set in the agent's thread. ``seconds``: how long one that has come took.
     """
 
     metadata: bytes
@@ -66,6 +66,8 @@ class Reading:
     result: Future[None] = field(default_factory=Future)
     over: Future[None] = field(default_factory=Future)
     is_abandoned: bool = False
+    began_s: float = 0.0
+    seconds: float = 0.0
     handle: Any = None
     peer: Peer | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,12 +20,11 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A transfer whose offer, ``head``, has come: from ``began_s`` on, monotonic, it is read."""
+    """A transfer that is read since its offer, ``head``, has come."""
 
     head: Head
     take: Take
     reading: Reading
-    began_s: float
 
     @property
     def error(self) -> BaseException | None:
@@ -79,7 +77,7 @@ class SideReads:
         if self._reads is None:
             raise TransferError("an offer that nobody asked for", "checksum")
         reading = self._reads.read(ticket, take.into, self._may_begin)
-        self._under_way[take.number] = Read(head, take, reading, time.monotonic())
+        self._under_way[take.number] = Read(head, take, reading)
         for future in (reading.result, reading.over):
             future.add_done_callback(lambda _: self._wake())
 

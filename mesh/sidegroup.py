@@ -278,7 +278,7 @@ class SideGroup:
             for part, host in zip(take.into, landing, strict=True):
                 if part is not host:
                     part.copy_(host)
-            self._has_come(take, "tcp", began_s)
+            self._has_come(take, "tcp", time.monotonic() - began_s)
 
     def _offered(self, link: SideLink, head: Head) -> None:
         take = self._taken_from(link, head)
@@ -299,7 +299,7 @@ class SideGroup:
             return
         if self._is_right(link, head, checksum_in_place(read.take.into)):
             link.post(Head(DONE, head.plan, head.number))
-            self._has_come(read.take, "nixl", read.began_s)
+            self._has_come(read.take, "nixl", read.reading.seconds)
 
     def _refuse(self, link: SideLink, head: Head, what: str) -> None:
         """What was sent, or may be read, will not do."""
@@ -313,9 +313,9 @@ class SideGroup:
             self._refuse(link, head, f"what came from expert rank {link.index} {what}")
         return found == head.checksum
 
-    def _has_come(self, take: Take, transport: str, began_s: float) -> None:
+    def _has_come(self, take: Take, transport: str, seconds: float) -> None:
         del self._takes[take.number]
-        self.came[take.number] = Came(transport, num_bytes_of(take.into), time.monotonic() - began_s)
+        self.came[take.number] = Came(transport, num_bytes_of(take.into), seconds)
 
     def _fail(self, number: int, what: str, cause: str) -> None:
         take = self._takes.pop(number)

@@ -267,6 +267,18 @@ def test_a_read_that_ends_soon_after_it_was_given_up_costs_nothing_else(
     assert pair.move(3, 1) == "nixl"
 
 
+def test_lending_ends_by_itself(pair: Pair) -> None:
+    """Of a destination that says nothing any more; who is done before has it end at once."""
+    agent = pair.arenas[0].reads._agent
+    began_s = time.monotonic()
+    pair.arenas[0].reads.lend("late", began_s + 0.05)
+    pair.arenas[0].reads.lend("done", began_s + 600.0)
+    until(lambda: "done" in agent._lent, "nothing is lent")
+    pair.arenas[0].reads.take_back("done")
+    until(lambda: not agent._lent, "it lends for ever")
+    assert time.monotonic() >= began_s + 0.05
+
+
 def test_an_agent_that_ends_in_the_middle_of_a_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a rank is stopped: the memory is written to no more, and whoever waits is told."""
     Mute(pair, monkeypatch)
