@@ -148,6 +148,8 @@ class RankServer:
             self._inbox.close()
             async with asyncio.timeout(_LEAVE_TIMEOUT_S + self._thread.longest_wait_s):
                 await asyncio.shield(ended)
+            # Not where the step thread failed: with the device gone it might take this process along.
+            await asyncio.to_thread(self._weights.close)
             if membership.done():
                 membership.result()
         finally:
@@ -156,7 +158,6 @@ class RankServer:
                 task.cancel()
             await asyncio.gather(membership, stopping, return_exceptions=True)
             self._listener.close()
-            await asyncio.to_thread(self._weights.close)
 
     async def _stay_registered(self) -> None:
         async with asyncio.TaskGroup() as group:
