@@ -11,7 +11,7 @@ import numpy.typing as npt
 import typer
 
 from expertmesh.cli import admin_client
-from expertmesh.cli.admin_client import BalancerOption, ConfigOption
+from expertmesh.cli.admin_client import BalancerOption, ConfigOption, JsonOption
 from expertmesh.mesh.errors import UserError
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
@@ -30,6 +30,7 @@ def record(
     ] = None,
     balancer: BalancerOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Record which experts the next tokens choose, layer by layer; `expertmesh simulate` reads it."""
     _check(out)
@@ -49,6 +50,9 @@ def record(
             if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:  # else the time is up
                 typer.echo(f"warning: the recording broke off: {error.details()}", err=True)
         trace.write(out)
+        if as_json:
+            admin_client.print_json({"file": str(out), "tokens": trace.num_tokens, "layers": trace.layers})
+            return
         few = "" if trace.num_tokens == tokens else f" of {tokens}"
         typer.echo(f"{out}: {trace.num_tokens}{few} tokens, {len(trace.layers)} layers")
 

@@ -12,6 +12,7 @@ from expertmesh.balancer.simulator.simulate import make_topology
 from expertmesh.balancer.simulator.trace import Trace, read_trace
 from expertmesh.balancer.solver.solve import solve_layer
 from expertmesh.balancer.solver.topology import Topology
+from expertmesh.cli.admin_client import JsonOption, print_json
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.model.spec import ModelSpec, load_spec
@@ -29,6 +30,7 @@ def place(
     servers: Annotated[
         str | None, typer.Option(help="Ids of the expert servers, by node; unset = expert-0,expert-1,... as `up` has.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Place every layer's experts for the load and co-activation of a trace, and write a placement file.
 
@@ -43,7 +45,10 @@ def place(
     spec = load_spec(ModelConfig(path=model, dtype="bfloat16" if dtype == "bfloat16" else "float32"))
     _check_model(recorded, spec)
     write_placement_file(out, _solve(recorded, topology, spec, names))
-    typer.echo(f"wrote {out}: {len(spec.moe_layers)} layers, {slots} slots on {ranks} servers")
+    if as_json:
+        print_json({"file": str(out), "layers": list(spec.moe_layers), "slots": slots, "servers": names})
+    else:
+        typer.echo(f"wrote {out}: {len(spec.moe_layers)} layers, {slots} slots on {ranks} servers")
 
 
 def _names(servers: str | None, ranks: int) -> list[str]:

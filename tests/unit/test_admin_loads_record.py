@@ -114,6 +114,8 @@ def test_a_trace_is_written(stub: StubBalancer, tmp_path: Path) -> None:
         assert (trace["topk"].dtype, trace["topk"].shape) == (np.int16, (2, 4, 2))
         assert trace["topk"][:, 3].tolist() == [[50, 51], [52, 53]]
     assert list(tmp_path.iterdir()) == [out]
+    told = json.loads(call("record", "--out", str(out), "--tokens", "4", "--json").stdout)
+    assert told == {"file": str(out), "tokens": 4, "layers": [0, 5]}
 
 
 @pytest.mark.parametrize(("failure", "stderr"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def test_the_file_places_the_model_that_it_is_for(tmp_path: Path) -> None:
     for layer in file.layers:
         assert set(layer.slots) == set(range(spec.num_experts))
         assert len(layer.slots) == 36
+
+
+def test_json_tells_what_was_written(tmp_path: Path) -> None:
+    out = tmp_path / "placement.json"
+    told = json.loads(run("--ranks", "2", "--servers", "a,b", "--out", str(out), "--json").stdout)
+    assert told == {"file": str(out), "layers": list(range(8)), "slots": 36, "servers": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
