@@ -170,7 +170,9 @@ class GpuSlots:
         return tuple(part[row] for part in self._weights.parts)
 
     def _write_table(self, layer: int) -> None:
-        self._table_LS[self._layer_index[layer]].copy_(torch.tensor(self._row[layer], dtype=torch.int32))
+        # Not waited for: a step that runs still reads the old entries, and the next one is enqueued behind this.
+        row_S = torch.tensor(self._row[layer], dtype=torch.int32)
+        self._table_LS[self._layer_index[layer]].copy_(row_S, non_blocking=True)
 
     def _rearrange(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int, int]]:
         """Keep the rows of experts that stay, free the others; returns (layer, slot, expert) to read."""

@@ -50,18 +50,21 @@ def resolve_device(config: MeshConfig, gpu: int | None = None) -> torch.device:
 
 @contextlib.contextmanager
 def beside_steps(device: torch.device) -> Iterator[None]:
-    """What the calling thread copies on a GPU goes through a stream of its own, and is done when this ends.
-
-    It begins behind what the steps' stream has been given so far, which may read memory that is about to be written.
-    """
+    """What the calling thread copies on a GPU goes through a stream of its own, and is done when this ends."""
     if device.type != "cuda":
         yield
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
-    stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+def begin_behind_steps(device: torch.device) -> None:
+    """What the calling thread copies from now on begins behind the steps that have been launched, which may still read
+    memory that was made spare since."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
 
 
 def _gpu_index(gpu: int | None) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from expertmesh.mesh.device import CPU
+from expertmesh.mesh.device import CPU, begin_behind_steps
 from expertmesh.mesh.halves import ExpertHalf, ExpertWeights, SlotChange
 from expertmesh.mesh.migration_book import Migration
 from expertmesh.mesh.placement import RoutingTables
@@ -77,7 +77,7 @@ class Stager:
         plan, own, width = migration.plan, self._c.view.expert_index, self._c.view.slots_per_rank
         assert own is not None, "a rank with experts has slots"
         arriving = [i for i, transfer in enumerate(plan.transfers) if transfer.slot // width == own]
-        migration.staged = experts.reserve(len(arriving))
+        migration.staged = self._reserve(experts, len(arriving))
         memory = dict(zip(arriving, migration.staged, strict=True))
         came_from: dict[int, str] = {}
         takes, gives = [], []
@@ -99,12 +99,17 @@ class Stager:
             if number not in came_from:
                 self._check_time(migration)
                 if not any(memory[number] is weights for weights in migration.staged):
-                    (memory[number],) = experts.reserve(1)
+                    (memory[number],) = self._reserve(experts, 1)
                     migration.staged = [*migration.staged, memory[number]]
                 experts.fetch(migration.layer, plan.transfers[number].expert, memory[number])
         migration.came_from = [came_from.get(number, CHECKPOINT) for number in arriving]
         changes = [SlotChange(plan.transfers[i].slot % width, plan.transfers[i].expert, memory[i]) for i in arriving]
         migration.changes = sorted([*changes, *self._emptied(migration)], key=lambda change: change.slot)
+
+    def _reserve(self, experts: ExpertHalf, num_experts: int) -> list[ExpertWeights]:
+        staged = experts.reserve(num_experts)
+        begin_behind_steps(self._c.device)
+        return staged
 
     def _exchange(self, migration: Migration, takes: Sequence[Take], gives: Sequence[Give]) -> list[int]:
         """Take part in the transfers between ranks. Returns the numbers of those that did not come: the checkpoint

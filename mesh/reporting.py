@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,6 +29,15 @@ _CHUNK_INTERVAL_S = 0.1
 _RETRY_S = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What a device counted in steps of so many tokens, all under these placement versions."""
+
+    versions_L: list[int]
+    num_tokens: int
+    totals: DeviceTotals
+
+
 class RoutingObserver:
     """What the step loop tells about routing. A step counts once, when it is completed, however often it was begun.
 
@@ -43,11 +54,12 @@ class RoutingObserver:
         self._recorded_LTK: list[torch.Tensor] = []
         self._counted_tokens = 0
         self._fetched_s = 0.0
-        self._on_the_way: tuple[list[int], int, DeviceTotals] | None = None
+        self._on_the_way = deque[_Counted]()
 
     def enter_view(self, view: ViewInfo) -> None:
         # What a device counted under the old view and has not sent is lost with its tables.
-        self._on_the_way, self._counted_tokens = None, 0
+        self._on_the_way.clear()
+        self._counted_tokens = 0
         versions = [view.versions[layer] for layer in self._moe_layers]
         self._statistics.enter_view(view.number, versions, Topology.of(view))
 
@@ -93,29 +105,20 @@ class RoutingObserver:
             self._recorder.record(torch.stack(self._recorded_LTK).cpu().numpy())
             self._recorded_LTK = []
         self._counted_tokens += num_tokens
-        if self._on_the_way is not None and self._on_the_way[2].is_there:
-            self._take_in()
-        is_due = self._counted_tokens and time.monotonic() - self._fetched_s >= DEVICE_FETCH_INTERVAL_S
-        if self._on_the_way is None and is_due:
-            self._send_for(versions, routing)
+        while self._on_the_way and self._on_the_way[0].totals.is_there:
+            counted = self._on_the_way.popleft()
+            self._statistics.add_totals(counted.versions_L, counted.num_tokens, *counted.totals.fetch())
+        if not self._on_the_way and time.monotonic() - self._fetched_s >= DEVICE_FETCH_INTERVAL_S:
+            self.flush_device(versions, routing)
 
     def flush_device(self, versions: Mapping[int, int], routing: DeviceRouting) -> None:
-        """Placements are about to change: what was counted belongs to the old ones. Waits for the device."""
-        self._take_in()
-        self._send_for(versions, routing)
-        self._take_in()
-
-    def _send_for(self, versions: Mapping[int, int], routing: DeviceRouting) -> None:
+        """Send for what was counted under these versions: what steps count that are enqueued from now on is apart from
+        it. Nothing is waited for, so that placements can change behind a step that runs."""
+        if not self._counted_tokens:
+            return
         versions_L = [versions[layer] for layer in self._moe_layers]
-        self._on_the_way = versions_L, self._counted_tokens, routing.take_totals()
+        self._on_the_way.append(_Counted(versions_L, self._counted_tokens, routing.take_totals()))
         self._counted_tokens, self._fetched_s = 0, time.monotonic()
-
-    def _take_in(self) -> None:
-        if self._on_the_way is not None:
-            versions_L, num_tokens, totals = self._on_the_way
-            self._on_the_way = None
-            if num_tokens:
-                self._statistics.add_totals(versions_L, num_tokens, *totals.fetch())
 
 
 class Outbox(Protocol):

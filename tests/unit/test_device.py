@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertmesh.mesh.config import ModelConfig, parse_config
-from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, beside_steps, resolve_device
+from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, begin_behind_steps, beside_steps, resolve_device
 from expertmesh.mesh.errors import UserError
 from expertmesh.mesh.graphs import SIZES, round_up, sizes_up_to
 from expertmesh.mesh.model.spec import load_spec
@@ -72,17 +72,20 @@ class Stream:
         self._log.append("is done")
 
 
-def test_copies_beside_the_steps_follow_what_the_steps_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_beside_the_steps_begin_behind_those_that_were_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the steps")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     with beside_steps(torch.device("cuda", 1)):
+        log.append("memory is made spare")
+        begin_behind_steps(torch.device("cuda", 1))
         log.append("copies")
-    assert log == ["waits for the steps", "copies", "is done"]
+    assert log == ["memory is made spare", "waits for the steps", "copies", "is done"]
     with beside_steps(torch.device("cpu")):
-        pass
-    assert len(log) == 3
+        begin_behind_steps(torch.device("cpu"))
+    assert len(log) == 4
 
 
 def test_a_model_with_random_weights_needs_its_config_alone(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ class Device:
         return self.sent[-1]
 
 
-def test_what_a_device_counted_comes_when_it_is_there_and_before_placements_change() -> None:
+def test_what_a_device_counted_comes_when_it_is_there_under_the_placements_it_was_counted_under() -> None:
     made = counted()
     observer = RoutingObserver(made, TraceRecorder(len(LAYERS), TOP_K), LAYERS)
     device: Any = Device()
@@ -311,9 +311,16 @@ def test_what_a_device_counted_comes_when_it_is_there_and_before_placements_chan
     assert list(first[0].load) == [1] * NUM_EXPERTS
     assert (first[0].rank_visits, first[0].node_visits, first[0].visit_tokens) == (1, 1, 5)
     observer.flush_device(versions, device)
-    second = taken(made)
-    assert [(layer.tokens, layer.version, layer.load[0]) for layer in second] == [(7, 1, 2)] * len(LAYERS)
+    observer.flush_device(versions, device)
+    assert len(device.sent) == 2, "nothing has been counted since"
     versions[LAYERS[0]] = 2
     observer.commit_on_device(versions, 3, device)
     observer.flush_device(versions, device)
-    assert [(layer.tokens, layer.version) for layer in taken(made)] == [(3, 2), (3, 1), (3, 1)]
+    assert made.take() is None, "nobody waited for it"
+    device.sent[2].is_there = True
+    observer.commit_on_device(versions, 0, device)
+    assert made.take() is None, "they are counted in their order"
+    device.sent[1].is_there = True
+    observer.commit_on_device(versions, 0, device)
+    found = [(layer.tokens, layer.version, layer.load[0]) for layer in taken(made)]
+    assert found == [(10, 2, 5), (10, 1, 5), (10, 1, 5)]
