@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	@echo "$$ expertmesh trace show $(DEMO_TRACE)"
 	@$(BIN)/expertmesh trace show $(DEMO_TRACE)
 	@echo "$$ expertmesh trace show $(DEMO_TRACE) --with replay"
-	@$(BIN)/expertmesh trace show $(DEMO_TRACE) --with replay
+	-@$(BIN)/expertmesh trace show $(DEMO_TRACE) --with replay
 	@printf '\nA mesh of your own: .venv/bin/expertmesh up; README.md goes on from there.\n'
 
 test: lint gen-check $(VENV)/.etcd $(VENV)/.nixl tools

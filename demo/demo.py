@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from expertmesh.cli.admin import placement_as_dict, status_as_dict
 from expertmesh.cli.admin_loads import loads_as_dict
 from expertmesh.mesh import rpc
-from expertmesh.mesh.client import GenerateClient, build_request
+from expertmesh.mesh.client import GenerateClient, build_request, status_line
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 
@@ -34,7 +36,7 @@ TEXTS = {
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 NUM_STREAMS = 8
 NUM_TOKENS = 80
-REQUEST_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 120.0
 COMMAND_TIMEOUT_S = 60.0
 RECOVERY_TIMEOUT_S = 90.0
 POLL_S = 0.1
@@ -123,6 +125,7 @@ class Streams:
     num_answers: int = 0
     num_tokens: int = 0
     num_wrong: int = 0
+    num_lost: int = 0
     num_replays: int = 0
     longest_gap_s: float = 0.0
 
@@ -146,13 +149,21 @@ class Streams:
 
     async def _repeat(self, prompt: str, expected: list[int], over: asyncio.Event) -> None:
         while not over.is_set():
-            answer = await self._answer(prompt)
+            try:
+                answer = await self._answer(prompt)
+            except grpc.aio.AioRpcError as error:
+                self.num_lost += 1
+                say(f"lost: {status_line(error)}")
+                return
             self.num_answers += 1
             self.num_tokens += len(answer)
             self.num_wrong += answer != expected
 
     async def _answer(self, prompt: str) -> list[int]:
-        """A lost request raises, which ends the demo."""
+        """
+        Raises:
+            grpc.aio.AioRpcError: the request was lost.
+        """
         request = build_request(prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
         token_ids: list[int] = []
         arrived_s: list[float] = []
@@ -172,6 +183,7 @@ async def move_an_expert(balancer: Balancer) -> None:
     say(f"in layer {layer} {busy} has most to do and {calm} least: the most used expert of {busy} goes to {calm}")
     await run("balancer", "move", str(layer), str(expert), calm, "--from", busy)
     await run("balancer", "placement", str(layer))
+    say("(after `expertmesh balancer mode online` the balancer decides on such moves by itself)")
 
 
 def moves(loads: dict[str, Any], placement: dict[str, Any]) -> Iterator[tuple[int, int, str, str]]:
@@ -217,11 +229,12 @@ async def disturb(client: GenerateClient, balancer: Balancer) -> int:
     title("what the streams saw")
     say(
         f"{streams.num_answers} answers of {NUM_TOKENS} tokens, {streams.num_replays} of which went on at another "
-        f"attention server; {NUM_TOKENS * streams.num_answers} tokens expected, "
-        f"{streams.num_tokens} received; {streams.num_wrong} answers differ from those of the undisturbed mesh\n"
+        f"attention server; {NUM_TOKENS * (streams.num_answers + streams.num_lost)} tokens expected, "
+        f"{streams.num_tokens} received; {streams.num_lost} requests lost; {streams.num_wrong} answers differ from "
+        "those of the undisturbed mesh\n"
         f"longest pause between two tokens of a stream: {streams.longest_gap_s:.2f} s"
     )
-    return int(streams.num_wrong > 0)
+    return int(streams.num_wrong + streams.num_lost > 0)
 
 
 async def main() -> int:

@@ -34,7 +34,7 @@ async def test_demo_moves_an_expert_and_kills_servers_without_losing_a_token(liv
     assert process.returncode == 0, output
     assert re.search(r"layer \d+, expert \d+: expert-\d \(slot \d+\) to expert-\d \(slot \d+\), version \d+", output)
     assert len(re.findall(r"^\$ kill -9 \d+ ", output, re.MULTILINE)) == 2
-    received = re.search(r"(\d+) tokens expected, (\d+) received; 0 answers differ", output)
+    received = re.search(r"(\d+) tokens expected, (\d+) received; 0 requests lost; 0 answers differ", output)
     assert received is not None, output
     assert received[1] == received[2]
     # Supervision and balancer do not hear of an end at the same moment.
