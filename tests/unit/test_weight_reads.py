@@ -379,6 +379,7 @@ def test_what_is_asked_for_is_what_there_is(monkeypatch: pytest.MonkeyPatch, cap
         transport_of("nixl", encrypts=True, tls="on")
     assert transport_of("auto", device="cuda", encrypts=True, tls="on").reads() is None
     monkeypatch.setattr(nixl_setup, "_PACKAGES", ("nixl_of_nowhere",))
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"(?s)balancer\.migration_transport.*nixl_of_nowhere.*expertmesh\[nixl\]"):
         transport_of("nixl")
     assert transport_of("auto", device="cuda").reads() is None
