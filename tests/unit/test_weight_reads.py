@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import socket
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,7 +334,10 @@ run(group, 1, [], [Give(0, 1, (arena[2],))], patience(600))
 def test_a_source_that_is_killed_in_the_middle_of_a_read() -> None:
     arena = torch.zeros(2, 8, 16)
     near, far = socket.socketpair()
-    source = subprocess.Popen([sys.executable, "-c", _SOURCE, str(far.fileno())], pass_fds=[far.fileno()])
+    command = [sys.executable, "-c", _SOURCE, str(far.fileno())]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # `support` is in the first
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    source = subprocess.Popen(command, pass_fds=[far.fileno()], env=environment)
     far.close()
     with contextlib.closing(WeightReads(SlotMemory([arena]), "127.0.0.1")) as reads:
         group = SideGroup({0: near}, bytes_per_s=1e9, reads=reads)
