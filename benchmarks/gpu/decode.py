@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -194,8 +193,6 @@ def main() -> None:
     parser.add_argument("--profile-mixed", type=int, nargs="*", default=[], help="requests to profile both at once of")
     arguments = parser.parse_args()
     assert min(arguments.chunk) >= LEAST_CHUNK, f"--chunk below {LEAST_CHUNK}"
-    given = [arguments.out.name if word == str(arguments.out) else word for word in sys.argv[1:]]
-    command = " ".join(["python benchmarks/gpu/decode.py", *given])
     began = time.perf_counter()
     rank = build(arguments)
     print(f"built in {time.perf_counter() - began:.1f} s, {rank.load.num_kv_blocks} KV blocks", flush=True)
@@ -210,7 +207,7 @@ def main() -> None:
                 row = measure_requests(rank, requests, tokens_in, arguments.tokens_out, chunk)
                 rows.append({**row, "chunk": chunk, "fp8": arguments.fp8})
                 print(json.dumps(rows[-1]), flush=True)
-                measure.write(arguments.out, command, {}, rows)
+                measure.write(arguments.out, {}, rows)
     set_chunk(rank, max(arguments.chunk))
     profiled = {"decode": arguments.profile, "prefill": arguments.profile_prefill, "mixed": arguments.profile_mixed}
     for phase, numbers in profiled.items():

@@ -227,9 +227,6 @@ def main() -> None:
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="requests to profile decode steps of")
     parser.add_argument("--profile-prefill", type=int, nargs="*", default=[], help="requests to profile prefill of")
     arguments = parser.parse_args()
-    command = f"python benchmarks/gpu/decode_two.py --out {arguments.out.name}"
-    if arguments.micro_batches != [1]:
-        command += f" --micro-batches {' '.join(map(str, arguments.micro_batches))}"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, gpu_ranks(2) as ranks:
         config = {**QWEN3_30B_A3B, "num_hidden_layers": arguments.layers}
@@ -251,7 +248,7 @@ def main() -> None:
                     row |= measure_overlap(ranks, draw(roles, requests, arguments.tokens_in, 64))
                 rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
-                measure.write(arguments.out, command, {}, rows)
+                measure.write(arguments.out, {}, rows)
             jobs = [(requests, False) for requests in arguments.profile]
             for requests, prompts in jobs + [(requests, True) for requests in arguments.profile_prefill]:
                 load = draw(roles, requests, arguments.tokens_in, 64)

@@ -45,8 +45,6 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(MEASURED), action="append", help="this part alone; may be repeated")
     arguments = parser.parse_args()
     parts = SWEPT if arguments.sweep else MEASURED
-    options = ["--sweep"] * arguments.sweep + [f"--only {name}" for name in arguments.only or ()]
-    command = " ".join(["python benchmarks/gpu/kernels.py", *options, "--out", arguments.out.name])
     limits, rows, failed = measure.ceilings(), list[Row](), False
     print({name: f"{value:.4g}" for name, value in limits.items()}, flush=True)
     for name in arguments.only or parts:
@@ -61,7 +59,7 @@ def main() -> int:
         except Exception:  # noqa: BLE001  # one part that fails must not lose what the others measured
             traceback.print_exc()
             failed = True
-        measure.write(arguments.out, command, limits, rows)
+        measure.write(arguments.out, limits, rows)
         print(f"{name}: {time.monotonic() - began:.0f} s, {len(rows)} rows", flush=True)
     return int(failed)
 

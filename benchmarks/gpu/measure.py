@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -194,10 +196,16 @@ def machine() -> Row:
     }
 
 
-def write(path: Path, command: str, limits: dict[str, float], rows: Sequence[Row]) -> None:
-    """One line a row, so that results can be compared line by line."""
+def command(out: Path) -> str:
+    """What was typed, every option of it; ``out`` without its folder, which is nobody else's."""
+    given = [out.name if word == str(out) else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/gpu/{Path(sys.argv[0]).name}", *given])
+
+
+def write(path: Path, limits: dict[str, float], rows: Sequence[Row]) -> None:
+    """With the command that is running. One line a row, so that results can be compared line by line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"command": command, **machine(), "ceilings": limits}, indent=1, ensure_ascii=False)
+    head = json.dumps({"command": command(path), **machine(), "ceilings": limits}, indent=1, ensure_ascii=False)
     lines = ",\n".join("  " + json.dumps(line, ensure_ascii=False) for line in rows)
     path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 

@@ -262,17 +262,12 @@ def main() -> None:
     arguments = parser.parse_args()
     roles, _, backend = arguments.layout.partition(":")
     routers, connections = arguments.routers, arguments.connections or (1 if arguments.routers == 1 else 8)
-    command = f"python benchmarks/gpu/serve_two.py --out {arguments.out.name} --layout {arguments.layout}"
-    command += f" --routers {routers} --connections {connections}"
-    for name in ("migration_bytes_per_s", "migration_transport"):
-        if getattr(arguments, name) is not None:
-            command += f" --{name.replace('_', '-')} {getattr(arguments, name)}"
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
         rows.append({"layout": arguments.layout, "routers": routers, "connections": CLIENTS * connections, **row})
         print(json.dumps(rows[-1]), flush=True)
-        measure.write(arguments.out, command, {}, rows)
+        measure.write(arguments.out, {}, rows)
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
