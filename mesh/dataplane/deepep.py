@@ -32,7 +32,7 @@ import torch
 from expertmesh.kernels.fp8_rows import dequantize_rows, quantize_rows
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending, PlaneShape
 from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
-from expertmesh.mesh.dataplane.nccl_group import NcclGroup
+from expertmesh.mesh.dataplane.nccl_group import Abort, NcclGroup
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 
 log = logging.getLogger(__name__)
@@ -219,8 +219,7 @@ class DeepEpPlane:
             buffer.destroy()
         else:
             log.warning("a rank left without a word: its buffer is dropped, not closed")
-        _forget(self._group)
-        self._group.abort()
+        drop(self._group)
 
     def _capacity(self, num_tokens: int) -> int:
         """The least one with kernels. What a step's size is rounded up to may be more than is ever sent."""
@@ -262,8 +261,13 @@ class _PendingCombine(Pending[torch.Tensor]):
         return self.out_TH
 
 
-def _forget(group: NcclGroup) -> None:
-    """DeepEP remembers the connections of every group that it has seen."""
+def drop(group: NcclGroup) -> None:
+    """Drop the connections of a group that DeepEP was given; it remembers those of every group that it has seen.
+
+    Raises:
+        DeviceLostError: they cannot be dropped.
+    """
     from deep_ep.utils import comm
 
     comm._storage.pop(group.group, None)
+    Abort(group.abort).wait()

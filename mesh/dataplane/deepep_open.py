@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
 from expertmesh.mesh.dataplane.base import PlaneShape
-from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, group_order
+from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, drop, group_order
 from expertmesh.mesh.dataplane.deepep_checks import check_machine, check_shape
 from expertmesh.mesh.dataplane.nccl_group import NcclGroup, connect_nccl, within
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import DataPlaneError, UserError
+
+log = logging.getLogger(__name__)
 
 
 def usable(shape: PlaneShape, device: torch.device, nodes: Sequence[str]) -> Path:
@@ -53,17 +56,28 @@ def open_deepep(
         superseded: says that a newer view is known, so that waiting for this one makes no sense.
 
     Raises:
-        UserError: DeepEP cannot be used. DataPlaneError: not all ranks came.
+        UserError: DeepEP cannot be used. DataPlaneError: not all ranks came. DeviceLostError: the connections to those
+            that did could not be dropped.
     """
     usable(shape, device, nodes)
     order = group_order(shape.expert_ranks, nodes)
     group = connect_nccl(store, order.index(shape.rank), shape.size, device, join_s, superseded)
     is_one_node = len(set(nodes)) == 1
-    buffer = within(
-        join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node), superseded
-    )
+    try:
+        buffer = within(
+            join_s, device, "making DeepEP's buffer", lambda: _buffer(group, shape, settings, is_one_node), superseded
+        )
+    except DataPlaneError as error:
+        log.warning("%s", error)
+        drop(group)  # ends what the thread that stayed behind waits for
+        raise
     plane = DeepEpPlane(buffer, group, shape, order, settings)
-    plane.prepare(superseded)
+    try:
+        plane.prepare(superseded)
+    except DataPlaneError as error:
+        log.warning("%s", error)
+        plane.close()
+        raise
     return plane
 
 

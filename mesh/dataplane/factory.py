@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # 
 
 from expertmesh.mesh.dataplane.base import DataPlane, PlaneShape
 from expertmesh.mesh.dataplane.collective import CollectivePlane
-from expertmesh.mesh.dataplane.nccl_group import connect_nccl, within
+from expertmesh.mesh.dataplane.nccl_group import Abort, connect_nccl, within
 from expertmesh.mesh.dataplane.secure_sockets import SecureGroup
 from expertmesh.mesh.dataplane.sockets import SocketGroup
 from expertmesh.mesh.dataplane.transfers import PointToPoint, Work
@@ -84,6 +84,7 @@ def open_dataplane(
 
     Raises:
         DataPlaneError: the rendezvous store or a rank could not be reached in time.
+        DeviceLostError: the connections to ranks of a device plane that were reached could not be dropped.
         UserError: the backend cannot be used here.
     """
     backend = checked_backend(config.backend, device)
@@ -159,8 +160,9 @@ def open_on_device(
     plane = NcclPlane(group, shape, device, timeout_s=config.timeout_s)
     try:
         within(join_s, device, "the first exchange over NCCL", plane.connect, superseded)
-    except DataPlaneError:
-        group.abort()  # ends what the thread that stayed behind waits for
+    except DataPlaneError as error:
+        log.warning("%s", error)
+        Abort(group.abort).wait()  # ends what the thread that stayed behind waits for
         raise
     return plane
 

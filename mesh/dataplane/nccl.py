@@ -12,7 +12,6 @@ Dimensions: as in ``base``; R ranks, E expert ranks, M tokens of all ranks, W wo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,11 +21,12 @@ import torch
 from expertmesh.kernels.row_groups import combine_rows, group_rows
 from expertmesh.mesh.dataplane.base import Dispatched, Exchange, Pending, PlaneShape
 from expertmesh.mesh.dataplane.device_faults import DeviceWait
+from expertmesh.mesh.dataplane.nccl_group import Abort
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 
 _WORD_BYTES = 4
-_ABORT_S = 10.0
-"""How long exchanges that run and then the connections may take to end: some tenths of a second, as a rule."""
+_STOP_S = 10.0
+"""How long exchanges that run may take to end when connections are dropped: some tenths of a second, as a rule."""
 
 
 class Exchanger(Protocol):
@@ -65,7 +65,7 @@ class NcclPlane:
         self._device_wait = DeviceWait(timeout_s, DataPlaneError)
         self._expert_index = shape.expert_ranks.index(shape.rank) if shape.rank in shape.expert_ranks else None
         self._hosts = frozenset(shape.expert_ranks)
-        self._aborting: threading.Thread | None = None
+        self._abort: Abort | None = None
 
     def connect(self) -> None:
         """Exchange a word with every rank: NCCL connects two of them when they first talk, which no capture allows.
@@ -124,19 +124,16 @@ class NcclPlane:
         if group is None:
             return
         group.leave()
-        self._aborting = threading.Thread(target=group.abort, name="nccl-abort", daemon=True)
-        self._aborting.start()
+        self._abort = Abort(group.abort)
         if self._device.type == "cuda":
-            DeviceWait(_ABORT_S, DeviceLostError).wait(None)
+            DeviceWait(_STOP_S, DeviceLostError).wait(None)
 
     def close(self) -> None:
         """Graphs with exchanges in them have to be dropped between ``stop`` and this."""
         self.stop()
-        aborting, self._aborting = self._aborting, None
-        if aborting is not None:
-            aborting.join(_ABORT_S)
-            if aborting.is_alive():
-                raise DeviceLostError(f"NCCL did not drop its connections within {_ABORT_S:g} s")
+        abort, self._abort = self._abort, None
+        if abort is not None:
+            abort.wait()
 
     def _exchange(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> Any:
         assert self._group is not None, "the plane is closed"

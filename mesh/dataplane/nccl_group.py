@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, but not in torch's __all__
 
-from expertmesh.mesh.errors import DataPlaneError
+from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 _LEAVE_S = 0.5
 """How long a rank that leaves waits for the others. They leave within a step of each other, or not at all."""
+
+_ABORT_S = 10.0
+"""How long connections may take to be dropped: some tenths of a second, as a rule."""
 
 _PAUSE_S = 0.005
 _LOOK_S = 0.05
@@ -63,6 +66,28 @@ class NcclGroup:
         """Drop the connections at once; whatever runs on the device ends with an undefined result."""
         with contextlib.suppress(RuntimeError):  # it failed before: nothing is left to be dropped
             self.backend.abort()
+
+
+class Abort:
+    """Drops connections on a thread of its own: NCCL may wait for graphs that have its exchanges in them to be dropped,
+    or without end for a peer that died.
+    """
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=abort, name="nccl-abort", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until they are dropped.
+
+        Raises:
+            DeviceLostError: they were not, within 10 s: what they hold of the device is lost to this process.
+        """
+        self._thread.join(_ABORT_S)
+        if self._thread.is_alive():
+            raise DeviceLostError(f"NCCL did not drop its connections within {_ABORT_S:g} s")
+        log.info("NCCL connections dropped in %.0f ms", 1e3 * (time.monotonic() - self._began))
 
 
 def agree(

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in torch's __all__
 
 from expertmesh.mesh.config import DataPlaneConfig, parse_config
-from expertmesh.mesh.dataplane import Exchange, nccl
+from expertmesh.mesh.dataplane import Exchange
 from expertmesh.mesh.dataplane import deepep_checks as checks
 from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, capacities, group_order, slot_ids
@@ -317,37 +317,6 @@ def test_nccl_sums_what_the_experts_say(expert_ranks: tuple[int, ...], tokens: S
         y_TKH = expert(slot[rank], x[rank][:, None].expand(-1, top_k, -1))
         y_TKH = y_TKH * weight[rank][..., None] * (slot[rank] >= 0)[..., None]
         torch.testing.assert_close(pending.wait(), y_TKH.sum(1))
-
-
-class Stubborn(Post):
-    """Its connections go when the graphs have gone."""
-
-    def __init__(self) -> None:
-        super().__init__(0, {})
-        self.is_told, self.graphs_are_gone = threading.Event(), threading.Event()
-
-    def abort(self) -> None:
-        self.is_told.set()
-        self.graphs_are_gone.wait(60.0)
-
-
-def test_nccl_is_told_to_end_before_the_graphs_are_dropped_for_which_it_waits() -> None:
-    group = Stubborn()
-    plane = NcclPlane(group, SHAPE, CPU, timeout_s=1)
-    plane.stop()
-    assert group.is_told.wait(10.0)
-    group.graphs_are_gone.set()
-    plane.close()
-    plane.close()
-
-
-def test_a_process_whose_nccl_does_not_end_has_to_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "_ABORT_S", 0.05)
-    group = Stubborn()
-    plane = NcclPlane(group, SHAPE, CPU, timeout_s=1)
-    with pytest.raises(DeviceLostError, match="connections"):
-        plane.close()
-    group.graphs_are_gone.set()
 
 
 def expert(slot: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
