@@ -188,21 +188,18 @@ class StepThread:
                 raise error from caught
         finally:
             self._migrations = self._plane = None
-            if plane is not None:
-                plane.stop()
-            if loop is not None:
-                loop.close()
-            if plane is not None:
-                plane.close()
-            if lockstep is not None:
-                lockstep.close()
-            self._links = None
-            if links is not None:
-                links.close()
-            if migrations is not None:  # behind the others: peers hear at once that this rank has left
-                migrations.call_off()
-                self._called_off = migrations
-            self._view_ended()
+            try:
+                _drop(plane, loop)
+            finally:  # also where the device is lost: peers hear at once that this rank has left
+                if lockstep is not None:
+                    lockstep.close()
+                self._links = None
+                if links is not None:
+                    links.close()
+                if migrations is not None:
+                    migrations.call_off()
+                    self._called_off = migrations
+                self._view_ended()
 
     def _report_broken(self, view: ViewInfo, error: DataPlaneError) -> None:
         self.state = mesh_pb2.SERVER_STATE_BROKEN
@@ -350,3 +347,13 @@ class StepThread:
     def _say_why_not_serving(self) -> None:
         if self._attention is not None:
             self._attention.set_serving(False, self._inbox.pause_reason or "waiting for a view")
+
+
+def _drop(plane: DataPlane[Any] | None, loop: StepLoop | None) -> None:
+    """Graphs have the plane's exchanges in them: they go when nothing of it runs, and before its connections."""
+    if plane is not None:
+        plane.stop()
+    if loop is not None:
+        loop.close()
+    if plane is not None:
+        plane.close()
