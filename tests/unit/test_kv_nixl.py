@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import struct
 import subprocess
@@ -231,7 +232,7 @@ def agent_of(transport: Transport) -> NixlAgent:
 
 async def until_reading(agent: NixlAgent) -> None:
     async def has_begun() -> bool:
-        return any(read.handle is not None for read in list(agent._reads))
+        return any(read.handle is not None for read in list(agent._worker.reads))
 
     await until(has_begun, TIMEOUT_S, lambda: "no read begins", poll_s=0.01)
 
@@ -279,6 +280,16 @@ async def test_a_peer_that_is_killed_in_the_middle_of_a_read(mute_giver: subproc
             async with asyncio.timeout(TIMEOUT_S):
                 await reading
         assert over.is_set()
+
+
+def test_an_agent_that_nobody_has_any_more_ends() -> None:
+    agent = NixlAgent(Cache(0).memory, "127.0.0.1", KV_BLOCKS)
+    thread = agent._thread
+    assert thread.is_alive()
+    del agent
+    gc.collect()  # an agent is in no cycle, but what tests put around it may be
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
 
 
 async def test_an_agent_that_has_stopped_reads_nothing() -> None:

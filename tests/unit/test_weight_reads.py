@@ -219,7 +219,7 @@ class Mute:
 
 
 def has_begun(reads: WeightReads) -> bool:
-    return any(read.handle is not None for read in list(reads._agent._reads))
+    return any(read.handle is not None for read in list(reads._agent._worker.reads))
 
 
 @pytest.mark.parametrize("how", ["called off", "too late"])
@@ -275,9 +275,9 @@ def test_lending_ends_by_itself(pair: Pair) -> None:
     began_s = time.monotonic()
     pair.arenas[0].reads.lend("late", began_s + 0.05)
     pair.arenas[0].reads.lend("done", began_s + 600.0)
-    until(lambda: "done" in agent._lent, "nothing is lent")
+    until(lambda: "done" in agent._worker.lent, "nothing is lent")
     pair.arenas[0].reads.take_back("done")
-    until(lambda: not agent._lent, "it lends for ever")
+    until(lambda: not agent._worker.lent, "it lends for ever")
     assert time.monotonic() >= began_s + 0.05
 
 
@@ -288,7 +288,7 @@ def test_an_agent_that_ends_in_the_middle_of_a_read(pair: Pair, monkeypatch: pyt
     giving, taking = pair.gives(plan, pair.arenas[0].row(4)), pair.takes(plan, pair.arenas[1].row(2))
     reads = pair.arenas[1].reads
     until(lambda: has_begun(reads), "no read begins")
-    reading = next(iter(reads._agent._reads))
+    reading = next(iter(reads._agent._worker.reads))
     reads.close()
     assert not reads._agent._thread.is_alive()
     assert reading.over.done()
@@ -345,7 +345,7 @@ def test_a_source_that_is_killed_in_the_middle_of_a_read() -> None:
         taking = pool.submit(run, group, 1, [Take(0, 0, (arena[1],))], [], patience(120))
         try:
             until(lambda: has_begun(reads), "no read begins")
-            reading = next(iter(reads._agent._reads))
+            reading = next(iter(reads._agent._worker.reads))
             assert not reading.over.done()
         finally:
             source.kill()
