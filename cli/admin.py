@@ -26,7 +26,7 @@ from expertmesh.cli.admin_client import INT64_MAX, TIMEOUT_S, UINT32_MAX, Balanc
 from expertmesh.cli.placement_plot import plot_placement
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2
 
-app = typer.Typer(no_args_is_help=True, help="Ask the balancer, and have it move experts.")
+app = typer.Typer(no_args_is_help=True, help="Ask the balancer and steer it.")
 
 _STATE_STYLES = {"serving": "green", "lost": "red", "broken": "red", "draining": "yellow"}
 

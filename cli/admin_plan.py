@@ -78,7 +78,7 @@ def apply(
 
 
 def mode(
-    mode: Annotated[str | None, typer.Argument(metavar="[static|online]", help="None = show it.")] = None,
+    mode: Annotated[str | None, typer.Argument(metavar="[static|online]", help="Unset = show it.")] = None,
     layer_updates_per_iter: Annotated[
         int | None, typer.Option(min=0, max=UINT32_MAX, help="Layers that migrate at a time; unset = as it is.")
     ] = None,
@@ -86,7 +86,7 @@ def mode(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show or switch the mode, until the balancer starts again."""
+    """Show or switch the mode. It outlives the balancer, until the configuration names another one."""
 
     async def ask(stub: admin_pb2_grpc.AdminServiceStub) -> None:
         status = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=TIMEOUT_S)

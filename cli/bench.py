@@ -37,7 +37,7 @@ from expertmesh.mesh.model.spec import load_spec
 if TYPE_CHECKING:
     from expertmesh.cli.bench_load import Measurement, Timed
 
-app = typer.Typer(no_args_is_help=True, help="Measure: the numbers of the README.")
+app = typer.Typer(no_args_is_help=True, help="Measure serving, beside transformers.")
 
 PACKAGES = ("expertmesh", "torch", "transformers", "grpcio", "numpy")
 RESULT = Path("benchmarks/results/serve.json")
@@ -72,7 +72,7 @@ def serve(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result instead of a table.")] = False,
 ) -> None:
-    """Output tokens/s, TTFT and TPOT of the 2 × 3 mesh, of one colocated process and of transformers, in one run.
+    """Output tokens/s, TTFT and TPOT of 2 attention and 3 expert servers, of one colocated process and of transformers.
 
     With --router those of a mesh that runs; EXPERTMESH_API_KEY or EXPERTMESH_API_KEY_FILE has the key that it asks for.
     """

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import UserError, why_unreadable
 
 CONSTRAINT_KEYS: dict[str, type] = {
     "json_schema": dict,
@@ -55,4 +55,6 @@ def _read(option: str, path: Path) -> str:
     try:
         return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path}", f"cannot be read ({error})", "give a file in UTF-8") from None
+        raise UserError(
+            f"{option} {path}", f"cannot be read ({why_unreadable(error)})", "give a file in UTF-8"
+        ) from None

@@ -21,7 +21,7 @@ from expertmesh.cli.connection import door_tls, key_for
 from expertmesh.cli.constraint_options import CONSTRAINT_KEYS, constraint_options, line_constraint
 from expertmesh.mesh.client import Completion, GenerateClient, build_request, status_line
 from expertmesh.mesh.config import TlsConfig, load_config
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import UserError, why_unreadable
 from expertmesh.v1 import generate_pb2
 
 EXIT_REFUSED = 1
@@ -54,7 +54,10 @@ class Job:
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", show_default=False, help="Text to go on from; each is a request."),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate, as far as they fit; unset = what fits.")
     ] = None,
@@ -236,7 +239,9 @@ def _read_jobs(path: Path, model: str, options: dict[str, Any]) -> list[Job]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}", f"cannot be read ({error})", "give a JSON-lines file in UTF-8") from None
+        raise UserError(
+            f"--prompts {path}", f"cannot be read ({why_unreadable(error)})", "give a JSON-lines file in UTF-8"
+        ) from None
     jobs = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

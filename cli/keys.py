@@ -91,7 +91,7 @@ def list_keys(file: FileOption = None, config: ConfigOption = None, as_json: Jso
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Of a key that `list` shows.")],
     file: FileOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,

@@ -63,7 +63,7 @@ SUB_COMMANDS = {
         target="expertmesh.cli.certs:certs", summary="Make certificates for a mesh, signed by an authority of its own."
     ),
     "trace": SubCommand(target="expertmesh.cli.trace:app", summary="Record spans into a file, and show them."),
-    "bench": SubCommand(target="expertmesh.cli.bench:app", summary="Measure: the numbers of the README."),
+    "bench": SubCommand(target="expertmesh.cli.bench:app", summary="Measure serving, beside transformers."),
 }
 
 

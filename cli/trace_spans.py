@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import UserError, why_unreadable
 
 _ERROR = 2  # OTLP's STATUS_CODE_ERROR
 
@@ -68,7 +68,9 @@ def read_traces(path: Path) -> dict[str, list[Span]]:
                     remedy = "give a file of `expertmesh trace record`"
                     raise UserError(f"{path}:{number}", f"is no OTLP in JSON ({error!r})", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "give a file of `expertmesh trace record`") from None
+        raise UserError(
+            str(path), f"cannot be read ({why_unreadable(error)})", "give a file of `expertmesh trace record`"
+        ) from None
     traces: dict[str, list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.start_ns):
         traces.setdefault(span.trace_id, []).append(span)

@@ -148,11 +148,15 @@ def _run(mesh: LocalMesh, progress: Progress, command: Sequence[str]) -> int:
 def _start(mesh: LocalMesh, progress: Progress) -> None:
     started_s = time.monotonic()
     config = mesh.config
-    balancers, routers = _counted(config.balancer.servers, "balancer"), _counted(config.router.servers, "router")
-    progress.say(
-        f"starting {balancers}, {routers}, {config.attention.servers} attention, {config.expert.servers} expert and "
-        f"{config.both_servers} colocated servers on {config.model.path or 'the demo model'}; logs in {mesh.state_dir}"
-    )
+    counts = {
+        "balancer": config.balancer.servers,
+        "router": config.router.servers,
+        "attention server": config.attention.servers,
+        "expert server": config.expert.servers,
+        "colocated server": config.both_servers,
+    }
+    services = ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
+    progress.say(f"starting {services} on {config.model.path or 'the demo model'}; logs in {mesh.state_dir}")
     with progress.starting():
         mesh.start()
         mesh.wait_ready(START_TIMEOUT_S)
@@ -162,10 +166,6 @@ def _start(mesh: LocalMesh, progress: Progress) -> None:
     if (url := _http_url(mesh)) is not None:
         progress.say(f"OpenAI-compatible API on {url}/v1")
     typer.echo(f"router listening on {mesh.router}")
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 async def page_address(mesh: LocalMesh) -> str:

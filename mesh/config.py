@@ -33,7 +33,7 @@ from expertmesh.mesh.config_security import ApiConfig as ApiConfig
 from expertmesh.mesh.config_security import TlsConfig as TlsConfig
 from expertmesh.mesh.config_speculation import SpeculationConfig
 from expertmesh.mesh.config_telemetry import TelemetryConfig as TelemetryConfig
-from expertmesh.mesh.errors import UserError
+from expertmesh.mesh.errors import UserError, why_unreadable
 
 
 class MeshConfig(Section):
@@ -182,7 +182,9 @@ def load_config(path: Path | None) -> MeshConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "give the path of a mesh.yaml") from None
+        raise UserError(
+            str(path), f"cannot be read ({why_unreadable(error)})", "give the path of a mesh.yaml"
+        ) from None
     try:
         data = load_yaml(text)
     except yaml.YAMLError as error:

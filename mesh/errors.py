@@ -21,6 +21,11 @@ class UserError(ValueError):
         self.remedy = remedy
 
 
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """What is wrong with a file, for a message that names it already."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class DataPlaneError(RuntimeError):
     """The data plane or the lockstep of a view failed: the view is over, the rank is not.
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GIVE_A_MODEL = "give a Hugging Face checkpoint folder, or ORGANISATION/NAME on its hub (model.repo)"
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 MAX_EXPERTS = 2**15 - 1
 """Of a layer: traces keep expert ids as int16."""
@@ -142,11 +144,9 @@ def checkpoint_folder(config: ModelConfig, *, weights: bool = True) -> Path:
         path = config.path.expanduser().resolve()
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:  # the latter for a loop of links and an unknown ~user
-        raise UserError(
-            "model.path", f"{config.path} cannot be read ({error})", "give a Hugging Face checkpoint folder"
-        ) from None
+        raise UserError("model.path", f"{config.path} cannot be read ({error})", _GIVE_A_MODEL) from None
     if not is_folder:
-        raise UserError("model.path", f"{path} is not a folder", "give a Hugging Face checkpoint folder")
+        raise UserError("model.path", f"{path} is not a folder", _GIVE_A_MODEL)
     return path
 
 
