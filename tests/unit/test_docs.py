@@ -1,4 +1,6 @@
-"""What the pages say can be followed: links lead somewhere, commands and options exist, configuration is valid."""
+"""What the pages say can be followed: links and paths lead somewhere, commands and options exist, configuration is
+valid, and what is named in passing (make targets, metrics, variables of the environment) is there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from expertmesh.mesh.config import MeshConfig, parse_config
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "demo/model/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ROOMS = {folder.name for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
 GENERATED = ROOT / "docs/configuration.md"  # its patterns look like links
 HELM_VALUES = ROOT / "docs/kubernetes.md"  # its keys are the chart's
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -28,7 +34,17 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^|[\s/])expertmesh ([a-z].*)")
+_OUTPUT = re.compile(r"--(?:out|json) \S+")
+_PATH = re.compile(r"(?<![\w./~$-])((?:[\w.-]+/)+[\w.*-]*)(?![\w$])")
+_MODULE = re.compile(r"[a-z_0-9]+\.py")
+_TARGET = re.compile(r"\bmake ([a-z-]+)")
+_NAME = re.compile(r"\b(?:expertmesh|EXPERTMESH)_\w*[a-zA-Z]")
+_SERIES = re.compile(r"_(?:total|sum|count|bucket)$")
 _KEY = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)+")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def text_of(page: Path) -> str:
@@ -57,6 +73,39 @@ def commands(page: Path) -> Iterator[str]:
             yield code.removeprefix("expertmesh ").replace("\n", " ").replace("\\|", " ").partition(" -- ")[0]
 
 
+def code_of(page: Path) -> Iterator[str]:
+    """What is set as code, in examples for a shell and within the text, without files that a command makes."""
+    for code in (*blocks(page, "sh"), *_INLINE.findall(_FENCED.sub("", text_of(page)))):
+        yield _OUTPUT.sub("", code)
+
+
+@cache
+def sources() -> str:
+    """All that is written by hand: names are looked for in it."""
+    files = (file for room in ROOMS - {"docs", "src", "tests"} for file in (ROOT / room).rglob("*"))
+    kinds = {".py", ".proto", ".yaml", ".tpl", ".sh", ".sbatch"}
+    return "\n".join(text_of(file) for file in files if file.suffix in kinds and not file.name.endswith("_pb2.py"))
+
+
+def missing_path(code: str) -> str | None:
+    """The first path or module in it that is not in the tree; only what begins with one of its folders is one."""
+    for path in _PATH.findall(code):
+        if path.partition("/")[0] in ROOMS and not any(ROOT.glob(path.rstrip("/"))):
+            return str(path)
+    if _MODULE.fullmatch(code) and not any(any((ROOT / room).rglob(code)) for room in ROOMS - {"src"}):
+        return code
+    return None
+
+
+def missing_name(code: str) -> str | None:
+    """The first metric or variable of the environment in it that no source has."""
+    for name in _NAME.findall(code):
+        base = _SERIES.sub("", name)
+        if base not in sources() and base.removeprefix("expertmesh_") not in sources():
+            return str(name)
+    return None
+
+
 @cache
 def command_of(name: str) -> Any:
     return typer.main.get_command(build_app([name]))
@@ -82,7 +131,7 @@ def unknown_part(arguments: str) -> str | None:
     return next((word for word in given if word not in options), None)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     dead = []
     for link in _LINK.findall(_FENCED.sub("", text_of(page))):
@@ -95,13 +144,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
     unknown = [(arguments, part) for arguments in commands(page) if (part := unknown_part(arguments)) is not None]
     assert not unknown
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_examples_of_configuration_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         data = yaml.safe_load(block)
@@ -109,7 +158,7 @@ def test_examples_of_configuration_are_valid(page: Path) -> None:
             parse_config(data, page.name)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != HELM_VALUES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HELM_VALUES], ids=name_of)
 def test_keys_exist(page: Path) -> None:
     unknown = []
     for code in _INLINE.findall(text_of(page)):
@@ -126,7 +175,29 @@ def test_keys_exist(page: Path) -> None:
     assert not unknown
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_exist(page: Path) -> None:
+    assert not [path for code in code_of(page) if (path := missing_path(code)) is not None]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_has_the_targets(page: Path) -> None:
+    makefile = text_of(ROOT / "Makefile")
+    named = {target for code in code_of(page) for target in _TARGET.findall(code)}
+    assert not [target for target in named if f"\n{target}:" not in makefile]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_metrics_and_variables_exist(page: Path) -> None:
+    assert not [name for code in code_of(page) if (name := missing_name(code)) is not None]
+
+
 def test_these_tests_see_what_is_wrong() -> None:
+    assert missing_path("look at `mesh/no_such_module.py` and router/calls.py") == "mesh/no_such_module.py"
+    assert missing_path("no_such_module.py") == "no_such_module.py"
+    assert missing_path("python benchmarks/load.py with tests/tools/*.txt, deploy/") is None
+    assert missing_name("`expertmesh_no_such_total`") == "expertmesh_no_such_total"
+    assert missing_name("EXPERTMESH_ROUTER and `expertmesh_balancer_balancedness`") is None
     assert unknown_part("balancer statuss") == "statuss"
     assert unknown_part("up --atention 3") == "--atention"
     assert unknown_part("balancer drain expert-0 --force") is None
