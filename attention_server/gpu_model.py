@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from expertmesh.attention_server.grouped_query import join_qkv
 from expertmesh.attention_server.rope import Rotations, pair_features
 from expertmesh.kernels.embed import embed
+from expertmesh.kernels.few_rows import product
 from expertmesh.kernels.gate import Gate, route
 from expertmesh.kernels.norm import add_rms_norm
 from expertmesh.kernels.paged_decode import DecodePlan, paged_decode_attention
@@ -169,7 +170,10 @@ class GpuModel:
         ]
 
     def begin(self, context: GpuContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream x[T, H] of a step's tokens, and zeros to add to it."""
+        """The residual stream x[T, H] of a step's tokens, and zeros to add to it.
+
+        Its last launches do not overlap with those before: whatever follows finds the plan and all of the context.
+        """
         if context.num_decodes:
             self._plans[context.micro_batch].update(context.length_S[: context.num_decodes])
         x_TH = embed(context.token_T, context.row_T, self.last_R, self._embed_VH)
@@ -187,10 +191,9 @@ class GpuModel:
         spec, weights = self._spec, self._layers[layer]
         eps = spec.rms_norm_eps
         normed_TH = add_rms_norm(delta_TH, residual_TH, weights.input_norm_H, eps)
-        qkv_TC = F.linear(normed_TH, weights.qkv_CH, weights.qkv_bias_C)
-        qkv_TCD = qkv_TC.view(len(qkv_TC), -1, spec.head_dim)
-        rope_append(
-            qkv_TCD,
+        qkv_TC = product(normed_TH, weights.qkv_CH, weights.qkv_bias_C)
+        q_THD = rope_append(
+            qkv_TC.view(*qkv_TC.shape[:-1], -1, spec.head_dim),
             weights.qk_norm_CD,
             eps,
             self._cos_LR,
@@ -199,8 +202,8 @@ class GpuModel:
             context.place_T,
             *cache.positions(layer),
         )
-        answer_TC = self._attend(qkv_TCD[:, : spec.num_heads], layer, context, cache).flatten(1)
-        out_TH = F.linear(answer_TC, weights.o_HC, weights.o_bias_H)
+        answer_TC = self._attend(q_THD, layer, context, cache).flatten(1)
+        out_TH = product(answer_TC, weights.o_HC, weights.o_bias_H)
         return add_rms_norm(out_TH, residual_TH, weights.post_attention_norm_H, eps)
 
     def _attend(self, q_THD: torch.Tensor, layer: int, context: GpuContext, cache: GpuKvCache) -> torch.Tensor:
@@ -215,6 +218,7 @@ class GpuModel:
                 context.table_SW[:decodes],
                 context.length_S[:decodes],
                 plan=self._plans[context.micro_batch],
+                plan_is_old=True,
             )
         if context.pieces_C4 is None:
             return answer_SHD
@@ -229,7 +233,7 @@ class GpuModel:
         weights = self._layers[layer]
         assert weights.router_EH is not None, f"layer {layer} has no experts"
         routed = route(
-            F.linear(normed_TH.to(weights.router_EH.dtype), weights.router_EH),
+            product(normed_TH.to(weights.router_EH.dtype), weights.router_EH),
             self._gate,
             routing.tables(layer),
             bias_E=weights.correction_E,

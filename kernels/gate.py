@@ -26,6 +26,7 @@ from expertmesh.kernels.gate_rule import (
     SlotTables,
 )
 from expertmesh.kernels.replica_costs import MEAN_PRICE_LIMIT, ROW_PRICE
+from expertmesh.kernels.triton_support import OVERLAPPING, OVERLAPS
 
 __all__ = ["Gate", "ReplicaPrices", "Routing", "RoutingTotals", "Scoring", "SlotTables", "route", "route_reference"]
 
@@ -47,7 +48,7 @@ def route(
     prices the ranks anew; nothing waits for the host, and all of it can be captured in a CUDA graph.
 
     Args:
-        logits_TE: float32 or bfloat16, contiguous; all finite.
+        logits_TE: float32 or bfloat16, contiguous; all finite. Or the parts of a product, [P, T, E], see ``few_rows``.
         bias_E: float32, added to the scores for the choice alone.
         num_tokens: int32 or int64 [1] on the device: how many of the T tokens are there; the others, padding of a
             CUDA graph, get weight 0, expert -1 and slot -1, and are not counted.
@@ -55,7 +56,7 @@ def route(
         totals: counters to add to. A step that is run again must not be counted again: keep a step's own and add them
             up when it is complete.
     """
-    num_rows, num_experts = logits_TE.shape
+    num_rows, num_experts = logits_TE.shape[-2:]
     width, num_ranks = tables.replica_EW.shape[1], len(tables.node_R)
     assert (prices is None) == (width == 1), "prices choose among replicas"
     weight_TK = torch.empty(num_rows, gate.top_k, dtype=torch.float32, device=logits_TE.device)
@@ -100,7 +101,10 @@ def route(
         HAS_BIAS=bias_E is not None,
         HAS_COUNT=num_tokens is not None,
         COUNTS=totals is not None,
+        NUM_PARTS=1 if logits_TE.dim() == 2 else len(logits_TE),
+        OVERLAPS=OVERLAPS,
         num_warps=1,
+        **OVERLAPPING,
     )
     if prices is not None:
         settle_kernel[(1,)](

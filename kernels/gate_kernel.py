@@ -10,6 +10,7 @@ import triton.language as tl
 
 from expertmesh.kernels.gate_rule import SPREAD, SPREAD_KEYS
 from expertmesh.kernels.replica_costs import NODE_COST, RANK_COST
+from expertmesh.kernels.triton_support import sum_of_parts
 
 _RANK_COST = tl.constexpr(RANK_COST)
 _NODE_COST = tl.constexpr(NODE_COST)
@@ -132,8 +133,14 @@ def route_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     COUNTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
+    # Parts are those of a product of bfloat16 numbers, rounded as the product would be.
+    dtype: tl.constexpr = logits.dtype.element_ty if NUM_PARTS == 1 else tl.bfloat16
     k_K = tl.arange(0, CHOICES)
     is_choice_K = k_K < TOP_K
     to_K = token.to(tl.int64) * TOP_K + k_K
@@ -147,8 +154,9 @@ def route_kernel(
     else:
         e_E = tl.arange(0, EXPERTS)
         is_expert_E = e_E < NUM_EXPERTS
-        logit_E = tl.load(logits + token.to(tl.int64) * NUM_EXPERTS + e_E, mask=is_expert_E, other=float("-inf"))
-        logit_E = logit_E.to(tl.float32)
+        at_E = token.to(tl.int64) * NUM_EXPERTS + e_E
+        logit_E = sum_of_parts(logits, at_E, tl.num_programs(0) * NUM_EXPERTS, is_expert_E, NUM_PARTS)
+        logit_E = tl.where(is_expert_E, logit_E.to(dtype).to(tl.float32), float("-inf"))
         if IS_SOFTMAX:
             score_E = tl.exp(logit_E - tl.max(logit_E, 0))
             score_E = score_E / tl.sum(score_E, 0)
@@ -171,7 +179,7 @@ def route_kernel(
             choice_E = tl.where(e_E == expert, float("-inf"), choice_E)
         if RENORMALIZES:
             weight_K = weight_K / (tl.sum(weight_K, 0) + tiny)
-        weight_K = (weight_K * scale).to(logits.dtype.element_ty).to(tl.float32)
+        weight_K = (weight_K * scale).to(dtype).to(tl.float32)
         tl.store(weights + to_K, weight_K, mask=is_choice_K)
         tl.store(experts + to_K, expert_K.to(tl.int64), mask=is_choice_K)
 

@@ -34,6 +34,8 @@ def route_reference(
     totals: RoutingTotals | None = None,
 ) -> Routing:
     """See ``gate.route``."""
+    if logits_TE.dim() == 3:
+        logits_TE = logits_TE.sum(0).bfloat16()
     valid = logits_TE.shape[0] if num_tokens is None else int(num_tokens)
     weight_TK, expert_TK = _top_k_reference(logits_TE, gate, bias_E)
     if prices is None:

@@ -16,10 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.kernels.grouped_mlp_tiles import ODD, Tile, Tiles, tiles_for
 from expertmesh.kernels.grouped_tile_place import count_tiles, place_tile, swiglu
-from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors
+from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors, prefetch_rows
 
 BULK_COPY_ALIGNMENT_BYTES = 16
-LINE_ELEMENTS = tl.constexpr(64)  # bfloat16 numbers in a line of the L2 cache
 
 
 def grouped_expert_mlp_gpu(
@@ -181,17 +180,6 @@ def _multiply(x, weight, acc, WEIGHTS_FIRST: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _prefetch(weight_RK, row, left, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Start reading the first DEPTH columns of a weight tile into the L2 cache, a line of 128 bytes at a time."""
-    line_L = tl.arange(0, DEPTH // LINE_ELEMENTS) * LINE_ELEMENTS
-    row_N = row + tl.minimum(tl.arange(0, ROWS), left - 1)
-    at = weight_RK + row_N.to(tl.int64)[:, None] * depth + tl.minimum(line_L, depth - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _compute_tile(
     tile,
     x,
@@ -239,7 +227,7 @@ def _compute_tile(
     acc_up = acc
     left = num_columns - column
     if WAITS:
-        _prefetch(weight_RK, weight_row, left, depth, BLOCK_N, 2 * BLOCK_K)
+        prefetch_rows(weight_RK, weight_row, left, 0, depth, BLOCK_N, 2 * BLOCK_K)
         tl.extra.cuda.gdc_wait()
     # A block may reach into the rows or columns of others: what comes of those is not stored.
     for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):

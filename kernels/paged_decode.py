@@ -13,7 +13,7 @@ import torch
 import triton
 
 from expertmesh.kernels.paged_decode_kernels import add_parts_kernel, paged_decode_kernel, plan_kernel
-from expertmesh.kernels.triton_support import IS_INTERPRETED, num_multiprocessors
+from expertmesh.kernels.triton_support import IS_INTERPRETED, OVERLAPPING, OVERLAPS, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
 _LEAST_QUERIES = 16  # rows of the tensor cores' left operand
@@ -146,6 +146,7 @@ def paged_decode_attention(
     *,
     scale: float | None = None,
     plan: DecodePlan | None = None,
+    plan_is_old: bool = False,
 ) -> torch.Tensor:
     """softmax(q · keys · scale) · values for one query token a sequence, over its first ``lengths_S`` positions.
 
@@ -160,6 +161,8 @@ def paged_decode_attention(
         lengths_S: int32 or int64; 0 = no sequence, whose result is 0.
         scale: default D^-0.5.
         plan: updated with these lengths; None makes one, which costs some launches.
+        plan_is_old: plan and block tables were there before a launch that does not overlap (see ``triton_support``):
+            then they are read while the launch before this one is still at work.
 
     Returns:
         out_SHD in q's dtype.
@@ -204,8 +207,10 @@ def paged_decode_attention(
         ENTRY=_ENTRY_INTS,
         PRECISION="ieee" if q_SHD.dtype == torch.float32 else "tf32",
         WIDENS=IS_INTERPRETED,
-        SIGNALS=not IS_INTERPRETED,
+        OVERLAPS=OVERLAPS,
+        PLAN_IS_OLD=plan_is_old,
         num_warps=tuning.warps,
+        **OVERLAPPING,
     )
     # Its programs are in place when the last part is done (programmatic dependent launch).
     add_parts_kernel[(num_heads, num_seqs)](
@@ -217,8 +222,8 @@ def paged_decode_attention(
         QUERIES=queries,
         HEAD_DIM=head_dim,
         AT_ONCE=_ADDED_AT_ONCE,
-        OVERLAPS=not IS_INTERPRETED,
+        OVERLAPS=OVERLAPS,
         num_warps=2,
-        **({} if IS_INTERPRETED else {"launch_pdl": True}),
+        **OVERLAPPING,
     )
     return out_SHD

@@ -51,6 +51,7 @@ def add_parts_kernel(
 ):  # fmt: skip
     """One query head of one sequence: the answer from its parts, where there are several."""
     if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1)
@@ -111,10 +112,13 @@ def paged_decode_kernel(
     ENTRY: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDENS: tl.constexpr,
-    SIGNALS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PLAN_IS_OLD: tl.constexpr,
 ):
-    if SIGNALS:
+    if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
+        if not PLAN_IS_OLD:
+            tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
     entry = entries + part * ENTRY
@@ -128,17 +132,19 @@ def paged_decode_kernel(
     is_query_R1 = (q_R < QUERIES)[:, None]
     head_R1 = (kv_head * QUERIES + q_R)[:, None]
     out_RD = out + (seq.to(tl.int64) * KV_HEADS * QUERIES + head_R1) * HEAD_DIM + d_D[None, :]
-    table = blocks + seq.to(tl.int64) * blocks_stride
+    table = blocks + tl.maximum(seq, 0).to(tl.int64) * blocks_stride
     key += kv_head * key_stride_k
     value += kv_head * value_stride_k
     top_R = tl.full((QUERIES_2,), float("-inf"), tl.float32)
     total_R = tl.zeros((QUERIES_2,), tl.float32)
     acc_RD = tl.zeros((QUERIES_2, HEAD_DIM), tl.float32)
+    block_L = block_of(table, start + l_L, tl.maximum(end, 1), BLOCK_SIZE, WIDENS)
+    if OVERLAPS and PLAN_IS_OLD:
+        tl.extra.cuda.gdc_wait()
     if start < end:
         q_RD = tl.load(
             q + seq.to(tl.int64) * q_stride_s + head_R1 * q_stride_h + d_D[None, :], mask=is_query_R1, other=0.0
         )
-        block_L = block_of(table, start + l_L, end, BLOCK_SIZE, WIDENS)
         for first in tl.range(start, end, BLOCK_L, num_stages=STAGES):
             # The tail reads the last position again and gives it no weight: no load needs a mask.
             read_L = tl.minimum(first + l_L, end - 1)

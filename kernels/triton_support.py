@@ -12,6 +12,17 @@ IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET=1: kernels run on the CPU. The interpreter multiplies no bfloat16 matrices; kernels widen them to
 float32 there, in which products of bfloat16 numbers are exact as they are on tensor cores."""
 
+OVERLAPS = not IS_INTERPRETED
+"""Kernels of a decode step begin while the launch before them is still at work (programmatic dependent launch).
+
+One that is launched with ``OVERLAPPING`` calls ``gdc_wait`` in every program, before it touches anything that a
+launch of the same step reads or writes: so it is complete only after all launches before it. Ahead of that it may
+read weights, and what was there before the last launch without ``OVERLAPPING`` began. ``gdc_launch_dependents`` lets
+the next begin.
+"""
+OVERLAPPING = {"launch_pdl": True} if OVERLAPS else {}
+LINE_ELEMENTS = tl.constexpr(64)  # bfloat16 numbers in a line of the L2 cache
+
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
@@ -26,6 +37,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDENS: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def prefetch_rows(matrix_RK, row, rows_left, first, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Start reading ROWS rows of a matrix, DEPTH bfloat16 numbers from ``first`` on, into the L2 cache."""
+    line_L = first + tl.arange(0, DEPTH // LINE_ELEMENTS) * LINE_ELEMENTS
+    row_R = row + tl.minimum(tl.arange(0, ROWS), rows_left - 1)
+    at = matrix_RK + row_R.to(tl.int64)[:, None] * depth + tl.minimum(line_L, depth - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def sum_of_parts(parts, at, stride, mask, NUM_PARTS: tl.constexpr):
+    """The parts of a ``few_rows`` product added up in their order, ``stride`` elements from one to the next."""
+    total = tl.load(parts + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, NUM_PARTS):
+        total += tl.load(parts + part * stride + at, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit

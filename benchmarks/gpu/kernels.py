@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import few_rows
 import grouped_mlp
 import grouped_mlp_fp8
 import measure
@@ -29,12 +30,14 @@ MEASURED: dict[str, Part] = {
     "paged_decode": paged_decode.measure,
     "paged_prefill": paged_prefill.measure,
     "step_kernels": step_kernels.measure,
+    "few_rows": few_rows.measure,
 }
 SWEPT: dict[str, Part] = {
     "paged_prefill": paged_prefill.sweep,
     "paged_decode": paged_decode.sweep,
     "grouped_mlp": grouped_mlp.sweep,
     "grouped_mlp_fp8": grouped_mlp_fp8.sweep,
+    "few_rows": few_rows.sweep,
 }
 
 

@@ -9,8 +9,9 @@ their own. ``cpu`` is the CPU time of each process over the run, in percent of a
 then have more than one (``--connections``); how evenly they fell is seen in what each router took of a core.
 
 ``--migrate``: all layers swap experts between the two ranks while requests decode, compared with the same load before
-and after. ``came`` says how their weights did, to both ranks together: bytes, MB/s over the time of all migrations
-(``--migration-bytes-per-s`` bounds what each rank gives), and MB/s of one expert, from its first byte to its last.
+and after; ``--migration-tokens-out`` makes these loads as long as it takes. ``came`` says how their weights did, to
+both ranks together: bytes, MB/s over the time of all migrations (``--migration-bytes-per-s`` bounds what each rank
+gives), and MB/s of one expert, from its first byte to its last.
 ``--kill``: one rank is killed with SIGKILL while requests decode; seconds until it and the others serve again, and
 whether every request ended with all of its tokens.
 """
@@ -53,6 +54,7 @@ VLLM_MS = {64: 10.8, 256: 14.4, 512: 18.2}
 START_TIMEOUT_S = 300.0
 CLIENTS = 8
 MIGRATION_TIMEOUT_S = 12.0
+WHILE = "while experts migrate"
 SWAPS = 4
 """Experts of a layer that each rank gives the other."""
 Came = dict[str, tuple[float, float]]
@@ -150,18 +152,23 @@ def measure_load(mesh: LocalMesh, clients: Clients, requests: int, tokens_in: in
 
 
 def measure_migration(mesh: LocalMesh, clients: Clients, requests: int, tokens_out: int) -> list[dict[str, Any]]:
-    """The same load before, during and after migrations of every layer."""
-    rows, captures, before = [], num_captures(mesh), weights_that_came(mesh)
-    for phase in ("before", "while experts migrate", "after"):
+    """The same load before, during and after migrations of every layer, twice."""
+    clients.run(requests, 128, 64)
+    rows, captures = [], num_captures(mesh)
+    for phase in ("before", WHILE, "between", WHILE, "after"):
+        before = weights_that_came(mesh)
         parts = clients.begin(requests, 128, tokens_out)
-        if phase == "while experts migrate":
+        if phase == WHILE:
             layers, seconds = asyncio.run(swap_experts(mesh.balancer))
         timed = [request for part in parts for request in part.result()]
         rows.append({"load": phase, "tokens_out": tokens_out, **summary(timed)})
-        if phase == "while experts migrate":
+        if phase == WHILE:
             came = came_since(mesh, before, seconds)
             rows[-1] |= {"layers_migrated": layers, "migration_s": round(seconds, 2), "came": came}
     rows[-1]["captures_meanwhile"] = num_captures(mesh) - captures
+    for figure in ("ms_per_token", "output_tokens_per_s"):
+        during, apart = ([row[figure] for row in rows if (row["load"] == WHILE) == wanted] for wanted in (True, False))
+        rows[-1][f"{figure}_meanwhile"] = round(statistics.mean(during) / statistics.mean(apart), 4)
     return rows
 
 
@@ -256,6 +263,7 @@ def main() -> None:
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--connections", type=int, help="of each client; unset = 1, and 8 to several routers")
     parser.add_argument("--migrate", action="store_true")
+    parser.add_argument("--migration-tokens-out", type=int, default=1024, help="of each request of the three loads")
     parser.add_argument("--migration-bytes-per-s", type=int, help="balancer.migration_bytes_per_s")
     parser.add_argument("--migration-transport", choices=("auto", "tcp", "nixl"), help="balancer.migration_transport")
     parser.add_argument("--kill", action="store_true")
@@ -286,7 +294,7 @@ def main() -> None:
             for requests in arguments.requests:
                 note(measure_load(mesh, clients, requests, arguments.tokens_in, arguments.tokens_out))
             if arguments.migrate:
-                for row in measure_migration(mesh, clients, 64, 256):
+                for row in measure_migration(mesh, clients, 64, arguments.migration_tokens_out):
                     note(row)
                 log_lines = [line for log in mesh.state_dir.glob("*.log") for line in _lines(log) if "igration" in line]
                 print("\n".join(log_lines[:6] + log_lines[-6:]), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from expertmesh.kernels.few_rows import MOST_ROWS
 from expertmesh.kernels.gate import Gate
 from expertmesh.kernels.grouped_mlp import grouped_expert_mlp, library_expert_mlp
 from expertmesh.kernels.grouped_mlp_gpu import grouped_expert_mlp_gpu
@@ -24,6 +25,7 @@ from support.kernel_checks import (
     check_fp8_rows,
     check_gumbel_argmax,
     check_paged_decode,
+    check_product_of_few,
     check_rope_append,
 )
 from support.kernel_draws import Draw, assert_near
@@ -180,6 +182,20 @@ def test_route_sigmoid(experts: int, width: int, dtype: torch.dtype) -> None:
     tables = slot_tables(Draw(width, "cuda"), experts, width=width, slots_per_rank=slots_per_rank, node_R=node_R)
     gate = Gate(top_k=8, scoring="sigmoid", num_groups=8, top_groups=4, scale=2.5)
     check_route("cuda", gate, tables, 32 * slots_per_rank, 500, dtype, has_bias=True)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 33, MOST_ROWS])
+@pytest.mark.parametrize(("num_columns", "depth"), [(5120, 2048), (2048, 4096), (128, 2048), (200, 72)])
+def test_product_of_few_rows(num_rows: int, num_columns: int, depth: int) -> None:
+    check_product_of_few("cuda", num_rows, num_columns, depth)
+
+
+@pytest.mark.parametrize("num_parts", [2, 16])
+def test_parts_of_products_are_added_up(num_parts: int) -> None:
+    check_add_rms_norm("cuda", 33, 2048, BF16, num_parts=num_parts)
+    check_rope_append("cuda", 33, BF16, heads=32, kv_heads=4, head_dim=128, num_parts=num_parts)
+    tables = slot_tables(Draw(1, "cuda"), 128, width=1, slots_per_rank=32, node_R=(0, 0, 0, 0))
+    check_route("cuda", Gate(top_k=8), tables, 128, 33, BF16, num_parts=num_parts, padding=2)
 
 
 @DTYPES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from expertmesh.kernels.gate import Gate, ReplicaPrices, RoutingTotals, SlotTables, route, route_reference
-from support.kernel_draws import Draw, poisoned
+from support.kernel_draws import Draw, in_parts, poisoned
 
 
 def slot_tables(
@@ -64,11 +64,12 @@ def check_route(
     *,
     has_bias: bool = False,
     padding: int = 0,
+    num_parts: int = 1,
 ) -> None:
     """Choices, slots and counters equal the reference's exactly; the last ``padding`` tokens are not there."""
     num_experts = len(tables.replica_EW)
     draw = Draw(num_tokens * 100 + num_experts, device)
-    logits_TE = draw.normal(num_tokens, num_experts, dtype=dtype)
+    logits_TE = in_parts(draw.normal(num_tokens, num_experts, dtype=dtype), num_parts)
     bias_E = draw.normal(num_experts) if has_bias else None
     there = torch.tensor([num_tokens - padding], device=device, dtype=torch.int32) if padding else None
     prices, expected_prices = (replica_prices(Draw(num_tokens, device), tables) for _ in range(2))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from expertmesh.kernels.few_rows import TILING, Tiling, parts_of_product
 from expertmesh.kernels.fp8_rows import (
     BLOCK,
     dequantize_rows,
@@ -25,7 +26,7 @@ from expertmesh.kernels.paged_decode import (
 )
 from expertmesh.kernels.rope_append import rope_append, rope_append_reference
 from expertmesh.kernels.sampler import gumbel_argmax, gumbel_argmax_reference
-from support.kernel_draws import Draw, assert_near, poisoned
+from support.kernel_draws import Draw, assert_near, in_parts, poisoned
 
 
 def check_paged_decode(
@@ -72,9 +73,21 @@ def check_paged_decode(
         assert torch.equal(results[-1], results[0]), "two launches differ"
 
 
-def check_add_rms_norm(device: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> None:
+def check_product_of_few(device: str, num_rows: int, num_columns: int, depth: int, tiling: Tiling = TILING) -> None:
+    """Rows as few as that come in parts, whose sum is the product."""
+    draw = Draw(num_rows + num_columns + depth, device)
+    x_TK = draw.normal(num_rows, depth, dtype=torch.bfloat16)
+    weight_NK = draw.normal(num_columns, depth, dtype=torch.bfloat16) / depth**0.5
+    with poisoned():
+        parts_PTN = parts_of_product(x_TK, weight_NK, tiling)
+    assert parts_PTN.shape[1:] == (num_rows, num_columns)
+    assert_near(parts_PTN.sum(0).bfloat16(), x_TK @ weight_NK.T, torch.bfloat16)
+
+
+def check_add_rms_norm(device: str, num_tokens: int, hidden: int, dtype: torch.dtype, *, num_parts: int = 1) -> None:
     draw = Draw(num_tokens + hidden, device)
     x_TH, residual_TH = (draw.normal(num_tokens, hidden, dtype=dtype) for _ in range(2))
+    x_TH = in_parts(x_TH, num_parts)
     weight_H = draw.normal(hidden, dtype=dtype)
     expected_residual_TH = residual_TH.clone()
     with poisoned():
@@ -85,23 +98,33 @@ def check_add_rms_norm(device: str, num_tokens: int, hidden: int, dtype: torch.d
 
 
 def check_rope_append(
-    device: str, num_tokens: int, dtype: torch.dtype, *, heads: int, kv_heads: int, head_dim: int, has_norm: bool = True
+    device: str,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    has_norm: bool = True,
+    num_parts: int = 1,
 ) -> None:
     """One token is padding; nothing but the tokens' places may change in the cache."""
     draw = Draw(num_tokens * 10 + heads, device)
     num_places, length = 2 * num_tokens + 5, 50
-    qkv_TCD = draw.normal(num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    qkv_TCD = in_parts(draw.normal(num_tokens, heads + 2 * kv_heads, head_dim, dtype=dtype), num_parts)
     norm_CD = draw.normal(heads + kv_heads, head_dim, dtype=dtype) if has_norm else None
     angle_LR = 10 * draw.normal(length, head_dim // 2)
     position_T = draw.integers(length, num_tokens)
     place_T = draw.order(num_places)[:num_tokens]
     place_T[num_tokens // 2] = -1
     cache_NCD = draw.normal(num_places, 2 * kv_heads, head_dim, dtype=dtype)
-    expected_qkv, expected_cache = qkv_TCD.clone(), cache_NCD.clone()
+    expected_cache = cache_NCD.clone()
     tables = (1e-6, angle_LR.cos(), angle_LR.sin(), position_T, place_T)
-    rope_append(qkv_TCD, norm_CD, *tables, cache_NCD[:, :kv_heads], cache_NCD[:, kv_heads:])
-    rope_append_reference(expected_qkv, norm_CD, *tables, expected_cache[:, :kv_heads], expected_cache[:, kv_heads:])
-    assert_near(qkv_TCD, expected_qkv, dtype)
+    expected_key, expected_value = expected_cache[:, :kv_heads], expected_cache[:, kv_heads:]
+    expected = rope_append_reference(qkv_TCD, norm_CD, *tables, expected_key, expected_value)
+    with poisoned():
+        q_THD = rope_append(qkv_TCD, norm_CD, *tables, cache_NCD[:, :kv_heads], cache_NCD[:, kv_heads:])
+    assert_near(q_THD, expected, dtype)
     assert_near(cache_NCD, expected_cache, dtype)
     kept = place_T[place_T >= 0]
     untouched = torch.ones(num_places, dtype=torch.bool, device=device).index_fill_(0, kept, False)

@@ -28,6 +28,15 @@ class Draw:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
 
+def in_parts(x: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """float32 parts of a product, all different, whose sum is exactly x (bfloat16) in any order; one = x itself."""
+    if num_parts == 1:
+        return x
+    factor_P = 0.25 * torch.arange(1, num_parts + 1)
+    factor_P[0] += 1 - factor_P.sum()
+    return torch.stack([x.float() * factor for factor in factor_P.tolist()])
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that a kernel allocates and does not write holds NaN."""

@@ -38,6 +38,12 @@ def test_every_number_of_choices(top_k: int) -> None:
     check_route("cpu", Gate(top_k=top_k, renormalizes=top_k % 2 == 0), tables, 27, 3, torch.float32)
 
 
+@pytest.mark.parametrize("num_parts", [2, 5])
+def test_logits_in_parts(num_parts: int) -> None:
+    tables = slot_tables(Draw(1, "cpu"), 24, width=1, slots_per_rank=18, node_R=NODES)
+    check_route("cpu", Gate(top_k=4), tables, 4 * 18, 5, torch.bfloat16, num_parts=num_parts, padding=1)
+
+
 def test_ties_go_to_the_lowest_expert() -> None:
     tables = slot_tables(Draw(0, "cpu"), 12, width=1, slots_per_rank=4, node_R=(0, 0, 1))
     routing = route(torch.zeros(2, 12), Gate(top_k=3), tables)
