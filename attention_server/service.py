@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -38,13 +38,10 @@ LinkContext = grpc.aio.ServicerContext[
 class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
     """Moves requests from links to the engine and outputs back."""
 
-    def __init__(
-        self, engine: Engine, spec: ModelSpec, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, engine: Engine, spec: ModelSpec, telemetry: Telemetry) -> None:
         self._engine = engine
         self._spec = spec
         self._telemetry = telemetry
-        self._clock = clock
         self.fetching: Fetching | None = None
         """Where KV blocks of prompts may come from elsewhere."""
         self.kv_source: KvSource | None = None
@@ -157,7 +154,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             sequence = parse_submit(
                 submit,
                 link=link.number,
-                now_s=self._clock(),
+                now_s=time.monotonic(),
                 vocab_size=self._spec.vocab_size,
                 max_model_len=self._spec.max_model_len,
             )

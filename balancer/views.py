@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,6 @@ from expertmesh.balancer.policy import Floats, Layout
 from expertmesh.balancer.replicas import ReplicaRule, Table
 from expertmesh.mesh.view import HOSTS_ATTENTION, HOSTS_EXPERTS
 from expertmesh.v1 import mesh_pb2
-
-PlaceLayer = Callable[[int, int, Sequence[int], Table | None, Floats | None, ReplicaRule], Table]
-"""``place_layer``'s shape: (num_experts, num_slots, capacities, current_RS, load_E, rule) → table_RS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +71,7 @@ def why_none(members: Sequence[Member]) -> NoView | None:
     )
 
 
-def next_view(
-    members: Sequence[Member], plan: ViewPlan, previous: mesh_pb2.View, place: PlaceLayer = place_layer
-) -> mesh_pb2.View | NoView:
+def next_view(members: Sequence[Member], plan: ViewPlan, previous: mesh_pb2.View) -> mesh_pb2.View | NoView:
     """The view of exactly these members.
 
     Ranks are attention and both first, then experts, each by server id. Experts stay in the slots that ``previous``
@@ -99,7 +94,7 @@ def next_view(
         secret=plan.secret,
         ranks=[_rank(number, member) for number, member in enumerate(ordered)],
     )
-    _place(view, model, plan, capacities, previous, place)
+    _place(view, model, plan, capacities, previous)
     if plan.initial is not None and not _old_ranks(view, previous):
         mistake = _place_as(view, model, plan.initial, plan.fingerprint)
         if mistake is not None:
@@ -132,7 +127,6 @@ def _place(
     plan: ViewPlan,
     capacities: Sequence[int],
     previous: mesh_pb2.View,
-    place: PlaceLayer,
 ) -> None:
     """Fill in ``view.placement``; layers that hold the same now are solved once."""
     old_layers = {layer.layer: layer for layer in previous.placement}
@@ -152,7 +146,7 @@ def _place(
         key = current_RS.tobytes(), None if load_E is None else load_E.tobytes()
         if key not in solved:
             num_slots = max(_wanted_slots(plan, current_RS, load_E, model.num_experts), model.num_experts)
-            solved[key] = place(model.num_experts, num_slots, capacities, current_RS, load_E, plan.rule)
+            solved[key] = place_layer(model.num_experts, num_slots, capacities, current_RS, load_E, plan.rule)
         version = plan.ledger.next_version(layer, 0 if old is None else old.version, changes=True)
         view.placement.add(layer=layer, version=version, slots=solved[key].ravel().tolist())
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,13 +72,11 @@ class Gate:
         UserError: the file of keys or the audit file cannot be used.
     """
 
-    def __init__(
-        self, tls: TlsConfig, api: ApiConfig, server_id: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, tls: TlsConfig, api: ApiConfig, server_id: str) -> None:
         self.tls = tls
         self.first_message_timeout_s = api.first_message_timeout_s
-        self.audit = AuditLog(api.audit_file, server_id, clock)
-        self._keys = KeyStore(api.keys_file, clock) if api.keys_file is not None else None
+        self.audit = AuditLog(api.audit_file, server_id)
+        self._keys = KeyStore(api.keys_file, time.monotonic) if api.keys_file is not None else None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:

@@ -142,10 +142,11 @@ class ExpertVariant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shared:
-    """Shared experts of a MoE layer, as one MLP of so many features; ``gated``: times the sigmoid of a logit."""
+    """Shared experts of a MoE layer, as one MLP of so many features; where a family names a ``shared_router``, times
+    the sigmoid of its logit.
+    """
 
     width: int
-    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,14 +63,12 @@ class Fields:
             raise self.error(key, f"is {value!r}", "it must be a string")
         return value
 
-    def integers(self, key: str, *, minimum: int = 0) -> tuple[int, ...]:
-        """One integer or a list of them; missing = ()."""
+    def integers(self, key: str) -> tuple[int, ...]:
+        """One integer of 0 or more, or a list of them; missing = ()."""
         value = self.data.get(key)
         values = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(is_integer(item, minimum, MAX_INTEGER) for item in values):
-            raise self.error(
-                key, f"is {value!r}", f"it must be an integer from {minimum} to {MAX_INTEGER}, or a list of such"
-            )
+        if not all(is_integer(item, 0, MAX_INTEGER) for item in values):
+            raise self.error(key, f"is {value!r}", f"it must be an integer from 0 to {MAX_INTEGER}, or a list of such")
         return tuple(values)
 
     def section(self, key: str) -> Fields:

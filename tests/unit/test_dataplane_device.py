@@ -18,26 +18,17 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 from expertmesh.mesh.config import DataPlaneConfig, parse_config
 from expertmesh.mesh.dataplane import Exchange
 from expertmesh.mesh.dataplane import deepep_checks as checks
-from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings, capacities, group_order, slot_ids
 from expertmesh.mesh.dataplane.device_faults import DeviceWait, as_device_lost
 from expertmesh.mesh.dataplane.factory import Backend, checked_backend, uses_links
 from expertmesh.mesh.dataplane.nccl import NcclPlane
 from expertmesh.mesh.dataplane.nccl_group import NcclGroup, agree, within
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError, UserError
+from support.plane_checks import Layout
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
-SHAPE = PlaneShape(
-    rank=0,
-    size=2,
-    expert_ranks=(1,),
-    slots_per_rank=4,
-    hidden_size=256,
-    top_k=2,
-    dtype=torch.bfloat16,
-    max_num_tokens=64,
-)
+SHAPE = Layout("ae", 4, 256, 2, max_num_tokens=64).shape(0)
 
 
 # -- which plane ------------------------------------------------------------------------------------------------------

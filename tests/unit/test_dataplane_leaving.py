@@ -15,26 +15,17 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 
 from expertmesh.mesh.config import DataPlaneConfig
 from expertmesh.mesh.dataplane import deepep_open, factory, nccl_group
-from expertmesh.mesh.dataplane.base import PlaneShape
 from expertmesh.mesh.dataplane.deepep import DeepEpPlane, DeepEpSettings
 from expertmesh.mesh.dataplane.device_faults import DeviceWait
 from expertmesh.mesh.dataplane.nccl import NcclPlane
 from expertmesh.mesh.dataplane.nccl_group import NcclGroup
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
+from support.plane_checks import Layout
 
 CPU = torch.device("cpu")
 NODES = ["n", "n"]
 SETTINGS = DeepEpSettings(num_sms=None, fp8_dispatch=False, timeout_s=5.0)
-SHAPE = PlaneShape(
-    rank=0,
-    size=2,
-    expert_ranks=(1,),
-    slots_per_rank=4,
-    hidden_size=256,
-    top_k=2,
-    dtype=torch.bfloat16,
-    max_num_tokens=64,
-)
+SHAPE = Layout("ae", 4, 256, 2, max_num_tokens=64).shape(0)
 
 
 @dataclass

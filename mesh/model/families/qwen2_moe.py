@@ -27,7 +27,7 @@ class Qwen2Moe(standard.UsualNames):
             rope_theta=theta,
             rope=rope,
             attention=AttentionVariant(qk_norm="none", spans=_spans(config, sizes["num_layers"])),
-            shared=Shared(width=config.integer("shared_expert_intermediate_size"), gated=True),
+            shared=Shared(width=config.integer("shared_expert_intermediate_size")),
             intermediate_size=config.integer("intermediate_size"),
             moe_intermediate_size=config.integer("moe_intermediate_size"),
             norm_topk_prob=config.boolean("norm_topk_prob", False),

@@ -15,7 +15,6 @@ def read_rope(
     theta: float = 10000.0,
     partial: float | None = None,
     interleaved: bool = False,
-    scaled: bool = True,
 ) -> tuple[float, Rope]:
     """θ and the variant.
 
@@ -24,7 +23,6 @@ def read_rope(
         theta, partial: what transformers takes for this family where config.json says nothing; ``partial`` None = all
             features rotate in this family.
         interleaved: which features rotate together; see ``Rope``.
-        scaled: the family is served with scaled frequencies too.
 
     Raises:
         UserError: a kind of scaling that is not supported, or a wrong value.
@@ -37,9 +35,9 @@ def read_rope(
     dim = _rotating(config, section, width, partial)
     key = "rope_type" if section.has("rope_type") else "type"
     kind = section.string(key, "default")
-    if kind not in ("default", "linear", "llama3", "yarn") or (kind != "default" and not scaled):
-        supported = "default, linear, llama3 or yarn" if scaled else "default"
-        raise section.error(key, f"is {kind!r}, which is not supported", f"use a model with {supported} RoPE")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        remedy = "use a model with default, linear, llama3 or yarn RoPE"
+        raise section.error(key, f"is {kind!r}, which is not supported", remedy)
     if kind == "yarn" and theta <= 1:
         raise config.error("rope_theta", f"is {theta}", "it must be more than 1 with YaRN")
     scaling = _scaling(config, section, kind)
