@@ -23,8 +23,9 @@ from expertmesh.attention_server.chunk import Chunk, LaunchedChunk
 from expertmesh.attention_server.gpu_micro_batch import DeviceSamples, GpuMicroBatch
 from expertmesh.attention_server.gpu_model import GpuKvCache, GpuModel, check_supported
 from expertmesh.attention_server.gpu_sampler import DeviceLogprobs, GpuSampler
-from expertmesh.attention_server.gpu_step import HostStep, StepMemory, build_step
+from expertmesh.attention_server.gpu_step import StepMemory
 from expertmesh.attention_server.half_base import HalfBase, num_kv_blocks
+from expertmesh.attention_server.host_step import HostStep, build_step
 from expertmesh.attention_server.kv_memory import BlockMemory
 from expertmesh.attention_server.sampler import Sampled
 from expertmesh.attention_server.splitting import split
@@ -32,9 +33,9 @@ from expertmesh.kernels.paged_prefill import queries_a_piece
 from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.device_routing import DeviceRouting
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.padding import PaddedStep, chunk_sizes, round_up
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.telemetry import Telemetry
 
@@ -112,7 +113,7 @@ class GpuHalf(HalfBase):
                 self._model,
                 self._cache,
                 StepMemory(
-                    max_tokens=max(config.max_num_batched_tokens, num_samples),
+                    max_tokens=max(config.max_num_batched_tokens, num_samples, *chunk_sizes(config)),
                     max_seqs=num_samples,
                     spare_row=config.max_num_seqs,
                     table_width=self._blocks_RB.shape[1],
@@ -182,18 +183,21 @@ class GpuHalf(HalfBase):
     def micro_batches(self) -> Sequence[GpuMicroBatch]:
         return self._turns[: self._num_staged]
 
-    def stage(self, size: int | None, micro_batches: int = 1) -> None:
-        assert self._steps, "only a prepared batch is brought to the device"
-        self._stage(self._steps, size, len(self._steps) if size is None else micro_batches)
+    def fits(self, padded: PaddedStep) -> bool:
+        return len(self._steps) == 1 and self._turns[0].fits(self._steps[0], padded)
 
-    def stage_nothing(self, size: int, micro_batches: int = 1) -> None:
-        self._stage([], size, micro_batches)
+    def stage(self, padded: PaddedStep | None) -> None:
+        assert self._steps, "only a prepared batch is brought to the device"
+        self._stage(self._steps, padded, len(self._steps) if padded is None else padded.micro_batches)
+
+    def stage_nothing(self, padded: PaddedStep) -> None:
+        self._stage([], padded, padded.micro_batches)
 
     def stage_chunk_of_nothing(self, size: int) -> None:
         self._turns[0].stage_chunk_of_nothing(size, self._gpu_sampler)
         self._num_staged = 1
 
-    def _stage(self, steps: list[HostStep], size: int | None, micro_batches: int) -> None:
+    def _stage(self, steps: list[HostStep], padded: PaddedStep | None, micro_batches: int) -> None:
         if micro_batches > len(self._turns):
             raise UserError(
                 "dataplane.micro_batches",
@@ -201,7 +205,7 @@ class GpuHalf(HalfBase):
                 "set it to the same number on all ranks",
             )
         for turn, step in zip_longest(self._turns[:micro_batches], steps):
-            turn.stage(step, self._gpu_sampler, size)
+            turn.stage(step, self._gpu_sampler, padded)
         self._num_staged = micro_batches
 
     def finish(self) -> None:

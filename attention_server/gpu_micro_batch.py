@@ -6,18 +6,21 @@ Dimensions: T tokens of the micro-batch, Z samples, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from expertmesh.attention_server.gpu_model import GpuContext, GpuKvCache, GpuModel
 from expertmesh.attention_server.gpu_sampler import GpuSampler
-from expertmesh.attention_server.gpu_step import HostStep, SampleInputs, StepMemory
+from expertmesh.attention_server.gpu_step import SampleInputs, StepMemory
+from expertmesh.attention_server.host_step import HostStep
+from expertmesh.attention_server.step_places import CHUNK_OF_NOTHING, StepPlaces, places_of
 from expertmesh.kernels.sampler import gumbel_argmax
 from expertmesh.mesh.device_routing import DeviceRouting
 from expertmesh.mesh.halves import Routes
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.padding import PaddedStep
 
 
 class DeviceSamples:
@@ -72,24 +75,29 @@ class GpuMicroBatch:
         assert self._context is not None, "a step's inputs are staged before it begins"
         return self._context
 
-    def stage(self, step: HostStep | None, sampler: GpuSampler, size: int | None) -> None:
-        """Send what was prepared, padded to ``size`` tokens; None = nothing but padding."""
+    def fits(self, step: HostStep, padded: PaddedStep) -> bool:
+        """Whether the step can be padded so."""
+        return self._memory.places(padded).hold(step)
+
+    def stage(self, step: HostStep | None, sampler: GpuSampler, padded: PaddedStep | None) -> None:
+        """Send what was prepared, ``padded`` or as it is; None = nothing but padding."""
+        if padded is not None:
+            places = self._memory.places(padded)
+        else:
+            assert step is not None, "only a padded step may be of nothing"
+            places = places_of(step)
+        self._send(step, sampler, places)
+
+    def stage_chunk_of_nothing(self, size: int, sampler: GpuSampler) -> None:
+        """As a step with chunks of prompts that is not padded."""
+        self._send(None, sampler, replace(CHUNK_OF_NOTHING, tokens=size))
+
+    def _send(self, step: HostStep | None, sampler: GpuSampler, places: StepPlaces) -> None:
         temperature_Z, seed_Z = np.empty(0, np.float32), np.empty(0, np.int64)
         if step is not None:
             temperature_Z, seed_Z = sampler.temperature(step.row_Z), sampler.seed(step.row_Z)
-        context, self._samples = self._memory.upload(step, temperature_Z, seed_Z, size)
+        context, self._samples = self._memory.upload(step, temperature_Z, seed_Z, places)
         self._context = replace(context, micro_batch=self._index)
-
-    def stage_chunk_of_nothing(self, size: int, sampler: GpuSampler) -> None:
-        """As a step with chunks of prompts."""
-        self.stage(None, sampler, size)
-        assert self._samples is not None, "it was staged just now"
-        device = self._left.token_Z.device
-        piece_14 = torch.zeros(1, 4, dtype=torch.int32, device=device)  # of no queries
-        self._context = replace(self._staged, num_decodes=1, pieces_C4=piece_14)
-        first_Z = torch.zeros(1, dtype=torch.int32, device=device)
-        parts = {field.name: getattr(self._samples, field.name)[:1] for field in fields(self._samples)[1:]}
-        self._samples = SampleInputs(sampled_Z=first_Z, **parts)
 
     def begin(self) -> None:
         self._delta_TH, self._residual_TH = self._model.begin(self._staged)

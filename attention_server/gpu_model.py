@@ -73,11 +73,11 @@ class GpuLayer:
 class GpuContext:
     """What all layers of a step share, all on the device.
 
-    The first ``num_decodes`` tokens are sequences with one token each, ``length_S`` positions long with it (0 =
-    padding); the others belong to chunks, cut into ``pieces_C4`` (see ``paged_prefill``). ``table_SW``: the sequences'
-    block tables. ``place_T``: rows of the KV cache, -1 = padding. ``row_T``: rows of ``last_R``; ``token_T`` -1 = the
-    token there. ``num_tokens`` int32 [1]: tokens that are not padding. ``micro_batch``: 0, or 1 for the second of a
-    step.
+    The first ``num_decodes`` tokens are sequences with one token each, ``length_S`` positions long with it (0 = padding
+    or a chunk's); the others belong to chunks, cut into ``pieces_C4`` (see ``paged_prefill``). ``table_SW``: the
+    sequences' block tables. ``place_T``: rows of the KV cache, -1 = padding. ``row_T``: rows of ``last_R``; ``token_T``
+    -1 = the token there. ``num_tokens`` int32 [1]: tokens that are not padding; ``is_padded``: there may be others.
+    ``micro_batch``: 0, or 1 for the second of a step.
     """
 
     token_T: torch.Tensor
@@ -89,6 +89,7 @@ class GpuContext:
     num_decodes: int
     pieces_C4: torch.Tensor | None
     num_tokens: torch.Tensor
+    is_padded: bool
     micro_batch: int = 0
 
 
@@ -98,7 +99,10 @@ class GpuKvCache:
     def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device) -> None:
         shape = (spec.num_layers, num_blocks * block_size, 2 * spec.num_kv_heads, spec.head_dim)
         self._cache_LNKD = torch.empty(shape, dtype=spec.dtype, device=device)
-        self._num_kv_heads, self._block_size = spec.num_kv_heads, block_size
+        # Made once: what slicing costs the host, a step that it enqueues layer by layer waits for.
+        by_block = [layer_NKD.view(-1, block_size, *shape[2:]) for layer_NKD in self.layers]
+        self._positions = [_split_heads(layer_NKD, spec.num_kv_heads) for layer_NKD in self.layers]
+        self._blocks = [_split_heads(layer_BPKD, spec.num_kv_heads) for layer_BPKD in by_block]
 
     @property
     def layers(self) -> Sequence[torch.Tensor]:
@@ -107,14 +111,16 @@ class GpuKvCache:
 
     def positions(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values by position, [N, K, D] each."""
-        cache_NKD = self._cache_LNKD[layer]
-        return cache_NKD[:, : self._num_kv_heads], cache_NKD[:, self._num_kv_heads :]
+        return self._positions[layer]
 
     def blocks(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values by block, [B, P, K, D] each."""
-        cache_NKD = self._cache_LNKD[layer]
-        cache = cache_NKD.view(-1, self._block_size, *cache_NKD.shape[1:])
-        return cache[:, :, : self._num_kv_heads], cache[:, :, self._num_kv_heads :]
+        return self._blocks[layer]
+
+
+def _split_heads(cache: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer whose second to last dimension has the heads of both."""
+    return cache[..., :num_kv_heads, :], cache[..., num_kv_heads:, :]
 
 
 class GpuModel:
@@ -175,7 +181,7 @@ class GpuModel:
         Its last launches do not overlap with those before: whatever follows finds the plan and all of the context.
         """
         if context.num_decodes:
-            self._plans[context.micro_batch].update(context.length_S[: context.num_decodes])
+            self._plans[context.micro_batch].update(context.length_S)
         x_TH = embed(context.token_T, context.row_T, self.last_R, self._embed_VH)
         return x_TH, torch.zeros_like(x_TH)
 
@@ -209,23 +215,22 @@ class GpuModel:
     def _attend(self, q_THD: torch.Tensor, layer: int, context: GpuContext, cache: GpuKvCache) -> torch.Tensor:
         key_BPKD, value_BPKD = cache.blocks(layer)
         decodes = context.num_decodes
-        answer_SHD = q_THD
+        answer_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if decodes:
-            answer_SHD = paged_decode_attention(
+            paged_decode_attention(
                 q_THD[:decodes],
                 key_BPKD,
                 value_BPKD,
-                context.table_SW[:decodes],
-                context.length_S[:decodes],
+                context.table_SW,
+                context.length_S,
                 plan=self._plans[context.micro_batch],
                 plan_is_old=True,
+                out_SHD=answer_THD[:decodes],
             )
-        if context.pieces_C4 is None:
-            return answer_SHD
-        answer_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        if decodes:
-            answer_THD[:decodes] = answer_SHD
-        paged_prefill_attention(q_THD, key_BPKD, value_BPKD, context.table_SW, context.pieces_C4, answer_THD)
+        if context.pieces_C4 is not None:
+            if context.is_padded and decodes < len(answer_THD):
+                answer_THD[decodes:].zero_()  # what memory holds may be no number
+            paged_prefill_attention(q_THD, key_BPKD, value_BPKD, context.table_SW, context.pieces_C4, answer_THD)
         return answer_THD
 
     def route(self, layer: int, normed_TH: torch.Tensor, context: GpuContext, routing: DeviceRouting) -> Routes:

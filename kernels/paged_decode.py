@@ -147,6 +147,7 @@ def paged_decode_attention(
     scale: float | None = None,
     plan: DecodePlan | None = None,
     plan_is_old: bool = False,
+    out_SHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q · keys · scale) · values for one query token a sequence, over its first ``lengths_S`` positions.
 
@@ -157,19 +158,22 @@ def paged_decode_attention(
         q_SHD: bfloat16 or float32, features contiguous; the R heads of a KV head together. D a power of two, at least
             16.
         key_BPKD, value_BPKD: q's dtype, any strides but the last's, 1.
-        blocks_ST: int32 or int64, the sequences' block tables; entries beyond a length are not read.
+        blocks_ST: int32 or int64, the sequences' block tables, perhaps with others behind them; entries beyond a length
+            are not read.
         lengths_S: int32 or int64; 0 = no sequence, whose result is 0.
         scale: default D^-0.5.
         plan: updated with these lengths; None makes one, which costs some launches.
         plan_is_old: plan and block tables were there before a launch that does not overlap (see ``triton_support``):
             then they are read while the launch before this one is still at work.
+        out_SHD: q's dtype, contiguous, to be written to.
 
     Returns:
         out_SHD in q's dtype.
     """
     num_seqs, num_heads, head_dim = q_SHD.shape
     block_size, num_kv_heads = key_BPKD.shape[1:3]
-    out_SHD = torch.empty(num_seqs, num_heads, head_dim, dtype=q_SHD.dtype, device=q_SHD.device)
+    if out_SHD is None:
+        out_SHD = torch.empty(num_seqs, num_heads, head_dim, dtype=q_SHD.dtype, device=q_SHD.device)
     if num_seqs == 0:
         return out_SHD
     if plan is None:

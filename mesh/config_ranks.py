@@ -27,6 +27,13 @@ class AttentionConfig(Section):
     )
     max_num_seqs: int = Field(256, ge=1, description="sequences in one step of a server")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step of a server")
+    prompt_graph_tokens: int = Field(
+        1024,
+        ge=0,
+        le=2048,
+        description="on GPUs, tokens of a step with prompts, those of decoding sequences included, up to which a CUDA "
+        "graph computes it, so far as max_num_batched_tokens allows so many; 0 = none; the same on all ranks",
+    )
     max_waiting: int = Field(8192, ge=1, description="sequences waiting on one server; beyond it RESOURCE_EXHAUSTED")
     enable_prefix_caching: bool = True
     num_threads: int = Field(1, ge=1, description="torch threads of a server on the CPU")

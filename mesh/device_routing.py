@@ -50,6 +50,13 @@ class DeviceRouting:
         self.slot_load_LG = torch.zeros(num_layers, num_slots, dtype=torch.int64, device=device)
         self.visits_L2 = torch.zeros(num_layers, 2, dtype=torch.int64, device=device)
         self._is_replicated = width > 1
+        # Made once: what slicing costs the host, a step that it enqueues layer by layer waits for.
+        self._prices = {
+            (layer, goes_on): self._prices_of(row, goes_on)
+            for layer, row in self._row_of_layer.items()
+            for goes_on in (False, True)
+        }
+        self._totals = {layer: self._totals_of(row) for layer, row in self._row_of_layer.items()}
         for layer in moe_layers:
             self.put(layer, routing[layer])
         routing.follow(self)
@@ -85,9 +92,9 @@ class DeviceRouting:
 
         ``goes_on``: of tokens behind others of the same step, which are enqueued; they find the prices behind those.
         """
-        if not self._is_replicated:
-            return None
-        row = self._row_of_layer[layer]
+        return self._prices[layer, goes_on] if self._is_replicated else None
+
+    def _prices_of(self, row: int, goes_on: bool) -> ReplicaPrices:
         return ReplicaPrices(
             price_R=self._price_2LR[int(goes_on), row],
             after_R=self._price_2LR[1, row],
@@ -96,7 +103,9 @@ class DeviceRouting:
         )
 
     def totals(self, layer: int) -> RoutingTotals:
-        row = self._row_of_layer[layer]
+        return self._totals[layer]
+
+    def _totals_of(self, row: int) -> RoutingTotals:
         return RoutingTotals(
             pairs_EE=self.pairs_LEE[row], slot_load_G=self.slot_load_LG[row], visits=self.visits_L2[row]
         )

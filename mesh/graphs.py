@@ -1,4 +1,4 @@
-"""CUDA graphs of steps: the device work of a step is captured once for each size and replayed from then on.
+"""CUDA graphs of steps: the device work of a padded step is captured once for each kind and replayed from then on.
 
 A graph is the step loop's own pass through the layers, run once under capture; nothing else knows what a step does.
 """
@@ -7,33 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from expertmesh.mesh.padding import PaddedStep
+
 log = logging.getLogger(__name__)
-
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-"""Tokens a rank that graphs are captured for: what pads a step costs less than 15 % from 48 tokens on."""
-
-
-def sizes_up_to(limit: int) -> tuple[int, ...]:
-    """The graph sizes that steps of at most ``limit`` tokens need."""
-    return tuple(size for size in SIZES if size < limit) + ((round_up(limit),) if limit <= SIZES[-1] else ())
-
-
-def round_up(num_tokens: int) -> int:
-    """The size of the graph that serves so many tokens; beyond the largest one the number itself."""
-    place = bisect_left(SIZES, num_tokens)
-    return SIZES[place] if place < len(SIZES) else num_tokens
-
-
-def eager_sizes_up_to(limit: int) -> tuple[int, ...]:
-    """Tokens of steps without a graph that between them need every kernel that such steps may need."""
-    return tuple(size for size in (2**n for n in range(5, 20)) if size <= limit)
 
 
 class StepGraphs:
@@ -53,25 +36,24 @@ class StepGraphs:
         self._is_alone = is_alone
         if not is_alone:
             _start_libraries(device)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and micro-batches
+        self._graphs: dict[PaddedStep, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # an opaque handle of torch's
         self.num_captures = 0
+        self.replays = Counter[PaddedStep]()
 
-    def capture_all(
-        self, sizes: Iterable[int], passes: Callable[[int], Callable[[], None]], micro_batches: int = 1
-    ) -> None:
-        """Capture ``passes(size)`` for every size, in their order; a pass has so many micro-batches of the size."""
+    def capture_all(self, steps: Iterable[PaddedStep], passes: Callable[[PaddedStep], Callable[[], None]]) -> None:
+        """Capture ``passes(step)`` for every step, in their order."""
         started = time.monotonic()
-        for size in sizes:
-            self.capture(size, passes(size), micro_batches)
+        for step in steps:
+            self.capture(step, passes(step))
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
 
-    def capture(self, size: int, forward: Callable[[], None], micro_batches: int = 1) -> None:
+    def capture(self, step: PaddedStep, forward: Callable[[], None]) -> None:
         if self._is_alone:
             forward()
         graph = self._captured(forward, self._pool)
         self._pool = self._pool or graph.pool()
-        self._graphs[size, micro_batches] = graph
+        self._graphs[step] = graph
         self.num_captures += 1
 
     def rehearse(self, forward: Callable[[], None]) -> None:
@@ -91,16 +73,17 @@ class StepGraphs:
             forward()
         return graph
 
-    def has(self, size: int, micro_batches: int = 1) -> bool:
-        return (size, micro_batches) in self._graphs
+    def has(self, step: PaddedStep) -> bool:
+        return step in self._graphs
 
     def close(self) -> None:
         """Drop the graphs; one that runs goes when it is over."""
         self._graphs.clear()
 
-    def replay(self, size: int, micro_batches: int = 1) -> None:
-        """Enqueue the graph of a size that was captured."""
-        self._graphs[size, micro_batches].replay()
+    def replay(self, step: PaddedStep) -> None:
+        """Enqueue a graph that was captured."""
+        self._graphs[step].replay()
+        self.replays[step] += 1
 
 
 def _start_libraries(device: torch.device) -> None:

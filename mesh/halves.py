@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from expertmesh.mesh.device_routing import DeviceRouting
+    from expertmesh.mesh.padding import PaddedStep
     from expertmesh.mesh.placement import RoutingTables, Topology
 
 
@@ -126,23 +127,26 @@ class DeviceAttentionHalf(AttentionHalf, Protocol):
     def routing(self) -> DeviceRouting:
         """The tables and counts of the view."""
 
-    def stage(self, size: int | None, micro_batches: int = 1) -> None:
+    def stage(self, padded: PaddedStep | None) -> None:
         """Bring the prepared batch to the device; ``micro_batches`` then has what is there.
 
-        ``size``: each of so many micro-batches is padded to it, and what the prepared batch has not is padding alone;
-        None = eagerly, as they are.
+        ``padded``: each micro-batch is padded to its size, and what the prepared batch has not is padding alone; None =
+        eagerly, as they are.
         """
 
-    def stage_chunk_of_nothing(self, size: int) -> None:
-        """As ``stage_nothing``, for a step with chunks of prompts."""
+    def stage_nothing(self, padded: PaddedStep) -> None:
+        """Bring a step that is all padding to the device: to capture a graph with, and where the step is that of other
+        ranks."""
 
-    def stage_nothing(self, size: int, micro_batches: int = 1) -> None:
-        """Bring micro-batches of ``size`` tokens each that are all padding to the device: to capture a graph with, and
-        where the step is that of other ranks."""
+    def stage_chunk_of_nothing(self, size: int) -> None:
+        """As ``stage_nothing``, for a step with chunks of prompts of which no graph is made."""
 
     @property
     def is_decode(self) -> bool:
         """The prepared batch has one token a sequence: it may be padded, and a graph can serve it."""
+
+    def fits(self, padded: PaddedStep) -> bool:
+        """The prepared batch may be padded to this step with chunks: there are places for all that it has."""
 
 
 class ExpertHalf(Protocol):

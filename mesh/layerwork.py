@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertmesh.mesh.dataplane import Dispatched, Exchange, Pending
-from expertmesh.mesh.graphs import round_up
+from expertmesh.mesh.padding import round_up
 
 if TYPE_CHECKING:
     from expertmesh.mesh.halves import MicroBatch

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from expertmesh.mesh.errors import DataPlaneError
 from expertmesh.mesh.framing import Link, Waker
-from expertmesh.mesh.graphs import round_up
+from expertmesh.mesh.padding import first_tokens, padded_step
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
@@ -144,10 +144,12 @@ class Lockstep:
         if not go.stop:
             go.num_tokens.extend(readies[rank].num_tokens for rank in range(self._view.size))
             if any(message.first_tokens for message in readies.values()):
-                go.first_tokens.extend(_first_tokens(readies[rank]) for rank in range(self._view.size))
+                go.first_tokens.extend(first_tokens(readies[rank]) for rank in range(self._view.size))
             go.traceparent = next((m.traceparent for m in readies.values() if m.traceparent), "")
             go.commits.extend(_agreed_commits(readies))
-            go.padded_tokens = _padded_tokens(readies.values())
+            padded = padded_step(readies.values())
+            if padded is not None:
+                go.padded_tokens, go.padded_chunks = padded.size, padded.has_chunks
         payload = go.SerializeToString()
         for link in self._links.values():
             link.send(payload)
@@ -188,21 +190,3 @@ def _agreed_commits(readies: dict[int, mesh_pb2.StepReady]) -> list[int]:
             break
         agreed.intersection_update(message.commits)
     return sorted(agreed)
-
-
-def _first_tokens(message: mesh_pb2.StepReady) -> int:
-    """In the first micro-batch of a step that has two, which need not pay for every rank."""
-    return message.first_tokens or message.num_tokens
-
-
-def _padded_tokens(readies: Iterable[mesh_pb2.StepReady]) -> int:
-    """The size of the step, or of each of its micro-batches, that all ranks have captured for what they bring.
-
-    0 = it has to be computed as it is.
-    """
-    busy = [message for message in readies if message.num_tokens]
-    if not busy or not all(message.can_pad for message in busy):
-        return 0
-    if any(message.first_tokens for message in busy):
-        return round_up(max(max(_first_tokens(m), m.num_tokens - _first_tokens(m)) for m in busy))
-    return round_up(max(message.num_tokens for message in busy))

@@ -32,8 +32,6 @@ from expertmesh.mesh.stepclock import StepClock
 from expertmesh.mesh.view import ViewInfo
 from expertmesh.v1 import mesh_pb2
 
-MICRO_BATCHES = 2
-
 
 @dataclass(slots=True)
 class _Turn:

@@ -3,14 +3,14 @@
 For each step the ranks agree in lockstep, then pass through all MoE layers together: attention halves compute up to
 the experts, the data plane dispatches, expert halves compute, the data plane combines. A rank without one of the
 halves, or without tokens, takes part with nothing. On a device the pass through the layers is captured into a CUDA
-graph for each size of decode steps, and replayed.
+graph for each size of decode steps and of small steps with prompts, and replayed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHal
 from expertmesh.mesh.layerwork import LayerWork
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.migration import Migrations
-from expertmesh.mesh.pingpong import MICRO_BATCHES, PingPong
+from expertmesh.mesh.padding import MICRO_BATCHES, PaddedStep, StepSizes, announced, round_up_chunks
+from expertmesh.mesh.pingpong import PingPong
 from expertmesh.mesh.placement import RoutingTables
 from expertmesh.mesh.reporting import RoutingObserver
 from expertmesh.mesh.stepclock import StepClock
@@ -35,10 +36,8 @@ from expertmesh.v1 import mesh_pb2
 class LoopContext:
     """What the loop of one view works with. ``view`` is as it began; its placements may be switched since.
 
-    With a device plane the attention half is a ``DeviceAttentionHalf``. Decode steps of up to the last of
-    ``graph_sizes``, which are the same on all ranks, are padded to one of them then; on a GPU ``graphs`` hold these
-    steps. ``split_graph_sizes``: of a micro-batch, where steps have two. ``eager_sizes``: tokens of other steps, for
-    which kernels are compiled beforehand.
+    With a device plane the attention half is a ``DeviceAttentionHalf``, and steps are padded to ``sizes``; on a GPU
+    ``graphs`` hold these steps.
     """
 
     view: ViewInfo
@@ -56,9 +55,7 @@ class LoopContext:
     max_num_tokens: int
     clock: StepClock
     graphs: StepGraphs | None = None
-    graph_sizes: Sequence[int] = ()
-    split_graph_sizes: Sequence[int] = ()
-    eager_sizes: Sequence[int] = ()
+    sizes: StepSizes = field(default_factory=StepSizes)
     device: torch.device = CPU
 
 
@@ -90,36 +87,40 @@ class StepLoop:
                 self.step(go)
 
     def capture(self) -> None:
-        """Before ``run``: capture the graphs that decode steps of this rank will want, if any, and let other steps'
-        kernels be compiled, so that no request waits for it."""
+        """Before ``run``: capture the graphs that steps of this rank will want, if any, and let other steps' kernels be
+        compiled, so that no request waits for it."""
         graphs, half = self._c.graphs, cast("DeviceAttentionHalf | None", self._c.attention)
         if graphs is None:
             return
         with torch.inference_mode():
-            for size in self._c.eager_sizes:
+            for size in self._c.sizes.eager:
                 if half is not None:
                     half.stage_chunk_of_nothing(size)
-                graphs.rehearse(partial(self._pass, half, self._padded(size)))
-            whole, split = self._c.graph_sizes, self._c.split_graph_sizes
-            if split:
-                graphs.capture_all(reversed(split), partial(self._pass_of_nothing, half, MICRO_BATCHES), MICRO_BATCHES)
-                whole = whole[:1]  # a step with more than one token a rank is split
-            graphs.capture_all(reversed(whole), partial(self._pass_of_nothing, half, 1))
+                graphs.rehearse(partial(self._pass, half, self._tokens_in(PaddedStep(size))))
+            graphs.capture_all(self._captured(), partial(self._pass_of_nothing, half))
 
     def close(self) -> None:
         """The view is over; to be called before its plane is closed."""
         if self._c.graphs is not None:
             self._c.graphs.close()
 
-    def _pass_of_nothing(self, half: DeviceAttentionHalf | None, parts: int, size: int) -> Callable[[], None]:
-        if half is not None:
-            half.stage_nothing(size, parts)
-        return partial(self._pass, half, self._padded(size, parts))
+    def _captured(self) -> list[PaddedStep]:
+        """The steps that graphs hold, largest first."""
+        sizes = self._c.sizes
+        whole = sizes.decode[:1] if sizes.split else sizes.decode  # what has more than one token a rank is split
+        steps = [PaddedStep(size, has_chunks=True) for size in sizes.chunks]
+        steps += [PaddedStep(size, MICRO_BATCHES) for size in sizes.split] + [PaddedStep(size) for size in whole]
+        return sorted(steps, key=lambda step: -step.size * step.micro_batches)
 
-    def _padded(self, size: int, parts: int = 1) -> list[list[int]]:
-        """By micro-batch and rank, the tokens of a step that is padded to a size."""
-        counts = [size if rank.role in HOSTS_ATTENTION else 0 for rank in self._c.view.proto.ranks]
-        return [counts] * parts
+    def _pass_of_nothing(self, half: DeviceAttentionHalf | None, padded: PaddedStep) -> Callable[[], None]:
+        if half is not None:
+            half.stage_nothing(padded)
+        return partial(self._pass, half, self._tokens_in(padded))
+
+    def _tokens_in(self, padded: PaddedStep) -> list[list[int]]:
+        """By micro-batch and rank."""
+        counts = [padded.size if rank.role in HOSTS_ATTENTION else 0 for rank in self._c.view.proto.ranks]
+        return [counts] * padded.micro_batches
 
     def exchange(self) -> mesh_pb2.StepGo:
         """The lockstep before a step."""
@@ -134,15 +135,26 @@ class StepLoop:
             ready.num_tokens = self._c.attention.prepare()
             if ready.num_tokens:
                 ready.traceparent = self._c.attention.traceparent()
-                ready.can_pad = self._can_pad(ready.num_tokens)
                 ready.first_tokens = self._c.attention.first_tokens
+                if not self._is_recording:
+                    ready.can_pad = self._can_pad(ready.num_tokens)
+                    ready.can_pad_chunks = self._can_pad_chunks(ready.num_tokens)
         return ready
 
+    @property
+    def _is_recording(self) -> bool:
+        return self._c.observer is not None and self._c.observer.is_recording
+
     def _can_pad(self, num_tokens: int) -> bool:
-        sizes, observer = self._c.graph_sizes, self._c.observer
-        if not sizes or num_tokens > sizes[-1] or (observer is not None and observer.is_recording):
+        sizes = self._c.sizes.decode
+        return bool(sizes) and num_tokens <= sizes[-1] and cast(DeviceAttentionHalf, self._c.attention).is_decode
+
+    def _can_pad_chunks(self, num_tokens: int) -> bool:
+        sizes = self._c.sizes.chunks
+        if not sizes or num_tokens > sizes[-1]:
             return False
-        return cast(DeviceAttentionHalf, self._c.attention).is_decode
+        padded = PaddedStep(round_up_chunks(num_tokens), has_chunks=True)
+        return cast(DeviceAttentionHalf, self._c.attention).fits(padded)
 
     def step(self, go: mesh_pb2.StepGo) -> None:
         """Switch the layers whose migrations are due, then one forward pass of all layers.
@@ -206,27 +218,26 @@ class StepLoop:
                 self._work.whole(layer, batch, tokens[index], goes_on=index > 0)
 
     def _pass_on_device(self, go: mesh_pb2.StepGo) -> None:
-        """Replay the graph of the step's size where there is one, or else enqueue the pass.
+        """Replay the step's graph where there is one, or else enqueue the pass.
 
         A rank without tokens takes part in a padded step with padding alone: what a graph sends is static.
         """
         graphs, half = self._c.graphs, cast("DeviceAttentionHalf | None", self._c.attention)
-        is_busy, size, tokens = bool(go.num_tokens[self._c.view.rank]), go.padded_tokens, tokens_of(go)
-        if not size:
+        is_busy, padded = bool(go.num_tokens[self._c.view.rank]), announced(go)
+        if padded is None:
             if half is not None and is_busy:
                 half.stage(None)
-            self._pass(half if is_busy else None, tokens)
+            self._pass(half if is_busy else None, tokens_of(go))
             return
-        parts = len(tokens)
         if half is not None:
             if is_busy:
-                half.stage(size, parts)
+                half.stage(padded)
             else:
-                half.stage_nothing(size, parts)
-        if graphs is not None and graphs.has(size, parts):
-            graphs.replay(size, parts)
+                half.stage_nothing(padded)
+        if graphs is not None and graphs.has(padded):
+            graphs.replay(padded)
         else:
-            self._pass(half, self._padded(size, parts))
+            self._pass(half, self._tokens_in(padded))
 
 
 def tokens_of(go: mesh_pb2.StepGo) -> list[list[int]]:

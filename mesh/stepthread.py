@@ -18,14 +18,14 @@ from expertmesh.mesh.dataplane.device_faults import as_device_lost
 from expertmesh.mesh.device import CPU
 from expertmesh.mesh.errors import DataPlaneError, DeviceLostError
 from expertmesh.mesh.framing import Link, Waker
-from expertmesh.mesh.graphs import StepGraphs, eager_sizes_up_to, sizes_up_to
+from expertmesh.mesh.graphs import StepGraphs
 from expertmesh.mesh.halves import AttentionHalf, DeviceAttentionHalf, ExpertHalf
 from expertmesh.mesh.inbox import Inbox
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.meet import Links, meet
 from expertmesh.mesh.migration import MigrationContext, Migrations, failed_status
 from expertmesh.mesh.model.spec import ModelSpec
-from expertmesh.mesh.pingpong import MICRO_BATCHES
+from expertmesh.mesh.padding import StepSizes, step_sizes
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.rank_security import RankSecurity
 from expertmesh.mesh.reporting import RoutingObserver
@@ -292,10 +292,8 @@ class StepThread:
         migrations: Migrations,
         routing: RoutingTables,
     ) -> LoopContext:
-        has_graphs, attention = self._device.type == "cuda", self._config.attention
-        max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
-        splits = self._config.dataplane.micro_batches == MICRO_BATCHES
-        max_tokens = max(attention.max_num_seqs, attention.max_num_batched_tokens)
+        has_graphs = self._device.type == "cuda"
+        sizes = step_sizes(self._config.attention, self._config.dataplane.micro_batches) if has_graphs else StepSizes()
         return LoopContext(
             view=view,
             attention=self._attention,
@@ -312,9 +310,7 @@ class StepThread:
             max_num_tokens=self._max_num_tokens(view),
             clock=self._clock,
             graphs=StepGraphs(self._device, is_alone=view.size == 1) if has_graphs else None,
-            graph_sizes=sizes_up_to(max_decodes) if has_graphs else (),
-            split_graph_sizes=sizes_up_to(-(-max_decodes // MICRO_BATCHES)) if has_graphs and splits else (),
-            eager_sizes=eager_sizes_up_to(max_tokens) if has_graphs else (),
+            sizes=sizes,
             device=self._device,
         )
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from expertmesh.mesh.config import ModelConfig
-from expertmesh.mesh.graphs import round_up
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.model.weights import DummyCheckpoint
+from expertmesh.mesh.padding import PaddedStep, round_up
 from support.engine_driver import TimedDriver
 from support.solo_rank import SoloRank
 
@@ -142,7 +142,7 @@ def time_graph(rank: Timed, requests: int, tokens_in: int, chunk: int) -> float:
     torch.cuda.synchronize()
     start.record()
     for _ in range(_REPLAYS):
-        rank.graphs.replay(round_up(requests))
+        rank.graphs.replay(PaddedStep(round_up(requests)))
     end.record()
     end.synchronize()
     rank.run()

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from decode import QWEN3_30B_A3B
 
-from expertmesh.mesh.graphs import round_up
+from expertmesh.mesh.padding import PaddedStep, round_up
 from support.gpu_engines import EngineJob, Request, TimedEngine, close_engine, open_engine, submit
 from support.gpu_ranks import PlaneConfig, Rank, Ranks, gpu_ranks
 from support.kernel_overlap import KernelTime, hidden
@@ -114,13 +114,13 @@ def time_graph(rank: Rank, job: tuple[Load, int]) -> float:
     assert engine.graphs is not None, "there is a GPU"
     most = max(load.of(Rank(peer, rank.size, rank.store, rank.device)) for peer in range(rank.size))
     parts = min(micro_batches, most)
-    size = round_up(-(-most // parts))
+    step = PaddedStep(round_up(-(-most // parts)), parts)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    engine.graphs.replay(size, parts)
+    engine.graphs.replay(step)
     start.record()
     for _ in range(_REPLAYS):
-        engine.graphs.replay(size, parts)
+        engine.graphs.replay(step)
     end.record()
     end.synchronize()
     engine.run()

@@ -60,6 +60,7 @@ def generate(rank: SoloRank, *, together: bool = True, **options: Any) -> list[l
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "graphs": {},
+    "prompts without graphs": {"prompt_graph_tokens": 0},
     "eager": {"uses_graphs": False},
     "chunks": {"max_num_batched_tokens": 17},
     "preemption": {"num_kv_blocks": 22, "block_size": 16, "kv_cache_bytes": None},
@@ -75,6 +76,8 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     rank = rank_of(folder, **CONFIGS[name])
     assert generate(rank, together=together) == expected
+    if rank.graphs is not None:
+        assert any(step.has_chunks for step in rank.graphs.replays) == (name != "prompts without graphs")
     if name == "preemption" and together:
         assert rank.half.engine.counts.preemptions > 0
 
@@ -85,6 +88,33 @@ def test_cached_prefixes_change_no_token(folder: Path, expected: list[list[int]]
     rank.outputs.clear()
     assert generate(rank) == expected
     assert rank.outputs[2][-1].cached_tokens >= 112
+
+
+def test_no_step_is_without_a_graph_while_prompts_come_and_others_decode(
+    folder: Path, expected: list[list[int]]
+) -> None:
+    """More decode than the least step with prompts has tokens; chunks that are no prompt's last, cached prefixes."""
+    rank = rank_of(folder, max_num_seqs=80, max_num_batched_tokens=140, kv_cache_bytes=2**26)
+    assert rank.graphs is not None
+    captures = rank.graphs.num_captures
+    for handle in range(100, 170):
+        rank.submit(handle, PROMPTS[0], max_tokens=2 * LENGTH)
+    steps = 0
+    while len(rank.outputs) < 70:
+        steps += bool(rank.step())
+    for handle, prompt in enumerate(PROMPTS):
+        rank.submit(handle, prompt, max_tokens=LENGTH)
+        rank.submit(200 + handle, prompt, max_tokens=LENGTH, logprobs=1)
+        steps += bool(rank.step())
+    steps += rank.run()
+    for handle, tokens in enumerate(expected):
+        assert rank.tokens(handle) == rank.tokens(200 + handle) == tokens
+    for handle in range(100, 170):
+        assert rank.tokens(handle)[:LENGTH] == expected[0]
+    assert rank.graphs.num_captures == captures
+    assert rank.graphs.replays.total() == steps
+    sizes = {step.size for step in rank.graphs.replays if step.has_chunks}
+    assert 192 in sizes, "140 tokens take the step of 192"
 
 
 def test_logits_in_bfloat16_are_within_its_noise(folder: Path, reference: Qwen3MoeForCausalLM) -> None:

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from support.checkpoints import make_tiny_qwen3_moe
 from support.gpu_backends import DEEPEP
-from support.gpu_engines import EngineJob, Request, close_engine, generate, num_captures, open_engine
+from support.gpu_engines import EngineJob, Request, close_engine, generate, num_captures, num_replays, open_engine
 from support.gpu_ranks import PlaneConfig, Ranks, gpu_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -69,6 +69,8 @@ def outputs_of(ranks: Ranks, requests: list[Request]) -> dict[int, list[Any]]:
     [
         {},
         {"uses_graphs": False},
+        {"config": {"prompt_graph_tokens": 0}},
+        {"config": {"prompt_graph_tokens": 64}},
         {"config": {"max_num_batched_tokens": 17}},
         {"max_num_tokens": 8},
         {"micro_batches": 2},
@@ -94,7 +96,12 @@ def test_greedy_tokens_are_those_of_transformers(
                 found = [output.token for output in outputs[request.handle] if output.token is not None]
                 assert found == wanted[0, len(request.prompt) :].tolist()
         assert ranks.run(num_captures) == captures
-        assert bool(captures[0]) == bool(captures[1]) == options.get("uses_graphs", True)
+        uses_graphs = options.get("uses_graphs", True)
+        assert bool(captures[0]) == bool(captures[1]) == uses_graphs
+        with_chunks = options.get("config", {}).get("prompt_graph_tokens", 1) and not options.get("micro_batches")
+        (decodes, chunks), others = ranks.run(num_replays)
+        assert (decodes, chunks) == others, "both ranks replay, whatever they bring"
+        assert (bool(decodes), bool(chunks)) == (uses_graphs, bool(uses_graphs and with_chunks))
     finally:
         ranks.run(close_engine)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,14 @@ def submit(engine: EngineRank, rank: Rank, requests: Sequence[Request]) -> None:
 def num_captures(rank: Rank) -> int:
     engine: TimedEngine = rank.keep["engine"]
     return engine.graphs.num_captures if engine.graphs is not None else 0
+
+
+def num_replays(rank: Rank) -> tuple[int, int]:
+    """Of graphs of decode steps, and of steps with chunks of prompts."""
+    engine: TimedEngine = rank.keep["engine"]
+    replays = engine.graphs.replays if engine.graphs is not None else Counter()
+    chunks = sum(count for step, count in replays.items() if step.has_chunks)
+    return replays.total() - chunks, chunks
 
 
 def _links(rank: Rank) -> dict[int, Link]:

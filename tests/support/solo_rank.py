@@ -17,12 +17,13 @@ from expertmesh.mesh.config import AttentionConfig
 from expertmesh.mesh.dataplane import DataPlane
 from expertmesh.mesh.dataplane.local import LocalPlane
 from expertmesh.mesh.framing import Link, Waker
-from expertmesh.mesh.graphs import StepGraphs, eager_sizes_up_to, sizes_up_to
+from expertmesh.mesh.graphs import StepGraphs
 from expertmesh.mesh.halves import SlotChange
 from expertmesh.mesh.lockstep import Lockstep
 from expertmesh.mesh.migration import MigrationContext, Migrations
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import ModelSpec
+from expertmesh.mesh.padding import StepSizes, step_sizes
 from expertmesh.mesh.placement import RoutingTables, Topology
 from expertmesh.mesh.stepclock import StepClock
 from expertmesh.mesh.steploop import LoopContext, Progress, StepLoop
@@ -49,7 +50,7 @@ class EngineRank(EngineDriver):
 
     Args:
         plane: of this rank. links: to the others, for the lockstep, by rank. next_view: as the lockstep asks for it.
-        uses_graphs: None = on a GPU. pads: decode steps are padded also where no graph runs them.
+        uses_graphs: None = on a GPU. pads: steps are padded also where no graph runs them.
         max_num_tokens: of one rank in one exchange. micro_batches: of a step of several sequences.
         config: keys of ``attention``.
     """
@@ -119,7 +120,6 @@ class EngineRank(EngineDriver):
             view, links, self._waker, next_view, self.migrations.listed, timeout_s=60.0, idle_tick_s=0.0, join_s=180.0
         )
         self.graphs = StepGraphs(device, is_alone=view.size == 1) if with_graphs else None
-        max_decodes = min(attention.max_num_seqs, attention.max_num_batched_tokens)
         self.loop = StepLoop(
             LoopContext(
                 view=view,
@@ -137,9 +137,7 @@ class EngineRank(EngineDriver):
                 max_num_tokens=max_num_tokens,
                 clock=StepClock(telemetry, has_experts=has_experts),
                 graphs=self.graphs,
-                graph_sizes=sizes_up_to(max_decodes) if with_graphs or pads else (),
-                split_graph_sizes=sizes_up_to(-(-max_decodes // 2)) if with_graphs and micro_batches == 2 else (),
-                eager_sizes=eager_sizes_up_to(max(attention.max_num_seqs, attention.max_num_batched_tokens)),
+                sizes=step_sizes(attention, micro_batches) if with_graphs or pads else StepSizes(),
                 device=device,
             ),
             Progress(),

@@ -11,7 +11,6 @@ import torch
 from expertmesh.mesh.config import ModelConfig, parse_config
 from expertmesh.mesh.device import LOCAL_RANK_VARIABLES, begin_behind_steps, beside_steps, resolve_device
 from expertmesh.mesh.errors import UserError
-from expertmesh.mesh.graphs import SIZES, round_up, sizes_up_to
 from expertmesh.mesh.model.spec import load_spec
 from expertmesh.mesh.model.weights import DummyCheckpoint, open_checkpoint
 from support.checkpoints import write_checkpoint
@@ -101,12 +100,3 @@ def test_a_model_with_random_weights_needs_its_config_alone(tmp_path: Path) -> N
         parts = checkpoint.layer_tensors(spec, layer)
         assert all(part.isfinite().all() for part in parts.values())
         assert (parts["input_norm"] - 1).abs().max() <= 0.1
-
-
-def test_graph_sizes_serve_every_step_up_to_a_limit() -> None:
-    for limit in (1, 3, 64, 65, 500, 512):
-        sizes = sizes_up_to(limit)
-        assert list(sizes) == sorted(sizes)
-        assert {round_up(tokens) for tokens in range(1, limit + 1)} == set(sizes)
-    assert sizes_up_to(4096) == SIZES
-    assert round_up(4000) == 4000

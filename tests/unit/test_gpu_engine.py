@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from expertmesh.attention_server.constraint import ConstraintCompiler
+from expertmesh.mesh import padding
 from expertmesh.mesh.config import ModelConfig
 from expertmesh.mesh.constraint import Constraint
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
+from expertmesh.mesh.padding import PaddedStep
 from support.attention import LocalEngine, PlainExperts, one_torch_thread
 from support.checkpoints import write_checkpoint
 from support.small_tokens import EOS, TOKENS, write_tokenizer
@@ -31,6 +33,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96,
 }
 PROMPT = [5, 9, 20, 31, 44, 7]
+# In rows that belong to no slot, and pieces of no tokens.
+NOTHING = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +46,18 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {"spec": spec, "checkpoint": Checkpoint(path)}
 
 
-def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
+@NOTHING
+@pytest.mark.parametrize("pads", [False, True])
+def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pads: bool) -> None:
     """Chunks beside decodes, few blocks, a stop id that is noticed a step late, options beyond the step's sampler."""
+    monkeypatch.setattr(padding, "CHUNK_SIZES", (5, 8))
     config: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 6, "block_size": 4}
     cpu = LocalEngine(parts["spec"], parts["checkpoint"], PlainExperts(parts["spec"], parts["checkpoint"]), **config)
     cpu.submit(1, PROMPT, max_tokens=4)
     cpu.run()
     stop = cpu.tokens(1)[1]
-    rank = SoloRank(parts["spec"], parts["checkpoint"], "cpu", **config)
+    rank = SoloRank(parts["spec"], parts["checkpoint"], "cpu", pads=pads, **config)
+    staged = watch_staged(rank.half)
     cpu.outputs.clear()
     for engine in (cpu, rank):
         engine.submit(1, PROMPT, max_tokens=4)
@@ -68,7 +76,21 @@ def test_the_same_tokens_as_on_the_cpu(parts: dict[str, Any]) -> None:
     computed = sum(len(PROMPT) + count - 1 for count in (4, 2)) + 3
     surplus = int(rank.half.routing.slot_load_LG.sum()) // parts["spec"].top_k - computed
     assert 0 <= surplus <= 4 * len(PROMPT), "what was computed again after a preemption, and the token behind the stop"
+    assert {step is not None for step in staged} == {pads}
+    assert not pads or {step.has_chunks for step in staged if step} == {True, False}
     rank.close()
+
+
+def watch_staged(half: Any) -> list[PaddedStep | None]:
+    """Gets what each step is padded to, None = it is not."""
+    stage, staged = half.stage, list[PaddedStep | None]()
+
+    def stage_and_note(padded: PaddedStep | None) -> None:
+        staged.append(padded)
+        stage(padded)
+
+    half.stage = stage_and_note
+    return staged
 
 
 def test_blocks_can_be_handed_over_when_the_steps_under_way_are_over(parts: dict[str, Any]) -> None:
@@ -103,15 +125,21 @@ def watch_steps(half: Any) -> list[bool]:
     return quiet
 
 
-@pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)  # in rows that belong to no slot
-@pytest.mark.parametrize(("roles", "micro_batches"), [("bb", 1), ("ae", 1), ("bb", 2), ("ae", 2)])
+@NOTHING
+@pytest.mark.parametrize(
+    ("roles", "micro_batches", "prompt_graph_tokens"), [("bb", 1, 7), ("ae", 1, 5), ("bb", 2, 7), ("ae", 2, 7)]
+)
 def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(
-    parts: dict[str, Any], roles: str, micro_batches: int
+    parts: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    roles: str,
+    micro_batches: int,
+    prompt_graph_tokens: int,
 ) -> None:
-    """Decode steps are padded to the size that all ranks agree on, also by a rank that has nothing to do."""
+    """Steps are padded to the size that all ranks agree on, also by a rank that has nothing to do."""
+    monkeypatch.setattr(padding, "CHUNK_SIZES", (5, 8))  # fewer may be of sequences with one
     config: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 12, "block_size": 4}
+    config["prompt_graph_tokens"] = prompt_graph_tokens
     spec, checkpoint = parts["spec"], parts["checkpoint"]
     requests = {1: (PROMPT, 7), 2: (PROMPT[:3], 3), 3: ([3], 4)}
     cpu = LocalEngine(spec, checkpoint, PlainExperts(spec, checkpoint), **config)
@@ -127,15 +155,22 @@ def test_ranks_of_a_view_give_the_same_tokens_in_padded_steps(
     for handle, rank in own.items():
         assert mesh.ranks[rank].tokens(handle) == cpu.tokens(handle)
     padded = [go for go in mesh.goes[0] if go.padded_tokens]
+    eager = [go for go in mesh.goes[0] if any(go.num_tokens) and not go.padded_tokens]
+    chunks = [go for go in padded if go.padded_chunks]
     if micro_batches == 1:
         assert any(go.padded_tokens > max(go.num_tokens) or 0 in go.num_tokens for go in padded), "nothing was padded"
+        assert any(max(go.num_tokens) < go.padded_tokens for go in chunks), "no step with chunks was padded"
+        assert bool(eager) == (prompt_graph_tokens < 7), "a step of more tokens is computed as it is"
+        if roles == "bb":
+            assert any(go.padded_tokens == 8 and min(go.num_tokens) for go in chunks), "a rank decodes beside prompts"
     else:
+        assert eager
+        assert not chunks, "chunks are padded only in steps that are one batch"
         split = [go for go in mesh.goes[0] if go.first_tokens]
         sizes = [(2 * go.padded_tokens, go.num_tokens[rank]) for go in split for rank in own.values()]
         assert any(size > count for size, count in sizes), "nothing was padded"
         assert any(not go.padded_tokens for go in split), "chunks of prompts are split, too"
         assert any(not go.first_tokens for go in padded), "one sequence is not split"
-    assert any(any(go.num_tokens) and not go.padded_tokens for go in mesh.goes[0]), "chunks of prompts are never padded"
     assert mesh.goes[0] == mesh.goes[1], "all ranks make the same steps"
     mesh.close()
 

@@ -40,6 +40,19 @@ def test_no_sequences() -> None:
     assert out.shape == (0, 4, 16)
 
 
+def test_writes_where_it_is_told_and_nothing_beyond() -> None:
+    """As in a step whose further tokens belong to chunks, and whose table has their sequences too."""
+    generator = torch.Generator().manual_seed(3)
+    q_SHD, cache = (torch.randn(shape, generator=generator) for shape in ((3, 4, 16), (4, 16, 2, 16)))
+    blocks_ST, lengths_S = torch.tensor([[0, 1], [2, 0], [3, 0], [9, 9]]), torch.tensor([20, 5, 0])
+    out_THD = torch.full((5, 4, 16), 7.0)
+    found = paged_decode_attention(q_SHD, cache, cache, blocks_ST, lengths_S, out_SHD=out_THD[:3])
+    assert found.data_ptr() == out_THD.data_ptr()
+    assert torch.equal(found, paged_decode_attention(q_SHD, cache, cache, blocks_ST[:3], lengths_S))
+    assert not out_THD[2].any(), "no context gives 0"
+    assert (out_THD[3:] == 7).all()
+
+
 @pytest.mark.parametrize("lengths", [[0, 1, 15, 16, 17, 700, 64, *[33] * 30], [0, 0], [5, 0, 40], [9000]], ids=len)
 @pytest.mark.parametrize("programs_per_sm", [1, 20])
 def test_a_plan_covers_every_position_once_in_parts_of_at_most_a_share(

@@ -108,6 +108,22 @@ def test_a_step_has_two_micro_batches_where_a_rank_brings_two(three: Ranks) -> N
     assert goes[0].padded_tokens == 4
 
 
+def test_a_step_with_prompts_is_padded_where_all_ranks_can(three: Ranks) -> None:
+    """The others decode or have nothing to do."""
+    waiting = [
+        three.exchange(0, 9, can_pad=True, can_pad_chunks=True),
+        three.exchange(1, 100, can_pad_chunks=True),
+        three.exchange(2),
+    ]
+    go = waiting[1].result(20)
+    assert all(future.result(20) == go for future in waiting)
+    assert (go.padded_tokens, go.padded_chunks) == (128, True)
+    goes = [future.result(20) for future in [three.exchange(rank, 9, can_pad=True) for rank in range(3)]]
+    assert (goes[2].padded_tokens, goes[2].padded_chunks) == (16, False)
+    goes = [future.result(20) for future in [three.exchange(rank, 9, can_pad_chunks=rank > 0) for rank in range(3)]]
+    assert (goes[2].padded_tokens, goes[2].padded_chunks) == (0, False), "rank 0 cannot"
+
+
 def test_idle_ranks_wait_until_one_has_work(three: Ranks) -> None:
     tokens = [0, 0, 0]
     asked = threading.Barrier(4)

@@ -1042,6 +1042,7 @@ class StepReady(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     CAN_PAD_FIELD_NUMBER: _builtins.int
     FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    CAN_PAD_CHUNKS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     num_tokens: _builtins.int
     next_view: _builtins.int
@@ -1052,6 +1053,8 @@ class StepReady(_message.Message):
     """its batch is one token a sequence, and may be padded: a captured step can serve it"""
     first_tokens: _builtins.int
     """of num_tokens, those in the first of two micro-batches; 0 = the batch is one"""
+    can_pad_chunks: _builtins.bool
+    """its batch may be padded as one with chunks of prompts: a captured step of those can serve it"""
     @_builtins.property
     def commits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """migrations that this rank is ready to switch to"""
@@ -1066,10 +1069,11 @@ class StepReady(_message.Message):
         commits: _abc.Iterable[_builtins.int] | None = ...,
         can_pad: _builtins.bool = ...,
         first_tokens: _builtins.int = ...,
+        can_pad_chunks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_pad", b"can_pad", "commits", b"commits", "first_tokens", b"first_tokens", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_pad", b"can_pad", "can_pad_chunks", b"can_pad_chunks", "commits", b"commits", "first_tokens", b"first_tokens", "next_view", b"next_view", "num_tokens", b"num_tokens", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1088,12 +1092,15 @@ class StepGo(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     PADDED_TOKENS_FIELD_NUMBER: _builtins.int
     FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    PADDED_CHUNKS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     traceparent: _builtins.str
     stop: _builtins.bool
     """the view ends here in good order: every rank waits for the next one"""
     padded_tokens: _builtins.int
     """every rank with an attention half brings so many tokens, padding included; 0 = as they are"""
+    padded_chunks: _builtins.bool
+    """padded_tokens is the size of a step with chunks of prompts"""
     @_builtins.property
     def num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """by rank"""
@@ -1116,10 +1123,11 @@ class StepGo(_message.Message):
         commits: _abc.Iterable[_builtins.int] | None = ...,
         padded_tokens: _builtins.int = ...,
         first_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        padded_chunks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "first_tokens", b"first_tokens", "num_tokens", b"num_tokens", "padded_tokens", b"padded_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "first_tokens", b"first_tokens", "num_tokens", b"num_tokens", "padded_chunks", b"padded_chunks", "padded_tokens", b"padded_tokens", "step", b"step", "stop", b"stop", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
