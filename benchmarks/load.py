@@ -73,8 +73,8 @@ class MemoryWatch:
             for name, process in self._processes.items():
                 self.samples[name].append(process.memory_info().rss)
 
-    def report(self) -> dict[str, dict[str, float | bool]]:
-        """Of every service: MiB in the middle and at the end, and whether that is flat."""
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Of every service: MiB in the middle and at the end, whether that is flat, and in each tenth of the run."""
         return {name: _growth(samples) for name, samples in self.samples.items()}
 
     def cpu_s(self) -> dict[str, float]:
@@ -82,11 +82,17 @@ class MemoryWatch:
         return {name: round(spent.user + spent.system, 1) for name, spent in times.items()}
 
 
-def _growth(samples: list[int]) -> dict[str, float | bool]:
+def _growth(samples: list[int]) -> dict[str, Any]:
     fifth = max(1, len(samples) // 5)
     middle, end = statistics.median(samples[2 * fifth : 3 * fifth] or samples), statistics.median(samples[-fifth:])
     is_flat = end - middle <= max(MAX_GROWTH * middle, MAX_GROWTH_BYTES)
-    return {"middle_mib": round(middle / 2**20, 1), "end_mib": round(end / 2**20, 1), "flat": is_flat}
+    tenth = max(1, len(samples) // 10)
+    curve = [_mib(statistics.median(samples[begin : begin + tenth])) for begin in range(0, len(samples), tenth)][:10]
+    return {"middle_mib": _mib(middle), "end_mib": _mib(end), "flat": is_flat, "curve_mib": curve}
+
+
+def _mib(size: float) -> float:
+    return round(size / 2**20, 1)
 
 
 def main() -> None:

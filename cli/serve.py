@@ -26,6 +26,7 @@ from expertmesh.mesh.errors import EXIT_DEVICE_LOST, DeviceLostError, UserError
 log = logging.getLogger(__name__)
 
 _YOUNG_OBJECTS = 10_000  # made and not freed since garbage was looked for last
+_LOOKS = (10, 2)  # at the young, before one at what outlived such a look; of those, before one at everything
 ORPHAN_GRACE_S = 5.0
 """How long a process whose launcher died may drain."""
 
@@ -187,10 +188,14 @@ async def _run(
 
 
 def _collect_less_garbage() -> None:
-    """For a process whose every token makes objects, and hardly a cycle: looking for those took a tenth of its time."""
+    """For a process whose every token makes objects, and hardly a cycle: looking for those took a tenth of its time.
+
+    A cycle that lives as long as a request is found by a look at everything alone. Requests leave none that is known
+    (tests/integration/test_router_memory.py); those that are not are looked for more often than Python would.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
+    gc.set_threshold(_YOUNG_OBJECTS, *_LOOKS)
 
 
 def _stop_on_signals(stop: asyncio.Event, ignore_sigterm: bool) -> None:

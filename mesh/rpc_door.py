@@ -60,28 +60,41 @@ class Door(grpc.aio.ServerInterceptor):
         )
 
         async def checked(requests: AsyncIterator[Any], context: Context) -> Any:
-            gate = self._gate
-            if gate is None:
-                return await inner(await self._input(handler, requests, context), context)
-            caller, rule = ANYBODY, None
             try:
-                caller, rule = gate.admit_rpc(method, context)
-                _principal.set(caller)
-                request = await self._input(handler, requests, context)
-                if rule.writes:
-                    return await _audited(gate, caller, method, inner, request, context)
-                return await inner(request, context)
-            except Denied as denied:
-                if rule is not None:  # the handler found it; the gate has written its own down
-                    gate.audit.denied(caller.who, method, denied.code.name, denied.message)
-                await abort(context, denied)
+                return await self._answer(method, handler, inner, requests, context)
+            except grpc.aio.AbortError as error:
+                # gRPC keeps it with the call, and the frames that it came through keep the call: with them it would be
+                # the garbage collector that frees the request.
+                error.__context__ = None
+                raise error.with_traceback(None) from None
+            finally:
+                del requests, context
 
         return checked
+
+    async def _answer(
+        self, method: str, handler: Any, inner: Any, requests: AsyncIterator[Any], context: Context
+    ) -> Any:
+        gate = self._gate
+        if gate is None:
+            return await inner(await self._input(handler, requests, context), context)
+        caller, rule = ANYBODY, None
+        try:
+            caller, rule = gate.admit_rpc(method, context)
+            _principal.set(caller)
+            request = await self._input(handler, requests, context)
+            if rule.writes:
+                return await _audited(gate, caller, method, inner, request, context)
+            return await inner(request, context)
+        except Denied as denied:
+            if rule is not None:  # the handler found it; the gate has written its own down
+                gate.audit.denied(caller.who, method, denied.code.name, denied.message)
+            await abort(context, denied)
 
     async def _input(self, handler: Any, requests: AsyncIterator[Any], context: Context) -> Any:
         if handler.request_streaming:
             return requests  # its handler has a time-out of its own
-        return await _first(requests, self._timeout_s, context)
+        return await _first(self._timeout_s, context)
 
 
 async def _audited(gate: Gate, caller: Principal, method: str, inner: Any, request: Any, context: Context) -> Any:
@@ -104,17 +117,20 @@ async def abort(context: Context, denied: Denied) -> None:
     await context.abort(denied.code, denied.message, trailing)
 
 
-async def _first(requests: AsyncIterator[Any], timeout_s: float, context: Context) -> Any:
+async def _first(timeout_s: float, context: Context) -> Any:
+    """The one message of a call. Not from the iterator of its messages: that and the call, once it is begun and not
+    read to its end, keep each other for the garbage collector."""
     try:
         async with asyncio.timeout(timeout_s):
-            return await anext(requests)
+            message = await context.read()
     except TimeoutError:
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _too_late(timeout_s))
-    except StopAsyncIteration:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message: send one")
     except DecodeError as error:
         text = f"the request's bytes are no valid message ({error}); send protobuf with UTF-8 strings"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+    if message is grpc.aio.EOF:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message: send one")
+    return message
 
 
 def _too_late(timeout_s: float) -> str:

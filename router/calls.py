@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 
@@ -85,10 +86,29 @@ class Calls:
         if len(requests) == 1:
             await run(0, call)
             return
-        try:
-            with around_choices(self._observer, call.metadata, len(requests)) as metadata:
-                async with asyncio.TaskGroup() as group:
-                    for index in range(len(requests)):
-                        group.create_task(run(index, replace(call, metadata=metadata)))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        with around_choices(self._observer, call.metadata, len(requests)) as metadata:
+            failure = await _first_failure(
+                run(index, replace(call, metadata=metadata)) for index in range(len(requests))
+            )
+            try:
+                if failure is not None:
+                    raise failure
+            finally:
+                del failure  # it keeps this frame
+
+
+async def _first_failure(runs: Iterable[Coroutine[Any, Any, None]]) -> BaseException | None:
+    """Run them beside each other; what the first of them failed with, after which the others are cancelled.
+
+    A group of tasks keeps the errors that it raises in the frames that these keep: they leave here without them.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            for run in runs:
+                group.create_task(run)
+    except BaseExceptionGroup as errors:
+        errors.__traceback__ = None
+        return errors.exceptions[0]
+    except asyncio.CancelledError as error:
+        raise error.with_traceback(None) from None
+    return None

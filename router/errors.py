@@ -24,6 +24,10 @@ class Refusal(Exception):
         self.retry_after_ms = retry_after_ms
         self.field = field
 
+    def anew(self) -> Refusal:
+        """The same, to be raised where this one is kept: an error that is raised keeps those who keep it."""
+        return Refusal(self.code, self.message, retry_after_ms=self.retry_after_ms, field=self.field)
+
 
 def invalid(field: str, problem: str, remedy: str) -> Refusal:
     """An INVALID_ARGUMENT that names the field, what is wrong with its value, and what to send instead."""

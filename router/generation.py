@@ -60,7 +60,8 @@ class Generation:
         self.finish: generate_pb2.Finish | None = None
         self.refusal: Refusal | None = None
         self.first_token_s: float | None = None
-        self.on_first_token: Callable[[], None] | None = None
+        self.on_first_token: Callable[[float], None] | None = None
+        """Is told when it came, on ``clock``. It must not keep the generation, which would then outlive its end."""
         self.on_gap: Callable[[float, int], None] | None = None
         """Is told the mean time between so many tokens, of every step but the first."""
         self.last_token_s = accepted_s
@@ -192,7 +193,7 @@ class Generation:
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s = now_s
             if self.on_first_token is not None:
-                self.on_first_token()
+                self.on_first_token(now_s)
             count -= 1
         if count and self.on_gap is not None:
             self.on_gap((now_s - self.last_token_s) / count, count)

@@ -20,7 +20,7 @@ _SHORTEST_S = 0.001  # the resolution of the loop's timers: one that comes early
 
 
 class Patience:
-    """Ends a request that stands still for too long, from ``look`` to ``stop``.
+    """Ends a request that stands still for too long, from ``look`` to ``end``.
 
     One timer, which sees when it comes how much longer there is to wait: the tokens and messages of the meantime do not
     touch it.
@@ -42,7 +42,7 @@ class Patience:
         self._generation = generation
         self._config = config
         self._deadline_s = deadline_s
-        self._stalled = stalled
+        self._stalled: asyncio.Timeout | None = stalled
         self._why_not_serving = why_not_serving
         self._progress: tuple[int, float] | None = None
         self._homeless_since_s = 0.0
@@ -57,7 +57,7 @@ class Patience:
 
         To be called when it has been given to a server, and when it has none: only that can bring its end nearer.
         """
-        self.stop()
+        self._stop()
         now_s = time.monotonic()
         if now_s >= self._ends_s(now_s):
             self._give_up()
@@ -65,12 +65,18 @@ class Patience:
         stalls_s = since_s + self._config.client_stall_timeout_s
         loop = asyncio.get_running_loop()
         if now_s >= stalls_s:
+            assert self._stalled is not None, "it looks no more once it has ended"
             self._stalled.reschedule(loop.time())
             return
         wait_s = min(self._ends_s(now_s), stalls_s) - now_s
         self._timer = loop.call_later(max(wait_s, _SHORTEST_S), self.look)
 
-    def stop(self) -> None:
+    def end(self) -> None:
+        """The request is over. A time-out keeps its task, and that the error that it was cancelled with."""
+        self._stop()
+        self._stalled = None
+
+    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

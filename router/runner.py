@@ -105,7 +105,7 @@ class Runner:
             if request_id in self._cancelled_early:
                 generation.cancel()
             self.admission.may_shed(request_id, generation.fail)
-            generation.on_first_token = functools.partial(self._begun, generation, caller)
+            generation.on_first_token = functools.partial(self._begun, request_id, caller.telemetry)
             generation.on_gap = caller.telemetry.on_gap
             await _Placement(self, generation, request, caller).drive(emit)
         finally:
@@ -114,11 +114,10 @@ class Runner:
             self._cancelled_early.discard(request_id)
             self.admission.release(request_id)
 
-    def _begun(self, generation: Generation, caller: Caller) -> None:
+    def _begun(self, request_id: str, telemetry: RequestTelemetry, now_s: float) -> None:
         """Its first token is there."""
-        assert generation.first_token_s is not None
-        self.admission.may_shed(generation.request_id, None)
-        caller.telemetry.on_first_token(generation.first_token_s)
+        self.admission.may_shed(request_id, None)
+        telemetry.on_first_token(now_s)
 
     def _check_envelope(self, request: generate_pb2.GenerateRequest) -> None:
         """What costs nothing to check, before the request takes a place."""
@@ -219,14 +218,15 @@ class _Placement:
                 " (router.client_stall_timeout_s); read the stream as it comes",
             ) from None
         finally:
-            patience.stop()
+            patience.end()
+            del stalled
             self._pool.forget(generation)
             if self._pool.view_traceparent != self._began_under:
                 self._caller.telemetry.on_view_changed(self._pool.view_traceparent)
             if self._link is not None:
                 self._link.abort(self._handle)
         if generation.refusal is not None:
-            raise generation.refusal
+            raise generation.refusal.anew()
 
     async def _pass_on(self, emit: Emit, patience: Patience) -> None:
         """What comes, to the client; while that takes a message, what comes next gathers for the one behind it."""

@@ -61,10 +61,11 @@ class Generating:
             gone.cancel()
             # The attention servers let go of what was cancelled in here.
             await asyncio.gather(work, gone, return_exceptions=True)
-        if work.cancelled():
+        try:
+            work.result()  # where it was cancelled too: a task keeps that error, and what it came through, until asked
+        except asyncio.CancelledError:
             self._count(CLIENT_GONE)
             return
-        work.result()
         self._count(answer.status)
         if not answer.complete:
             scope[ABORT_KEY]()
