@@ -7,15 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-import yaml
-
 from expertmesh.cli.connection import admin_tls, door_tls
 from expertmesh.cli.health_probe import HealthProbe
+from expertmesh.cli.local_config import LocalConfig
 from expertmesh.cli.local_errors import MeshFailedError, MeshInterruptedError
 from expertmesh.cli.local_plan import (
     GpuNumbers,
@@ -23,14 +21,12 @@ from expertmesh.cli.local_plan import (
     environment,
     has_past,
     with_balancer_state,
-    with_balancers,
-    with_router,
 )
 from expertmesh.cli.local_roster import SCALED_ROLES, Roster
 from expertmesh.cli.process import USER_ERROR_STATUS, ProcessEvent, ServiceProcess
 from expertmesh.cli.scale_watch import ScaleWatch
 from expertmesh.cli.shared_door import SharedDoor
-from expertmesh.cli.state_dir import RunFile, StateDir, write_atomically
+from expertmesh.cli.state_dir import RunFile, StateDir
 from expertmesh.mesh.access import OPERATOR
 from expertmesh.mesh.client_key import key_from_environment
 from expertmesh.mesh.config import MeshConfig
@@ -74,8 +70,7 @@ class LocalMesh:
         check_ports(config)
         self._claim = state_dir
         self.state_dir = state_dir.path
-        self.config_file = self.state_dir / "mesh.yaml"
-        self._config = with_balancer_state(config, self.state_dir)
+        self._config = LocalConfig(with_balancer_state(config, self.state_dir), self.state_dir)
         self._run_file = run_file
         self._restart = restart
         self._on_event = on_event
@@ -83,16 +78,15 @@ class LocalMesh:
         self._failure: MeshFailedError | MeshInterruptedError | None = None
         self._ready: set[str] = set()
         self._given_up: set[str] = set()  # of those that were added to a whole mesh
-        self._balancers: dict[str, str] = {}  # id → address
         self._watch: ScaleWatch | None = None
         self._door: SharedDoor | None = None
         self._gpus = GpuNumbers()
-        self._roster = Roster(self._config, self._service, self._changed, is_planned=not has_past(config))
+        self._roster = Roster(self._config.current, self._service, self._changed, is_planned=not has_past(config))
 
     @property
     def config(self) -> MeshConfig:
         """As the services see it: with the balancer's address once that is known."""
-        return self._config
+        return self._config.current
 
     @property
     def servers(self) -> dict[str, ServiceProcess]:
@@ -121,17 +115,17 @@ class LocalMesh:
             MeshFailedError: a balancer does not start.
             UserError: the routers' ports are taken.
         """
-        if self._config.router.servers > 1:
-            self._door = SharedDoor(self._config.router)
-            self._config = with_router(self._config, self._door.address, self._door.http_address)
-        self._write_config()
+        if self.config.router.servers > 1:
+            self._door = SharedDoor(self.config.router)
+            self._config.set_router(self._door.address, self._door.http_address)
+        self._config.write()
         balancers = self._balancer_processes()
         for balancer in balancers:
             balancer.start()
         started = {balancer.id for balancer in balancers}
         self._wait_for(lambda: started <= self._ready, BALANCER_READY_TIMEOUT_S, "the balancer to start")
         self._watch = ScaleWatch(
-            lambda: self.balancer, admin_tls(self._config), LAUNCHER, self._roster.see_to, key_from_environment()
+            lambda: self.balancer, admin_tls(self.config), LAUNCHER, self._roster.see_to, key_from_environment()
         )
         self._watch.start()
         self._wait_for(
@@ -152,7 +146,7 @@ class LocalMesh:
         """
         deadline_s = time.monotonic() + timeout_s
         self._wait_for(lambda: self._roster.planned <= self._ready, timeout_s, "every service to start")
-        with HealthProbe(self.router, door_tls(self._config, OPERATOR), "router") as probe:
+        with HealthProbe(self.router, door_tls(self.config, OPERATOR), "router") as probe:
             while not probe.is_serving():
                 if time.monotonic() > deadline_s:
                     raise MeshFailedError(
@@ -197,17 +191,6 @@ class LocalMesh:
     def kill(self, server_id: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to one service; supervision starts it again unless it ends with 0."""
         self._roster.servers[server_id].kill(number)
-
-    @contextmanager
-    def kept_down(self, server_id: str) -> Iterator[None]:
-        """SIGKILL one service; supervision starts it again when the context ends, and not before."""
-        server = self._roster.servers[server_id]
-        server.hold_restarts()
-        try:
-            server.kill(signal.SIGKILL)
-            yield
-        finally:
-            server.allow_restarts()
 
     def add(self, role: str, timeout_s: float = 60.0) -> str:
         """Start one more ``attention``, ``expert`` or ``both`` server, which joins the running mesh.
@@ -280,16 +263,16 @@ class LocalMesh:
             role=role,
             server_id=server_id,
             command=lambda: self._command(role, server_id),
-            environment=environment(self._config, role),
+            environment=environment(self.config, role),
             log_file=log_file,
             on_event=self._on_process_event,
             restart=self._restart,
         )
 
     def _command(self, role: str, server_id: str) -> Sequence[str]:
-        serve = ["serve", role, "--id", server_id, "--config", str(self.config_file), "--stop-with-stdin"]
-        if server_id in self._balancers:
-            serve += ["--port", self._balancers[server_id].rpartition(":")[2]]
+        serve = ["serve", role, "--id", server_id, "--config", str(self._config.file), "--stop-with-stdin"]
+        if (port := self._config.balancer_port(server_id)) is not None:
+            serve += ["--port", str(port)]
         if role == "router" and self._door is not None:
             serve += ["--share-port"]
         if role in SCALED_ROLES:
@@ -302,7 +285,7 @@ class LocalMesh:
             if event.kind == "ready":
                 self._ready.add(event.server_id)
                 self._roster.servers[event.server_id].established |= self._is_extra(event.server_id)
-                self._remember_address(self._roster.servers[event.server_id])
+                self._config.learn(self._roster.servers[event.server_id])
             if event.kind == "failed" and self._is_extra(event.server_id):
                 log.error("%s cannot start; the mesh goes on without it", event.server_id)
                 self._given_up.add(event.server_id)
@@ -317,23 +300,6 @@ class LocalMesh:
     def _is_extra(self, server_id: str) -> bool:
         """Whether the mesh was whole before it was started."""
         return server_id not in self._roster.planned
-
-    def _remember_address(self, server: ServiceProcess) -> None:
-        """A router or balancer that starts again must be found where it was."""
-        if server.role not in ("router", "balancer"):
-            return
-        address = _known_address(server)
-        if server.role == "balancer":
-            self._balancers[server.id] = address
-            has_several = len(self._balancer_processes()) > 1
-            self._config = with_balancers(self._config, self._balancers, has_several=has_several)
-        else:
-            self._config = with_router(self._config, address, server.http_address)
-        self._write_config()
-
-    def _write_config(self) -> None:
-        data = self._config.model_dump(mode="json", exclude_none=True)
-        write_atomically(self.config_file, yaml.safe_dump(data, sort_keys=False))
 
     def _wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         with self._changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from expertmesh.mesh import client_key
@@ -68,26 +68,6 @@ def environment(config: MeshConfig, role: str) -> dict[str, str]:
     withheld = {client_key.VARIABLE} if role == "balancer" else {client_key.VARIABLE, ETCD_PASSWORD_VARIABLE}
     inherited = {name: value for name, value in os.environ.items() if name not in withheld}
     return {**inherited, **limits, "PYTHONSAFEPATH": "1"}
-
-
-def with_balancers(config: MeshConfig, addresses: Mapping[str, str], *, has_several: bool) -> MeshConfig:
-    """With the balancers' addresses, by id; the one that is alone starts again on the port that it has."""
-    update: dict[str, object] = {"address": ",".join(addresses[name] for name in sorted(addresses))}
-    if not has_several:  # each of several is told its own
-        update["port"] = _port_of(*addresses.values())
-    return config.model_copy(update={"balancer": config.balancer.model_copy(update=update)})
-
-
-def with_router(config: MeshConfig, address: str, http_address: str | None) -> MeshConfig:
-    """With the ports that the router has, so that it starts again on them."""
-    update: dict[str, object] = {"port": _port_of(address)}
-    if http_address is not None:
-        update["http"] = config.router.http.model_copy(update={"port": _port_of(http_address)})
-    return config.model_copy(update={"router": config.router.model_copy(update=update)})
-
-
-def _port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 class GpuNumbers:

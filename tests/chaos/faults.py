@@ -13,7 +13,7 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc
 from support import mesh_state
-from support.mesh import logs
+from support.mesh import kept_down, logs
 
 KILLS = 5
 """Of the long version of each scenario that kills one server."""
@@ -40,7 +40,7 @@ async def balancer_killed(trial: Trial, traffic: Traffic) -> None:
     mesh, outcome = trial.mesh, trial.outcome
     before = await mesh_state.status(mesh)
     last_event = (await mesh_state.events(mesh))[-1].number
-    with mesh.kept_down("balancer"):
+    with kept_down(mesh, "balancer"):
         await asyncio.sleep(30.0 if trial.long else 5.0)
     restarted_s, restarted_unix_s = time.monotonic(), time.time()
     await trial.until_whole()

@@ -24,6 +24,7 @@ import yaml
 from chaos.outcome import Outcome, Targets
 from chaos.stage import Stage, Trial
 from chaos.traffic import Traffic
+from expertmesh.cli.local_config import LocalConfig
 from expertmesh.cli.local_mesh import LocalMesh
 from expertmesh.cli.state_dir import StateDir, write_atomically
 from expertmesh.mesh.config import MeshConfig
@@ -109,29 +110,34 @@ def _ip(*words: str) -> None:
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
 
 
+class SplitConfig(LocalConfig):
+    """Is written for each half."""
+
+    @property
+    def far(self) -> Path:
+        return self.file.with_name("mesh-far.yaml")
+
+    def write(self) -> None:
+        super().write()
+        data = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        data["dataplane"]["interface_host"] = data["telemetry"]["metrics_host"] = FAR_HOST
+        write_atomically(self.far, yaml.safe_dump(data, sort_keys=False))
+
+
 class SplitMesh(LocalMesh):
     """``FAR`` servers run in the far namespace, with addresses there."""
 
     def __init__(self, config: MeshConfig, state_dir: StateDir, between: Halves) -> None:
         self.between = between
         super().__init__(config, state_dir)
+        self._config = self._split = SplitConfig(self.config, self.state_dir)
 
     def _command(self, role: str, server_id: str) -> Sequence[str]:
         command = [str(word) for word in super()._command(role, server_id)]
         if server_id not in FAR:
             return command
-        far = [str(self._far_config) if word == str(self.config_file) else word for word in command]
+        far = [str(self._split.far) if word == str(self._split.file) else word for word in command]
         return ["nsenter", f"--net=/run/netns/{self.between.far}", *far]
-
-    @property
-    def _far_config(self) -> Path:
-        return self.state_dir / "mesh-far.yaml"
-
-    def _write_config(self) -> None:
-        super()._write_config()
-        data = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        data["dataplane"]["interface_host"] = data["telemetry"]["metrics_host"] = FAR_HOST
-        write_atomically(self._far_config, yaml.safe_dump(data, sort_keys=False))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from expertmesh.v1 import generate_pb2_grpc
 from support import mesh_state
 from support.dashboards import generator
 from support.live_mesh import LiveMesh
+from support.mesh import kept_down
 from support.prometheus import Prometheus, needs, running_prometheus
 
 pytestmark = [pytest.mark.slow, needs("prometheus")]
@@ -49,7 +50,7 @@ async def test_alerts_fire_and_end(live: LiveMesh, tmp_path: Path) -> None:
         await until_evaluated(prometheus)
         assert not prometheus.alerts(missing)
         assert not prometheus.alerts(burning)
-        with live.mesh.kept_down(VICTIM):
+        with kept_down(live.mesh, VICTIM):
             async with late_requests(live):
                 await asyncio.gather(fires(prometheus, missing), fires(prometheus, burning))
             (alert,) = prometheus.alerts(missing)

@@ -14,7 +14,7 @@ import pytest
 from expertmesh.cli.local_mesh import LAUNCHER, LocalMesh
 from expertmesh.mesh.config import MeshConfig, parse_config
 from expertmesh.v1 import admin_pb2
-from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config, start_mesh
+from support.mesh import demo_prompts, generate_all, greedy_request, kept_down, logs, mesh_config, start_mesh
 from support.mesh_state import events, members, status, until
 
 pytestmark = pytest.mark.slow
@@ -96,7 +96,7 @@ async def test_a_queue_brings_a_server_which_goes_when_it_is_idle(mesh: LocalMes
 
 
 async def test_servers_are_added_by_hand_and_drained_ones_stay_away(mesh: LocalMesh) -> None:
-    with mesh.kept_down("balancer"):
+    with kept_down(mesh, "balancer"):
         pass
     found = admin_pb2.GetStatusResponse()
 

@@ -22,7 +22,7 @@ from expertmesh.mesh.model.demo import demo_model_path
 from expertmesh.mesh.telemetry import disabled_telemetry
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 from support import reference
-from support.mesh import demo_prompts, generate_all, greedy_request, logs, mesh_config, start_mesh
+from support.mesh import demo_prompts, generate_all, greedy_request, kept_down, logs, mesh_config, start_mesh
 from support.mesh_state import metrics, rank_ids, status, stepping, until
 
 pytestmark = pytest.mark.slow
@@ -276,7 +276,7 @@ async def test_the_balancer_is_killed(
         before = await scene.placement()
         async with traffic(mesh.router, expected):
             await hold(scene)
-            with mesh.kept_down("balancer"):
+            with kept_down(mesh, "balancer"):
                 scene.stopped.discard("balancer")
                 scene.go_on(*scene.stopped)
                 view = await agreed_placement(mesh)

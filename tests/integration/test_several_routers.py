@@ -17,7 +17,7 @@ from expertmesh.mesh import rpc
 from expertmesh.mesh.config import TlsConfig
 from expertmesh.v1 import generate_pb2_grpc
 from support import mesh_state
-from support.mesh import REQUEST_TIMEOUT_S, greedy_request, mesh_config, start_mesh
+from support.mesh import REQUEST_TIMEOUT_S, greedy_request, kept_down, mesh_config, start_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ async def test_routers_share_an_address_and_lose_no_stream_of_another(mesh: Loca
     await ask_over_http(mesh)
 
     async with Streams(mesh.router, LONG) as streams:
-        with mesh.kept_down("router-1"):
+        with kept_down(mesh, "router-1"):
             # Until the kernel has closed all that it had: what connects before that may be lost with it.
             await mesh_state.until(_is_gone(mesh), TIMEOUT_S, lambda: "router-1 does not end")
             async with Streams(mesh.router, 4, count=4) as new:

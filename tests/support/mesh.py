@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,18 @@ def started(mesh: LocalMesh) -> LocalMesh:
         print(logs(mesh))
         raise
     return mesh
+
+
+@contextmanager
+def kept_down(mesh: LocalMesh, server_id: str) -> Iterator[None]:
+    """SIGKILL one service; supervision starts it again when the context ends, and not before."""
+    server = mesh.servers[server_id]
+    server.hold_restarts()
+    try:
+        server.kill(signal.SIGKILL)
+        yield
+    finally:
+        server.allow_restarts()
 
 
 def logs(mesh: LocalMesh, lines: int = 60) -> str:

@@ -31,7 +31,7 @@ class SecondRouter:
 @asynccontextmanager
 async def second_router(mesh: LocalMesh, server_id: str) -> AsyncIterator[SecondRouter]:
     """A router that can serve; killed in the end if it still runs."""
-    config = yaml.safe_load(mesh.config_file.read_text(encoding="utf-8"))
+    config = yaml.safe_load((mesh.state_dir / "mesh.yaml").read_text(encoding="utf-8"))
     config["router"]["port"] = config["router"]["http"]["port"] = 0
     config_file = mesh.state_dir / f"{server_id}.yaml"
     config_file.write_text(yaml.safe_dump(config), encoding="utf-8")
