@@ -27,6 +27,7 @@ from expertmesh.mesh.rank_security import rank_security
 from expertmesh.mesh.reporting import RoutingReporter
 from expertmesh.mesh.stepthread import StepThread
 from expertmesh.mesh.telemetry import Telemetry
+from expertmesh.mesh.viewopening import RankParts
 from expertmesh.mesh.weight_reads import WeightTransport
 from expertmesh.v1 import mesh_pb2
 
@@ -92,8 +93,8 @@ class RankServer:
         self._waker = Waker()
         self._inbox = Inbox(self._waker)
         self._reporter = _reporter_of(config, spec) if attention is not None else None
-        self._thread = StepThread(
-            config,
+        parts = RankParts(
+            config=config,
             spec=spec,
             attention=attention,
             experts=experts,
@@ -102,12 +103,12 @@ class RankServer:
             listener=self._listener,
             waker=self._waker,
             inbox=self._inbox,
+            report=self._report_from_thread,
             device=device,
             security=security,
             weights=self._weights,
-            report=self._report_from_thread,
-            view_ended=self._view_ended_from_thread,
         )
+        self._thread = StepThread(parts, view_ended=self._view_ended_from_thread)
         if attention is not None:
             attention.set_waker(self._waker.wake)
         self._on_gpu = device.type == "cuda"

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from expertmesh.mesh import stepthread
+from expertmesh.mesh import stepthread, viewopening
 from expertmesh.mesh.config import MeshConfig
 from expertmesh.mesh.errors import DeviceLostError
 from expertmesh.mesh.framing import Waker
@@ -21,6 +21,7 @@ from expertmesh.mesh.meet import Links, bind_listener, meet
 from expertmesh.mesh.stepthread import StepThread
 from expertmesh.mesh.telemetry import disabled_telemetry
 from expertmesh.mesh.view import ViewInfo
+from expertmesh.mesh.viewopening import RankParts
 from expertmesh.v1 import mesh_pb2
 
 TIMEOUT_S = 30.0
@@ -61,7 +62,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def test_a_rank_whose_device_is_lost_hangs_up_at_once(monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
-    monkeypatch.setattr(stepthread, "open_dataplane", lambda *args, **kwargs: LostPlane())
+    monkeypatch.setattr(viewopening, "open_dataplane", lambda *args, **kwargs: LostPlane())
     monkeypatch.setattr(stepthread, "StepLoop", LosingLoop)
     address = f"127.0.0.1:{listener.getsockname()[1]}"
     proto = mesh_pb2.View(number=1, secret=b"secret", slots_per_rank=2)
@@ -98,8 +99,8 @@ def run_rank(proto: mesh_pb2.View, listener: socket.socket, reports: list[mesh_p
     with closing(Waker()) as waker:
         inbox = Inbox(waker)
         inbox.put_view(proto, "s1", "1")
-        StepThread(
-            MeshConfig.model_validate({"dataplane": {"backend": "gloo"}}),
+        rank = RankParts(
+            config=MeshConfig.model_validate({"dataplane": {"backend": "gloo"}}),
             spec=cast(Any, SPEC),
             attention=None,
             experts=cast(Any, Experts()),
@@ -109,5 +110,5 @@ def run_rank(proto: mesh_pb2.View, listener: socket.socket, reports: list[mesh_p
             waker=waker,
             inbox=inbox,
             report=reports.append,
-            view_ended=lambda: None,
-        ).run()
+        )
+        StepThread(rank, view_ended=lambda: None).run()
