@@ -19,6 +19,7 @@ _KEY_TOKEN = tl.constexpr(SPREAD_KEYS[0])
 _KEY_RANK = tl.constexpr(SPREAD_KEYS[1])
 _KEY_MIX = tl.constexpr(SPREAD_KEYS[2])
 _FAR = tl.constexpr(1e300)
+_TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -26,6 +27,13 @@ def _argmax(value_X, index_X, SIZE: tl.constexpr):
     """The greatest value and the lowest index that has it."""
     top = tl.max(value_X, 0)
     return top, tl.min(tl.where(value_X == top, index_X, SIZE - 1), 0)
+
+
+@triton.jit
+def _in_order(value_X):
+    """int32 that compare as these float32 do: a warp finds the greatest of integers in one instruction."""
+    bits_X = value_X.to(tl.int32, bitcast=True)
+    return tl.where(bits_X < 0, bits_X ^ 0x7FFFFFFF, bits_X)
 
 
 @triton.jit
@@ -172,11 +180,16 @@ def route_kernel(
         is_rank_R = r_R < NUM_RANKS
         weight_K = tl.zeros((CHOICES,), tl.float32)
         expert_K = tl.zeros((CHOICES,), tl.int32)
+        order_E = _in_order(choice_E)
         for k in tl.static_range(TOP_K):
-            _, expert = _argmax(choice_E, e_E, EXPERTS)
-            weight_K = tl.where(k_K == k, tl.sum(tl.where(e_E == expert, score_E, 0.0), 0), weight_K)
+            top, expert = _argmax(order_E, e_E, EXPERTS)
+            if HAS_BIAS:
+                weight = tl.sum(tl.where(e_E == expert, score_E, 0.0), 0)
+            else:  # what is chosen by is the score itself, and no score is negative
+                weight = top.to(tl.float32, bitcast=True)
+            weight_K = tl.where(k_K == k, weight, weight_K)
             expert_K = tl.where(k_K == k, expert, expert_K)
-            choice_E = tl.where(e_E == expert, float("-inf"), choice_E)
+            order_E = tl.where(e_E == expert, _TAKEN, order_E)
         if RENORMALIZES:
             weight_K = weight_K / (tl.sum(weight_K, 0) + tiny)
         weight_K = (weight_K * scale).to(dtype).to(tl.float32)

@@ -16,7 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.kernels.grouped_mlp_tiles import ODD, Tile, Tiles, tiles_for
 from expertmesh.kernels.grouped_tile_place import count_tiles, place_tile, swiglu
-from expertmesh.kernels.triton_support import IS_INTERPRETED, dot, num_multiprocessors, prefetch_rows
+from expertmesh.kernels.triton_support import (
+    IS_INTERPRETED,
+    OVERLAPPING,
+    OVERLAPS,
+    dot,
+    num_multiprocessors,
+    prefetch_rows,
+)
 
 BULK_COPY_ALIGNMENT_BYTES = 16
 
@@ -59,9 +66,9 @@ def grouped_expert_mlp_gpu(
     if tiles is None:
         tiles = tiles_for(num_rows / num_slots if expected_rows is None else expected_rows)
     hidden_NI = rows_NH.new_empty(num_rows, down_SHI.shape[-1])
-    overlaps = tiles.overlap and not IS_INTERPRETED
+    overlaps = tiles.overlap and OVERLAPS
     product = partial(grouped_matmul, starts_S=starts_S, table_S=table_S)
-    product(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps)
+    product(rows_NH, counts_S, gate_up_SFH, hidden_NI, tiles.gate_up, is_gated=True, signals=overlaps, follows=True)
     product(hidden_NI, counts_S, down_SHI, y_NH, tiles.down, is_gated=False, factor_N=factor_N, waits=overlaps)
     return y_NH
 
@@ -79,6 +86,7 @@ def grouped_matmul(
     factor_N: torch.Tensor | None = None,
     signals: bool = False,
     waits: bool = False,
+    follows: bool = False,
 ) -> None:
     """One of the two products: out = x @ weightᵀ of each row's slot, or SwiGLU of it where ``is_gated``.
 
@@ -87,6 +95,7 @@ def grouped_matmul(
         factor_N: multiplies each row of ``out`` before it is rounded; not where ``is_gated``.
         signals: let the next launch begin when the last program of this one has begun (programmatic dependent launch).
         waits: the other side: read weights into the L2 cache at once, and rows when the launch before is complete.
+        follows: begin while the launch before is at work, and wait for it before anything else.
     """
     assert factor_N is None or not is_gated, "factors are for the rows of the last product"
     num_rows, depth = x_NK.shape
@@ -139,8 +148,9 @@ def grouped_matmul(
         WIDENS=IS_INTERPRETED,
         SIGNALS=signals,
         WAITS=waits,
+        FOLLOWS=follows and OVERLAPS,
         num_warps=tile.warps,
-        **({"launch_pdl": True} if waits else {}),
+        **(OVERLAPPING if waits or follows else {}),
     )
 
 
@@ -292,9 +302,12 @@ def _grouped_matmul_kernel(
     WIDENS: tl.constexpr,
     SIGNALS: tl.constexpr,
     WAITS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     if SIGNALS:
         tl.extra.cuda.gdc_launch_dependents()
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
     slot_S, count_S, blocks_S, end_S, home_S, num_tiles = count_tiles(
         counts, table, num_slots, num_columns, SLOTS, BLOCK_M, BLOCK_N, HAS_TABLE
     )

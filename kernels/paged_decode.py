@@ -39,8 +39,8 @@ class Tuning:
 
 
 TUNINGS: tuple[tuple[float, Tuning], ...] = (
-    (16, Tuning(2, 64, 4, 3)),
-    (128, Tuning(3, 64, 2, 2, least_tokens=256)),
+    (32, Tuning(3, 64, 4, 3, least_tokens=64)),
+    (128, Tuning(3, 64, 2, 3, least_tokens=256)),
     (float("inf"), Tuning(2, 128, 4, 2, looks_ahead=False)),
 )
 """For up to so many sequences. Measured by ``benchmarks/gpu/kernels.py --sweep``: more parts than run at once even out

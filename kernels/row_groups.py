@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from expertmesh.kernels.triton_support import OVERLAPPING, OVERLAPS
+
 from expertmesh.kernels.triton_support import IS_INTERPRETED
 
 _COUNTED_BY_ALL = 2048 if not IS_INTERPRETED else 64
@@ -79,7 +81,9 @@ def group_rows(x_TH: torch.Tensor, slot_TK: torch.Tensor, counts_S: torch.Tensor
             TOP_K=top_k,
             ROWS=triton.next_power_of_2(max(num_rows, 16)),
             TOGETHER=together,
+            OVERLAPS=OVERLAPS,
             **sizes,
+            **OVERLAPPING,
         )
         return RowGroups(rows_NH, counts_S, place_TK)
     counts_S.zero_()
@@ -119,7 +123,16 @@ def combine_rows(y_NH: torch.Tensor, place_TK: torch.Tensor, weight_TK: torch.Te
     width = min(_WIDTH // 2, triton.next_power_of_2(hidden_size))
     if num_tokens:
         _combine_kernel[(num_tokens, triton.cdiv(hidden_size, width))](
-            y_NH, place_TK, weight_TK, out_TH, hidden_size, TOP_K=top_k, WIDTH=width, num_warps=4
+            y_NH,
+            place_TK,
+            weight_TK,
+            out_TH,
+            hidden_size,
+            TOP_K=top_k,
+            WIDTH=width,
+            OVERLAPS=OVERLAPS,
+            num_warps=4,
+            **OVERLAPPING,
         )
     return out_TH
 
@@ -134,9 +147,12 @@ def _copy_row(source, to, hidden_size, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _group_few_kernel(
     x, slots, rows, counts, places, num_rows, num_slots, hidden_size,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program i moves TOGETHER rows and counts the rows of slot i."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pid = tl.program_id(0)
     n_N = tl.arange(0, ROWS)
     slot_N = tl.load(slots + n_N, mask=n_N < num_rows, other=-1).to(tl.int32)
@@ -187,7 +203,12 @@ def _move_kernel(x, places, rows, hidden_size, TOP_K: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def _combine_kernel(y, places, weights, out, hidden_size, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def _combine_kernel(
+    y, places, weights, out, hidden_size, TOP_K: tl.constexpr, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     h_H = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     is_in_H = h_H < hidden_size

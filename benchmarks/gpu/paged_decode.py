@@ -58,7 +58,7 @@ class Inputs:
         if self.heads_first:
             cache = cache.transpose(1, 2)
         key, value = cache[:, :, :KV_HEADS], cache[:, :, KV_HEADS:]
-        return paged_decode_attention(self.q, key, value, self.blocks, self.lengths, plan=plan)
+        return paged_decode_attention(self.q, key, value, self.blocks, self.lengths, plan=plan, plan_is_old=True)
 
     def time(self, tuning: Tuning | None, *, budget_ms: float = 12.0) -> float:
         plan = self.plan(tuning)
