@@ -304,10 +304,10 @@ def _grouped_matmul_kernel(
     WAITS: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
-    if SIGNALS:
-        tl.extra.cuda.gdc_launch_dependents()
     if FOLLOWS:
         tl.extra.cuda.gdc_wait()
+    if SIGNALS:  # only now: the next one reads counts before it waits
+        tl.extra.cuda.gdc_launch_dependents()
     slot_S, count_S, blocks_S, end_S, home_S, num_tiles = count_tiles(
         counts, table, num_slots, num_columns, SLOTS, BLOCK_M, BLOCK_N, HAS_TABLE
     )

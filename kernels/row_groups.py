@@ -14,9 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expertmesh.kernels.triton_support import OVERLAPPING, OVERLAPS
-
-from expertmesh.kernels.triton_support import IS_INTERPRETED
+from expertmesh.kernels.triton_support import IS_INTERPRETED, OVERLAPPING, OVERLAPS
 
 _COUNTED_BY_ALL = 2048 if not IS_INTERPRETED else 64
 """Up to so many rows every program counts for itself where its row goes: one launch, no memory to share."""
