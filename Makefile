@@ -17,22 +17,24 @@ PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out
 export PYTHONSAFEPATH = 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: dashboards telemetry-test slurm-test helm-test help tools demo test lint format gen gen-check unit security-test chaos bench bench-balancer clean
+.PHONY: help demo test unit security-test chaos helm-test slurm-test telemetry-test bench bench-balancer lint format gen gen-check \
+	dashboards tools clean
 
 help:
-	@echo "make demo      install, start a mesh on the demo model, stream text, move an expert, kill servers, show a trace"
-	@echo "make test      everything the CI runs: lint, gen-check, all tests"
-	@echo "make unit      the fast tests only"
-	@echo "make security-test  try to get in: certificates, keys, limits, malformed input"
-	@echo "make chaos     kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
-	@echo "make helm-test  the Helm chart and the Dockerfiles: schemas, security scan, what they mean"
-	@echo "make slurm-test  the job script of deploy/slurm on a real Slurm of several nodes on this machine"
+	@echo "make demo            install, start a mesh on the demo model, stream text, move an expert, kill servers, show a trace"
+	@echo "make test            everything the CI runs: lint, gen-check, all tests"
+	@echo "make unit            the fast tests only"
+	@echo "make security-test   try to get in: certificates, keys, limits, malformed input"
+	@echo "make chaos           kill, stop, add and drain servers while streams run, most of an hour; SEED=N for other victims"
+	@echo "make helm-test       the Helm chart and the Dockerfiles: schemas, security scan, what they mean"
+	@echo "make slurm-test      the job script of deploy/slurm on a real Slurm of several nodes on this machine"
 	@echo "make telemetry-test  traces of a mesh through a collector into a trace UI, which it installs (450 MB)"
-	@echo "make dashboards  write deploy/dashboards/*.json anew from their code"
-	@echo "make lint      ruff, mypy, buf;  make format applies ruff's"
-	@echo "make gen       regenerate proto/**/*_pb2*;  make gen-check compares them"
-	@echo "make bench     measure serving (benchmarks/results/)"
+	@echo "make bench           measure serving (benchmarks/results/)"
 	@echo "make bench-balancer  measure placements; EXPERTMESH_ROUTING_DATA names the folder of traces"
+	@echo "make lint            ruff, mypy, buf;  make format applies ruff's changes"
+	@echo "make gen             write proto/**/*_pb2* and docs/configuration.md anew;  make gen-check compares the former"
+	@echo "make dashboards      write deploy/dashboards/*.json anew from their code"
+	@echo "make clean           remove the virtual environment, caches and .expertmesh"
 
 DEMO_TRACE := .expertmesh/demo.jsonl
 demo: $(VENV)/.installed
