@@ -8,6 +8,7 @@ refused at once.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ import grpc
 from expertmesh.router.errors import Refusal
 
 _RETRY_MS_RANGE = (50, 10_000)
-_INTERVAL_WEIGHT = 0.1  # of the newest interval in the moving average
-
+_PACE_S = 30.0  # long beside the time of a batch
 
 Shed = Callable[[Refusal], None]
 
@@ -72,6 +72,33 @@ class _Sheddable:
         return shed
 
 
+class _Pace:
+    """How fast the mesh is: the mean time between two releases while requests wait, over about the last ``_PACE_S``.
+
+    Over a time and not over a number of releases: requests that began together end together, hundreds of them in one
+    step after seconds with none, and the pace is that of neither.
+    """
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None
+        self._time_s = 0.0  # what is longer ago counts for less, in this and in the next
+        self._releases = 0.0
+
+    @property
+    def interval_s(self) -> float | None:
+        """None = not known yet."""
+        return self._time_s / self._releases if self._releases else None
+
+    def released(self, now_s: float, others_wait: bool) -> None:
+        """One more. Where none waits the pace is that of the arrivals, and so is that of the next one."""
+        if others_wait and self._last_s is not None:
+            passed_s = now_s - self._last_s
+            kept = math.exp(-passed_s / _PACE_S)
+            self._time_s = kept * self._time_s + passed_s
+            self._releases = kept * self._releases + 1.0
+        self._last_s = now_s if others_wait else None
+
+
 class Admission:
     """Counts what runs. ``admit`` takes a place, ``release`` gives it back; nothing here waits.
 
@@ -97,8 +124,7 @@ class Admission:
         self._entries: dict[str, _Entry] = {}
         self._by_tenant: Counter[str] = Counter()
         self._sheddable = _Sheddable()
-        self._last_release_s: float | None = None
-        self._release_interval_s: float | None = None
+        self._pace = _Pace()
         self._closed_reason = ""
         self._empty = asyncio.Event()
 
@@ -166,14 +192,7 @@ class Admission:
 
     def release(self, request_id: str) -> None:
         self._forget(request_id)
-        now_s = self._clock()
-        # Only under a backlog does the pace of releases say how fast the mesh is; else it is that of the arrivals.
-        if self._last_release_s is not None and self._num_waiting:
-            interval_s, average_s = now_s - self._last_release_s, self._release_interval_s
-            if average_s is not None:
-                interval_s = average_s + _INTERVAL_WEIGHT * (interval_s - average_s)
-            self._release_interval_s = interval_s
-        self._last_release_s = now_s
+        self._pace.released(self._clock(), self._num_waiting > 0)
 
     def _forget(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
@@ -194,9 +213,10 @@ class Admission:
 
     def _check_deadline(self, timeout_s: float | None) -> None:
         waiting = self._num_waiting
-        if timeout_s is None or not waiting or self._release_interval_s is None:
+        interval_s = self._pace.interval_s
+        if timeout_s is None or not waiting or interval_s is None:
             return
-        wait_s = waiting * self._release_interval_s
+        wait_s = waiting * interval_s
         if wait_s > timeout_s:
             raise self._full(f"{waiting} requests wait, about {wait_s:.1f} s, and the deadline is in {timeout_s:.1f} s")
 
@@ -221,8 +241,8 @@ class Admission:
 
     def _full(self, problem: str) -> Refusal:
         lowest, highest = _RETRY_MS_RANGE
-        interval_s = 1.0 if self._release_interval_s is None else self._release_interval_s
-        retry_after_ms = round(min(max(interval_s * 1000, lowest), highest))
+        interval_s = self._pace.interval_s
+        retry_after_ms = round(min(max(1000 * (1.0 if interval_s is None else interval_s), lowest), highest))
         return Refusal(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"{problem}; try again in {retry_after_ms} ms or later",

@@ -97,8 +97,8 @@ def test_retry_hint_follows_the_pace_of_requests_that_end() -> None:
     admission = Admission(max_requests=2, max_requests_per_tenant=2, clock=clock, backlog=lambda: 1)
     wait_for_a_place(admission, 1)
 
-    def hint_after(interval_s: float) -> int:
-        for _ in range(60):
+    def hint_after(interval_s: float, times: int = 60) -> int:
+        for _ in range(times):
             admission.admit("r", "")
             clock.now_s += interval_s
             admission.release("r")
@@ -111,7 +111,7 @@ def test_retry_hint_follows_the_pace_of_requests_that_end() -> None:
 
     assert 180 <= hint_after(0.2) <= 220
     assert 2900 <= hint_after(3.0) <= 3100
-    assert hint_after(0.0) == 50
+    assert hint_after(0.01, 20_000) == 50
     assert hint_after(1000.0) == 10_000
 
 
@@ -160,6 +160,36 @@ def test_a_deadline_that_the_backlog_outlasts_is_refused_at_once() -> None:
     admission.admit("endless", "")
     backlog[0] = 0
     admission.admit("r", "", timeout_s=0.1)
+
+
+def test_requests_that_end_together_are_no_pace() -> None:
+    """512 run at a time, end together after 4 s and ask again: whoever waits does so for about 4 s."""
+    clock = Clock()
+    admission = Admission(max_requests=4096, max_requests_per_tenant=4096, clock=clock, backlog=lambda: 500)
+    wait_for_a_place(admission, 500)
+    for number in range(512):
+        admission.admit(f"{number}", "", timeout_s=6.0)
+    for _ in range(20):
+        clock.now_s += 4.0
+        for number in range(512):
+            admission.release(f"{number}")
+            admission.admit(f"{number}", "", timeout_s=6.0)
+    with pytest.raises(Refusal, match=r"500 requests wait, about [34]\.\d s, and the deadline is in 1\.0 s"):
+        admission.admit("r", "", timeout_s=1.0)
+
+
+def test_time_without_requests_is_no_pace() -> None:
+    clock = Clock()
+    admission = Admission(max_requests=99, max_requests_per_tenant=99, clock=clock, backlog=lambda: 10)
+    for number in range(2):
+        wait_for_a_place(admission, 10)
+        for _ in range(60):
+            admission.admit("r", "", timeout_s=6.0)
+            clock.now_s += 0.5
+            admission.release("r")
+        for waiting in range(10):
+            admission.release(f"waits {waiting}")
+        clock.now_s += 3600.0 * (number + 1)
 
 
 async def test_closed_admission_refuses_and_tells_when_it_is_empty() -> None:
