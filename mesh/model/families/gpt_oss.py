@@ -16,7 +16,7 @@ from expertmesh.mesh.model.fields import Fields
 DEFAULT_WINDOW, DEFAULT_ALPHA, DEFAULT_LIMIT = 128, 1.702, 7.0
 
 
-class GptOss:
+class GptOss(standard.UsualModelNames):
     name = "gpt_oss"
     architectures = ("GptOssForCausalLM",)
 
@@ -45,9 +45,6 @@ class GptOss:
             norm_topk_prob=True,
             moe_layers=tuple(range(sizes["num_layers"])),
         )
-
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
 
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         router = f"model.layers.{layer}.mlp.router"

@@ -11,7 +11,7 @@ from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class GraniteMoe:
+class GraniteMoe(standard.UsualModelNames):
     name = "granitemoe"
     architectures = ("GraniteMoeForCausalLM",)
 
@@ -39,9 +39,6 @@ class GraniteMoe:
             norm_topk_prob=True,
             moe_layers=tuple(range(sizes["num_layers"])),
         )
-
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
 
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         return {

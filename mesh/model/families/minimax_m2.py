@@ -14,7 +14,7 @@ from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class MiniMaxM2:
+class MiniMaxM2(standard.UsualModelNames):
     name = "minimax_m2"
     architectures = ("MiniMaxM2ForCausalLM",)
 
@@ -37,9 +37,6 @@ class MiniMaxM2:
             norm_topk_prob=True,
             moe_layers=tuple(range(sizes["num_layers"])),
         )
-
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
 
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         block = f"model.layers.{layer}.block_sparse_moe"

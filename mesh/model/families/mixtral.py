@@ -11,7 +11,7 @@ from expertmesh.mesh.model.families.rope import read_rope
 from expertmesh.mesh.model.fields import Fields
 
 
-class Mixtral:
+class Mixtral(standard.UsualModelNames):
     name = "mixtral"
     architectures = ("MixtralForCausalLM",)
 
@@ -32,9 +32,6 @@ class Mixtral:
             norm_topk_prob=True,
             moe_layers=tuple(range(sizes["num_layers"])),
         )
-
-    def model_tensors(self, arch: Architecture) -> Mapping[str, NamedTensor]:
-        return standard.model_tensors(arch)
 
     def layer_tensors(self, arch: Architecture, layer: int) -> Mapping[str, NamedTensor]:
         return {

@@ -191,11 +191,15 @@ def router_tensors(arch: Architecture, name: str) -> Parts:
     return {"router": NamedTensor(name, (arch.num_experts, arch.hidden_size))}
 
 
-class UsualNames:
-    """The tensors of a family that names them as most do; it has only its layers' to add."""
+class UsualModelNames:
+    """The embedding, the last norm and the head of a family that names them as most do."""
 
     def model_tensors(self, arch: Architecture) -> Parts:
         return model_tensors(arch)
+
+
+class UsualNames(UsualModelNames):
+    """The tensors of a family that names its experts' so as well; it has only its layers' to add."""
 
     def expert_tensors(self, arch: Architecture, layer: int, expert: int) -> ExpertTensors:
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"
