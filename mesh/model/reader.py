@@ -68,7 +68,8 @@ class TensorReader:
 
     def _convert(self, shard: str, begin: int, stored: torch.dtype, out_N: torch.Tensor) -> None:
         size = PIECE_BYTES // stored.itemsize
-        piece = torch.empty(min(size, len(out_N)), dtype=stored)
+        # Into a GPU from pinned memory: from any other the driver would copy it once more, for all threads in turn.
+        piece = torch.empty(min(size, len(out_N)), dtype=stored, pin_memory=out_N.is_cuda)
         for first in range(0, len(out_N), size):
             target = out_N[first : first + size]
             self._read(shard, begin + first * stored.itemsize, piece[: len(target)])
