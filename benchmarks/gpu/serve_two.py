@@ -161,6 +161,7 @@ def measure_migration(mesh: LocalMesh, clients: Clients, requests: int, tokens_o
         if phase == WHILE:
             layers, seconds = asyncio.run(swap_experts(mesh.balancer))
         timed = [request for part in parts for request in part.result()]
+        asyncio.run(migrations_end(mesh.balancer))
         rows.append({"load": phase, "tokens_out": tokens_out, **summary(timed)})
         if phase == WHILE:
             came = came_since(mesh, before, seconds)
@@ -194,6 +195,17 @@ def weights_that_came(mesh: LocalMesh) -> Came:
 def num_captures(mesh: LocalMesh) -> int:
     """How often a rank has captured its graphs."""
     return sum("CUDA graphs in" in line for log in mesh.state_dir.glob("*.log") for line in _lines(log))
+
+
+async def migrations_end(balancer: str) -> None:
+    """Wait until none is under way."""
+    async with rpc.open_channel(balancer, TlsConfig()) as channel, asyncio.timeout(MIGRATION_TIMEOUT_S):
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        while True:
+            status = await admin.GetStatus(admin_pb2.GetStatusRequest())
+            if not status.migrations and not status.layers_to_apply:
+                return
+            await asyncio.sleep(0.05)
 
 
 async def swap_experts(balancer: str) -> tuple[int, float]:
