@@ -27,7 +27,8 @@ class Tuning:
     """``programs_per_sm`` shares of the batch a multiprocessor; a program's positions at a time, warps and stages.
 
     ``least_tokens``: no context is cut into parts of fewer positions than that. ``looks_ahead``: the cache's blocks are
-    looked up a step before they are read, so that no step waits for an address.
+    looked up a step before they are read, so that no step waits for an address. ``short_programs_per_sm``: shares of a
+    batch whose contexts are so short that each of these is no more than one step; 0 = as of any batch.
     """
 
     programs_per_sm: int
@@ -36,11 +37,12 @@ class Tuning:
     stages: int
     least_tokens: int = 0
     looks_ahead: bool = True
+    short_programs_per_sm: int = 0
 
 
 TUNINGS: tuple[tuple[float, Tuning], ...] = (
-    (32, Tuning(3, 64, 4, 3, least_tokens=64)),
-    (128, Tuning(3, 64, 2, 3, least_tokens=256)),
+    (32, Tuning(2, 64, 4, 3, short_programs_per_sm=3)),
+    (128, Tuning(3, 64, 2, 2, least_tokens=256)),
     (float("inf"), Tuning(2, 128, 4, 2, looks_ahead=False)),
 )
 """For up to so many sequences. Measured by ``benchmarks/gpu/kernels.py --sweep``: more parts than run at once even out
@@ -115,6 +117,7 @@ class DecodePlan:
             self.first_parts,
             num_seqs,
             self.num_shares(num_seqs),
+            self.num_short_shares(num_seqs),
             num_parts,
             SEQS=triton.next_power_of_2(self.max_seqs),  # one kernel for all batches
             PARTS=_PLANNED_AT_ONCE,
@@ -132,9 +135,13 @@ class DecodePlan:
         """Parts that the batch's tokens are cut into, if all contexts fill theirs."""
         return max(1, int(self.tuning(num_seqs).programs_per_sm * self._programs_at_once))
 
+    def num_short_shares(self, num_seqs: int) -> int:
+        """The same where one step is enough for each; 0 = there is no such case."""
+        return int(self.tuning(num_seqs).short_programs_per_sm * self._programs_at_once)
+
     def num_parts(self, num_seqs: int) -> int:
         """The most parts that so many sequences can have: each may have one that is not full."""
-        return self.num_shares(num_seqs) + num_seqs
+        return max(self.num_shares(num_seqs), self.num_short_shares(num_seqs)) + num_seqs
 
 
 def paged_decode_attention(

@@ -13,14 +13,17 @@ from expertmesh.kernels.triton_support import block_of, dot
 
 @triton.jit(do_not_specialize=["num_seqs", "num_parts"])
 def plan_kernel(
-    lengths, entries, first_parts, num_seqs, num_shares, num_parts,
+    lengths, entries, first_parts, num_seqs, num_shares, num_short_shares, num_parts,
     SEQS: tl.constexpr, PARTS: tl.constexpr, BLOCK_L: tl.constexpr, LEAST: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Entries: sequence (-1 = nothing to do), first and last + 1 position, parts of the sequence."""
     s_S = tl.arange(0, SEQS)
     length_S = tl.load(lengths + s_S, mask=s_S < num_seqs, other=0).to(tl.int32)
     # Whole steps of the loop over a context, so that only a last part has a ragged end.
-    share = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length_S, 0), num_shares), BLOCK_L), 1) * BLOCK_L
+    num_positions = tl.sum(length_S, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(num_positions, num_shares), BLOCK_L), 1) * BLOCK_L
+    if num_positions <= num_short_shares * BLOCK_L:
+        share = BLOCK_L
     share = tl.maximum(share, LEAST)
     parts_S = tl.where(s_S < num_seqs, tl.maximum(tl.cdiv(length_S, share), 1), 0)
     end_S = tl.cumsum(parts_S, 0)

@@ -77,6 +77,18 @@ def test_a_plan_covers_every_position_once_in_parts_of_at_most_a_share(
         assert length == 0 or all(0 < after - before <= share for before, after in pairwise(edges))
 
 
+@pytest.mark.parametrize(("num_positions", "share"), [(320, 16), (321, 64)])
+def test_a_short_batch_is_cut_into_single_steps(num_positions: int, share: int) -> None:
+    """20 shares of 16 positions where that is enough, or else 6."""
+    device, tuning = torch.device("cpu"), Tuning(3, 16, 4, 2, short_programs_per_sm=10)
+    plan = DecodePlan(max_seqs=64, num_heads=4, num_kv_heads=2, head_dim=16, device=device, tuning=tuning)
+    lengths = [1] * 33 + [num_positions - 33]
+    plan.update(torch.tensor(lengths))
+    entries = [entry for entry in plan.entries[: plan.num_parts(len(lengths))].tolist() if entry[0] >= 0]
+    assert len(entries) == 33 + ceil((num_positions - 33) / share)
+    assert max(end - start for _, start, end, _ in entries) == share
+
+
 def test_a_plan_serves_no_larger_batch() -> None:
     plan = DecodePlan(max_seqs=2, num_heads=4, num_kv_heads=2, head_dim=16, device=torch.device("cpu"))
     with pytest.raises(AssertionError, match="a plan for 2 sequences"):
