@@ -45,7 +45,7 @@ class Hardware:
     exchange_us: float = _constant(25.0, DEEPEP + ", 24 to 28 at 8 tokens")
     rdma_gb_per_s: float = _constant(50.0, "assumed: 400 Gb/s a GPU at line rate")
     rdma_us: float = _constant(50.0, "assumed")
-    layer_us: float = _constant(30.0, FITTED)
+    layer_us: float = _constant(23.0, FITTED)
     step_us: float = _constant(500.0, FITTED)
 
     @staticmethod

@@ -19,7 +19,7 @@ TORCH_PREFILL = "varlen_attn of torch, contiguous"
 
 def tables(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Each table's lines, by its name."""
-    return {
+    found = {
         "grouped MLP, 128 experts": _mlp(rows, 128),
         "grouped MLP, 32 experts": _mlp(rows, 32),
         "grouped MLP, float8": _fp8(rows),
@@ -28,6 +28,9 @@ def tables(rows: Sequence[Row]) -> dict[str, list[str]]:
         "small kernels": _small(rows),
         "sampler": _sampler(rows),
     }
+    if _of(rows, "dense_layer"):  # the oldest results have none
+        found["dense part of a layer"] = _dense(rows)
+    return found
 
 
 def _lines(head: str, body: Sequence[Sequence[str]]) -> list[str]:
@@ -130,6 +133,12 @@ def _sampler(rows: Sequence[Row]) -> list[str]:
         for dtype in ("float32", "bfloat16")
     ]
     return _lines("| | 1 sequence | 64 | 256 |", body)
+
+
+def _dense(rows: Sequence[Row]) -> list[str]:
+    ways = {"parts": "products of `few_rows`", "library": "torch's products"}
+    body = [[name, *map(_with_floor, _of(rows, "dense_layer", products=way))] for way, name in ways.items()]
+    return _lines("| | 1 token | 8 | 32 | 64 | 128 |", body)
 
 
 def _with_floor(row: Row) -> str:

