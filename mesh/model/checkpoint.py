@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from expertmesh.mesh.model.unused import find_unused
 
 READERS = 4
 """Threads that read weights: enough to keep a disk busy."""
+_LARGE_BYTES = 64 << 20
 
 
 class Checkpoint:
@@ -210,10 +212,22 @@ class Checkpoint:
             part: torch.empty(named.shape, dtype=torch.float32 if named.float32 else dtype)
             for part, named in parts.items()
         }
+        copies = [copy for part, named in parts.items() for copy in self._copies(named, tensors[part])]
         with ThreadPoolExecutor(READERS, thread_name_prefix="dense-read") as pool:
             # list() raises what a read raised, and leaving the block waits for all others.
-            list(pool.map(self._copy, parts.values(), tensors.values()))
+            list(pool.map(lambda copy: copy(), copies))
         return tensors
+
+    def _copies(self, named: NamedTensor, out: torch.Tensor) -> list[Callable[[], None]]:
+        """What copies a tensor: several calls where it is large, such as an embedding, so that all threads read it."""
+        storage = find_storage(self._index, named)
+        if not isinstance(storage, Plain) or out.nbytes <= _LARGE_BYTES or len(out) < READERS:
+            return [partial(self._copy, named, out)]
+        rows = -(-len(out) // READERS)
+        return [
+            partial(self._reader.copy_rows, storage.entry, first, out[first : first + rows])
+            for first in range(0, len(out), rows)
+        ]
 
     def _copy(self, named: NamedTensor, out: torch.Tensor, expert: int | None = None) -> None:
         """Copy a tensor, or one expert's part of a fused one, into ``out``."""

@@ -52,11 +52,23 @@ class TensorReader:
         Raises:
             UserError: the file has gone or is shorter than it was, or cannot be read.
         """
-        num_rows = 1 if row is None else entry.shape[0]
-        num_bytes = entry.num_bytes // num_rows
-        begin = entry.offset + num_bytes * (row or 0)
+        if row is None:
+            assert out.numel() * TORCH_DTYPES[entry.dtype].itemsize == entry.num_bytes, (
+                "the index has checked the shape"
+            )
+            self._copy(entry, entry.offset, out)
+        else:
+            self.copy_rows(entry, row, out.unsqueeze(0))
+
+    def copy_rows(self, entry: TensorEntry, first: int, out: torch.Tensor) -> None:
+        """As ``copy``, of as many rows as ``out`` has, from row ``first`` on."""
+        row_bytes = entry.num_bytes // entry.shape[0]
+        num_bytes = out.numel() * TORCH_DTYPES[entry.dtype].itemsize
+        assert num_bytes == out.shape[0] * row_bytes, "the index has checked the tensor's shape"
+        self._copy(entry, entry.offset + first * row_bytes, out)
+
+    def _copy(self, entry: TensorEntry, begin: int, out: torch.Tensor) -> None:
         stored = TORCH_DTYPES[entry.dtype]
-        assert out.numel() * stored.itemsize == num_bytes, "the index has checked the tensor's shape"
         if out.dtype == stored and out.device.type == "cpu" and out.is_contiguous():
             self._read(entry.shard, begin, out.view(-1))
         elif out.is_contiguous():

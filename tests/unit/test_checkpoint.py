@@ -16,6 +16,7 @@ from expertmesh.attention_server.dense import DenseModel
 from expertmesh.attention_server.paged import PagedKvCache
 from expertmesh.expert_server.server import ExpertServer
 from expertmesh.mesh.config import ModelConfig, parse_config
+from expertmesh.mesh.model import checkpoint as checkpoint_module
 from expertmesh.mesh.model import load_progress, reader
 from expertmesh.mesh.model.checkpoint import Checkpoint
 from expertmesh.mesh.model.spec import load_spec
@@ -111,6 +112,17 @@ def test_tensors_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reader, "PIECE_BYTES", 100)
     embed = Checkpoint(path).tensor(EMBED, (512, 64), torch.float32)
     assert torch.equal(embed, load_file(path / SINGLE_FILE)[EMBED].float())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_threads_read_a_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    path = write_checkpoint(tmp_path / "tiny")
+    monkeypatch.setattr(checkpoint_module, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_module, "READERS", 3)  # 512 rows are no multiple of it
+    spec, counted = load_spec(ModelConfig(path=path, dtype=dtype)), list[int]()
+    embed = Checkpoint(path, counted.append).model_tensors(spec)["embed"]
+    assert torch.equal(embed, load_file(path / SINGLE_FILE)[EMBED].to(embed.dtype))
+    assert max(counted) == 171 * 64 * 2
 
 
 def test_reads_that_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
